@@ -1,0 +1,32 @@
+"""rfield: image-parsing networks that learn how far they should see.
+
+Public names are resolved on first use (PEP 562), so that `import rfield` costs next to nothing.
+"""
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "Inflation2d": "rfield.layers",
+    "Interpolation2d": "rfield.layers",
+    "ReceptiveFieldRegulator": "rfield.layers",
+    "largefov_vgg16": "rfield.models",
+    "parameter_groups": "rfield.search",
+    "resize_bilinear": "rfield.ops",
+    "resized_size": "rfield.ops",
+    "theoretical_receptive_field": "rfield.receptive_field",
+}
+
+__all__ = ["__version__", *sorted(_PUBLIC)]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'rfield' has no attribute {name!r}")
+    return getattr(importlib.import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,1 @@
+"""Operators: one a file, the function with its autograd; loop oracles in `reference.py`."""

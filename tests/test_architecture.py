@@ -1,0 +1,113 @@
+"""DESIGN rules that a machine can hold: which room imports which, and how long a file may be."""
+
+import ast
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SRC = Path(__file__).parents[1] / "src" / "rfield"
+
+# From the top of the house to the bottom: a room imports from rooms above it, never from one below.
+# The second entry names the third-party packages that the room may use, beside those of the rooms it imports.
+ROOMS: dict[str, set[str]] = {
+    "config": set(),
+    "ops": {"torch"},
+    "layers": {"torch"},
+    "adapt": {"torch"},
+    "search": {"torch"},
+    "receptive_field": {"torch"},
+    "fuse": {"torch"},
+    "models": {"torch", "torchvision", "timm", "huggingface_hub", "safetensors"},
+    "data": {"torch", "numpy", "PIL", "scipy", "torchvision", "yaml"},
+    "metrics": {"torch", "torchmetrics"},
+    "plots": {"numpy", "matplotlib", "torch"},
+    "training": {"torch", "lightning", "tensorboard", "rich", "numpy", "yaml"},
+    "inference": {"torch", "lightning", "rich", "numpy", "PIL", "yaml"},
+    "export": {"torch", "onnx", "onnxscript", "onnxruntime"},
+    "experiments": {"torch", "numpy", "optuna", "rich"},
+    "sources": {"torch", "torchvision", "timm", "segmentation_models_pytorch", "transformers"},
+    "cli": {"jsonargparse", "docstring_parser", "rich"},
+    "__main__": set(),
+    "__init__": set(),
+}
+ORDER = {room: row for row, room in enumerate(ROOMS)}
+FILES = sorted(SRC.rglob("*.py"))
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(SRC).parts[0].removesuffix(".py")
+
+
+def imports_of(path: Path) -> list[str]:
+    """Absolute dotted names of everything that a file imports, at any depth."""
+    names = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative imports hide which room is meant"
+            if node.module == "rfield":
+                names += [f"rfield.{alias.name}" for alias in node.names]
+            elif node.module:
+                names.append(node.module)
+    return names
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SRC)))
+def test_rooms_import_only_what_stands_above_them(path: Path) -> None:
+    room = room_of(path)
+    assert room in ROOMS, f"{path.name} is in no room of the design"
+    for name in imports_of(path):
+        top, _, rest = name.partition(".")
+        if top == "rfield":
+            other = rest.split(".")[0]
+            if other in ("", "__version__"):
+                continue
+            assert ORDER[other] <= ORDER[room], f"{path} ({room}) imports {name}, a room below it"
+        elif top not in sys.stdlib_module_names:
+            assert top in ROOMS[room], f"{path} ({room}) may not import {name}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SRC)))
+def test_no_source_file_is_over_500_lines(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= 500
+
+
+def test_median_source_file_is_under_150_lines() -> None:
+    assert statistics.median(len(path.read_text().splitlines()) for path in FILES) < 150
+
+
+def test_reference_is_imported_by_tests_only() -> None:
+    assert not [path for path in FILES if any("reference" in name for name in imports_of(path))]
+
+
+def imported_after(statement: str) -> set[str]:
+    code = f"import sys\n{statement}\nprint(*{{name.split('.')[0] for name in sys.modules}})"
+    return set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
+
+
+def test_import_rfield_needs_torch_alone() -> None:
+    third_party = {"torchvision", "lightning", "PIL", "matplotlib", "jsonargparse", "torchmetrics", "rich"}
+    assert not third_party & imported_after("import rfield; rfield.ReceptiveFieldRegulator")
+    assert "torch" not in imported_after("import rfield")
+
+
+def test_public_names_resolve() -> None:
+    import rfield
+
+    for name in rfield.__all__:
+        assert getattr(rfield, name) is not None
+    with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
+        _ = rfield.nonsense
+
+
+def test_help_imports_no_torch() -> None:
+    loaded = imported_after(
+        "import sys; sys.argv = ['rfield', 'train', '--help']\nimport contextlib, io, rfield.cli\n"
+        "with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):\n    rfield.cli.main()"
+    )
+    assert "jsonargparse" in loaded
+    assert "torch" not in loaded
