@@ -1,0 +1,55 @@
+"""Slow loop oracles under the operators' own names, for tests only. They share no code with the operators."""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def _sample(line: list[float], position: float) -> float:
+    """Value of a 1-d signal at a real position, linear between its pixels and constant past the last one."""
+    if position >= len(line) - 1:
+        return line[-1]
+    left = math.floor(position)
+    return line[left] + (position - left) * (line[left + 1] - line[left])
+
+
+def _slope(line: list[float], position: float) -> float:
+    """Mean of the two one-sided derivatives of `_sample` in the position."""
+    sides = []
+    for cell in (math.floor(position), math.ceil(position) - 1):
+        inside = 0 <= cell < len(line) - 1
+        sides.append(line[cell + 1] - line[cell] if inside else 0.0)
+    return sum(sides) / 2
+
+
+def resize_bilinear(input: Tensor, scale_factor: Tensor, output_size: tuple[int, int]) -> Tensor:
+    """Tensor[N, C, h, w] -> Tensor[N, C, H, W], pixel by pixel."""
+    factor_h, factor_w = scale_factor.tolist()[0], scale_factor.tolist()[-1]
+    output = input.new_zeros(*input.shape[:2], *output_size)
+    for n, c, i, j in torch.cartesian_prod(*(torch.arange(size) for size in output.shape)).tolist():
+        rows = [_sample(row, j / factor_w) for row in input[n, c].tolist()]
+        output[n, c, i, j] = _sample(rows, i / factor_h)
+    return output
+
+
+def resize_bilinear_backward(input: Tensor, scale_factor: Tensor, grad_output: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients to the input, Tensor[N, C, h, w], and to the factor, of the factor's shape."""
+    factor_h, factor_w = scale_factor.tolist()[0], scale_factor.tolist()[-1]
+    h, w = input.shape[2:]
+    grad_input = torch.zeros_like(input)
+    grad_factor = torch.zeros_like(scale_factor)
+    for n, c, i, j in torch.cartesian_prod(*(torch.arange(size) for size in grad_output.shape)).tolist():
+        grad = float(grad_output[n, c, i, j])
+        y, x = i / factor_h, j / factor_w
+        plane = input[n, c].tolist()
+        along_y = _slope([_sample(row, x) for row in plane], y)
+        along_x = _slope([_sample(list(column), y) for column in zip(*plane, strict=True)], x)
+        grad_factor[0] += grad * along_y * -i / factor_h**2
+        grad_factor[-1] += grad * along_x * -j / factor_w**2
+        for m in range(h):
+            for k in range(w):
+                weight_y = _sample([float(row == m) for row in range(h)], y)
+                weight_x = _sample([float(column == k) for column in range(w)], x)
+                grad_input[n, c, m, k] += grad * weight_y * weight_x
+    return grad_input, grad_factor

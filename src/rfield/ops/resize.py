@@ -1,0 +1,129 @@
+"""Bilinear resizing with a differentiable scale factor, anchored at the corner (Wei et al., CVPR 2017, Sec. 3.2).
+
+Target pixel `i` samples source position `i / scale_factor`. The tent kernel is separable, so a resize is
+`A X B^T` with two small matrices `A[i, m] = max(0, 1 - |min(i / f, h - 1) - m|)`. README.md beside this file
+derives the gradient.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+# Float noise in (size - 1) * factor must not flip the size at integers.
+_SIZE_SLACK = 1e-4
+
+
+def resized_size(size: int, factor: float) -> int:
+    """Size of an axis inflated by `factor`, such that no source pixel is lost.
+
+    Args:
+        size: source pixels along the axis, at least 1.
+        factor: scale factor, positive and finite.
+
+    Returns:
+        `ceil((size - 1) * factor) + 1`, with a slack of 1e-4 below integers.
+
+    Raises:
+        ValueError: if `size` or `factor` is out of its range.
+
+    >>> resized_size(41, 1.0), resized_size(41, 0.63), resized_size(1, 7.0)
+    (41, 27, 1)
+    """
+    if size < 1:
+        raise ValueError(f"size must be at least 1, got {size}")
+    if not (math.isfinite(factor) and factor > 0):
+        raise ValueError(f"factor must be positive and finite, got {factor}")
+    return max(0, math.ceil((size - 1) * factor - _SIZE_SLACK)) + 1
+
+
+def resize_bilinear(input: Tensor, scale_factor: Tensor, output_size: tuple[int, int]) -> Tensor:
+    """Resizes a map by a factor that may be learned.
+
+    Target pixel `(i, j)` samples the source at `(i / f_h, j / f_w)`; positions past the last source pixel are
+    clamped to it. The output size is free: the factor sets where the samples lie, not how many there are.
+    Gradients to `input` and to `scale_factor` are exact; at kinks (a sample exactly on a source pixel, as everywhere
+    at factor 1) the factor's gradient is the mean of the two one-sided derivatives. Second derivatives that pass
+    through `input` are exact too; the second derivative in the factor alone is taken as 0.
+
+    Computes in float32 (float64 for float64 input) whatever autocast says.
+
+    Args:
+        input: Tensor[N, C, h, w], floating point.
+        scale_factor: Tensor[1] (both axes) or Tensor[2] (height, width), positive.
+        output_size: (H, W) of the result in pixels.
+
+    Returns:
+        Tensor[N, C, H, W] of the dtype and memory format of `input`.
+
+    Raises:
+        ValueError: for a wrong rank, an empty map, a factor that is not positive and finite or has a wrong shape.
+        TypeError: if `input` or `scale_factor` is not a floating-point tensor.
+
+    >>> ramp = torch.arange(3.0).reshape(1, 1, 1, 3)
+    >>> resize_bilinear(ramp, torch.tensor([2.0]), (1, 6))
+    tensor([[[[0.0000, 0.5000, 1.0000, 1.5000, 2.0000, 2.0000]]]])
+    """
+    _check(input, scale_factor, output_size)
+    dtype = torch.promote_types(input.dtype, torch.float32)
+    with torch.autocast(input.device.type, enabled=False):
+        factor = scale_factor.to(dtype)
+        rows = _sampling_matrix(factor[0], input.shape[2], output_size[0])
+        columns = _sampling_matrix(factor[-1], input.shape[3], output_size[1])
+        return _separable_product(rows, input.to(dtype), columns).to(input.dtype)
+
+
+def _sampling_matrix(scale: Tensor, source: int, target: int) -> Tensor:
+    """Tent weights of one axis, Tensor[target, source]; differentiable in the 0-d `scale`."""
+    fixed = scale.detach()
+    pixel = torch.arange(source, dtype=scale.dtype, device=scale.device)
+    position = torch.arange(target, dtype=scale.dtype, device=scale.device) / fixed
+    last = source - 1
+    weights = (1 - (position.clamp(max=last)[:, None] - pixel).abs()).clamp(min=0)
+    if not scale.requires_grad:
+        return weights
+    # Along the source axis the sampled value is piecewise linear: its slope is X[c + 1] - X[c] in cell c, and 0 past
+    # the last pixel. On a pixel the cells to both sides count half each.
+    right = torch.where(position < last, position.floor(), source)
+    left = torch.where(position <= last, position.ceil() - 1, source)
+    slope = torch.zeros_like(weights)
+    for cell in (left, right):
+        offset = pixel - cell[:, None]
+        slope = slope + 0.5 * ((offset == 1).to(slope.dtype) - (offset == 0).to(slope.dtype))
+    # The value is `weights`; its derivative in `scale`, with d(position)/d(scale) = -position / scale, is `slope`'s.
+    return weights + slope * (-position / fixed)[:, None] * (scale - fixed)
+
+
+def _separable_product(rows: Tensor, input: Tensor, columns: Tensor) -> Tensor:
+    """rows @ input @ columns^T per channel, in the memory format of `input`."""
+    n, c, h, w = input.shape
+    if c > 1 and input.is_contiguous(memory_format=torch.channels_last) and not input.is_contiguous():
+        pixels = input.permute(0, 2, 3, 1)
+        output = torch.matmul(rows, pixels.reshape(n, h, w * c))
+        output = torch.matmul(columns, output.reshape(n * rows.shape[0], w, c))
+        return output.reshape(n, rows.shape[0], columns.shape[0], c).permute(0, 3, 1, 2)
+    output = torch.matmul(input, columns.t())
+    output = torch.matmul(rows, output.reshape(n * c, h, columns.shape[0]))
+    return output.reshape(n, c, rows.shape[0], columns.shape[0])
+
+
+def _check(input: Tensor, scale_factor: Tensor, output_size: tuple[int, int]) -> None:
+    if not input.is_floating_point():
+        raise TypeError(f"input must be a floating-point tensor, got {input.dtype}")
+    if input.dim() != 4:
+        raise ValueError(f"input must have 4 dimensions (N, C, h, w), got shape {tuple(input.shape)}")
+    if 0 in input.shape:
+        raise ValueError(f"input must not be empty, got shape {tuple(input.shape)}")
+    if not scale_factor.is_floating_point():
+        raise TypeError(f"scale_factor must be a floating-point tensor, got {scale_factor.dtype}")
+    if scale_factor.shape not in ((1,), (2,)):
+        raise ValueError(
+            f"scale_factor must have shape (1,) or (2,) (height, width), got shape {tuple(scale_factor.shape)}"
+        )
+    if len(output_size) != 2 or min(output_size) < 1:
+        raise ValueError(f"output_size must be two positive sizes (H, W), got {tuple(output_size)}")
+    # Reading the values would break a compiled graph.
+    if not torch.compiler.is_compiling():
+        values = scale_factor.tolist()
+        if not all(math.isfinite(value) and value > 0 for value in values):
+            raise ValueError(f"scale_factor must be positive and finite, got {values}")
