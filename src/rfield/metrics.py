@@ -1,0 +1,110 @@
+"""Scores of a whole data set, all from one confusion matrix."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics.classification import MulticlassConfusionMatrix
+
+_IGNORE_INDEX = 255
+
+
+def confusion_matrix(num_classes: int) -> MulticlassConfusionMatrix:
+    """A running count of the pixels of every true class that were taken for every class.
+
+    Update it with predicted labels and true labels, integer tensors of one shape; pixels whose true label is 255
+    do not count. `compute()` gives int64 [num_classes, num_classes], rows = truth. It is summed over processes.
+
+    Args:
+        num_classes: number of classes, 1 to 255.
+
+    Returns:
+        The metric. Its `update(preds, target)` raises `ValueError` for preds that are no labels (pass
+        `logits.argmax(1)`), for unequal shapes, and for a label outside 0..num_classes-1.
+
+    Raises:
+        ValueError: if `num_classes` is out of its range.
+
+    Example:
+        >>> matrix = confusion_matrix(2)
+        >>> matrix.update(torch.tensor([[0, 1, 1, 0]]), torch.tensor([[0, 0, 1, 255]]))
+        >>> matrix.compute()
+        tensor([[1, 1],
+                [0, 1]])
+    """
+    if not 1 <= num_classes <= _IGNORE_INDEX:
+        raise ValueError(f"num_classes must be from 1 to {_IGNORE_INDEX}, got {num_classes}")
+    return _LabelConfusionMatrix(num_classes)
+
+
+class _LabelConfusionMatrix(MulticlassConfusionMatrix):
+    """Counts labels only. Torchmetrics' own checks sort all pixels and let labels past the last class through, and
+    under deterministic algorithms it needs pixels x classes x classes numbers of memory."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes, ignore_index=_IGNORE_INDEX, validate_args=False)
+
+    def update(self, preds: Tensor, target: Tensor) -> None:
+        if preds.is_floating_point() or target.is_floating_point():
+            raise ValueError(
+                f"preds and target must be integer labels, got {preds.dtype} and {target.dtype}; of logits take "
+                "logits.argmax(1)"
+            )
+        if preds.shape != target.shape:
+            raise ValueError(
+                f"preds and target must have one shape, got {tuple(preds.shape)} and {tuple(target.shape)}; of logits "
+                "take logits.argmax(1)"
+            )
+        counted = target != _IGNORE_INDEX
+        preds, target = preds[counted].long(), target[counted].long()
+        for name, labels in (("preds", preds), ("target", target)):
+            wrong = labels[(labels < 0) | (labels >= self.num_classes)]
+            if wrong.numel():
+                raise ValueError(
+                    f"{name} holds the label {wrong[0].item()}, outside the classes 0..{self.num_classes - 1}; do "
+                    "model and data set have the same classes?"
+                )
+        counts = torch.bincount(target * self.num_classes + preds, minlength=self.num_classes**2)
+        self.confmat += counts.reshape(self.num_classes, self.num_classes)
+
+
+def segmentation_scores(confusion: Tensor, class_names: Sequence[str]) -> dict[str, Any]:
+    """Mean and per-class intersection over union, and pixel accuracy.
+
+    Args:
+        confusion: Tensor[K, K], pixels of true class (row) taken for a class (column).
+        class_names: the K names.
+
+    Returns:
+        Plain numbers, 0..1: `miou`, the mean over the classes that are present in truth or prediction (None if
+        none is); `per_class`, name to IoU, None for an absent class; `pixel_accuracy` (None without any pixel).
+
+    Raises:
+        ValueError: if `confusion` is not a square of as many classes as there are names, or has a negative count.
+
+    Example:
+        >>> scores = segmentation_scores(torch.tensor([[3, 1, 0], [0, 4, 0], [0, 0, 0]]), ["road", "car", "boat"])
+        >>> scores["per_class"]
+        {'road': 0.75, 'car': 0.8, 'boat': None}
+        >>> round(scores["miou"], 3), scores["pixel_accuracy"]
+        (0.775, 0.875)
+    """
+    if confusion.shape != (len(class_names), len(class_names)):
+        raise ValueError(
+            f"confusion must be [{len(class_names)}, {len(class_names)}] for {len(class_names)} class names, got "
+            f"{list(confusion.shape)}"
+        )
+    if (confusion < 0).any():
+        raise ValueError("confusion holds a negative count; give a sum of counts, not a difference")
+    counts = confusion.detach().cpu().double()
+    hits = counts.diagonal()
+    union = counts.sum(0) + counts.sum(1) - hits
+    total = counts.sum().item()
+    iou = [(hit / area).item() if area > 0 else None for hit, area in zip(hits, union, strict=True)]
+    present = [value for value in iou if value is not None]
+    return {
+        "miou": sum(present) / len(present) if present else None,
+        "per_class": dict(zip(class_names, iou, strict=True)),
+        "pixel_accuracy": hits.sum().item() / total if total > 0 else None,
+    }
