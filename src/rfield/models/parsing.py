@@ -1,0 +1,178 @@
+"""Parsing networks: an image in, the logits of every pixel out."""
+
+from pathlib import Path
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rfield.models.backbones import Backbone, largefov_vgg16_backbone, load_vgg16_weights, small_cnn_backbone
+from rfield.models.heads import SinglePathHead
+
+
+class ParsingNetwork(nn.Module):
+    """A backbone and a head: labels every pixel of images of any size.
+
+    The receptive-field arithmetic is exact for image sides of k * stride + 1 px only, so images are padded right
+    and bottom to such a size and the logits are cropped back. The two halves can be run apart:
+    `network.backbone(network.pad(image))` gives features, `network.head(features, output_size)` logits.
+
+    Args:
+        backbone: maps Tensor[N, 3, H, W] to Tensor[N, C, h, w].
+        head: maps Tensor[N, C, h, w] to Tensor[N, K, H, W].
+        min_size: least side in px, or (height, width), that images are padded to.
+
+    Attributes:
+        stride: input px between neighbouring features.
+        num_classes: number of classes K.
+
+    Raises:
+        ValueError: the head does not fit the backbone, or `min_size` is below 1.
+
+    Example:
+        >>> import torch
+        >>> network = ParsingNetwork(small_cnn_backbone(), SinglePathHead(32, num_classes=5, dilation=4))
+        >>> image = torch.randn(2, 3, 30, 41)
+        >>> network.pad(image).shape
+        torch.Size([2, 3, 33, 41])
+        >>> network(image).shape
+        torch.Size([2, 5, 30, 41])
+    """
+
+    def __init__(self, backbone: Backbone, head: SinglePathHead, min_size: int | tuple[int, int] | None = None) -> None:
+        super().__init__()
+        if head.in_channels != backbone.out_channels:
+            raise ValueError(
+                f"The head takes {head.in_channels} channels, but the backbone gives {backbone.out_channels}; "
+                f"build the head with in_channels={backbone.out_channels}."
+            )
+        least = (1, 1) if min_size is None else (min_size, min_size) if isinstance(min_size, int) else min_size
+        if len(least) != 2 or min(least) < 1:
+            raise ValueError(f"min_size must be at least 1 px, one number or (height, width), got {min_size!r}.")
+        self.backbone = backbone
+        self.head = head
+        self.stride = backbone.stride
+        self.num_classes = head.num_classes
+        self.min_size = least
+
+    def chain(self) -> list[nn.Module]:
+        """The modules in their order of execution."""
+        return [self.backbone, self.head]
+
+    def pad(self, image: Tensor) -> Tensor:
+        """Pads with zeros, the image mean after normalisation, right and bottom to sides of k * stride + 1 px.
+
+        Args:
+            image: Tensor[N, 3, H, W], normalised.
+
+        Returns:
+            Tensor[N, 3, H', W'] with H' >= H, W' >= W, neither below `min_size`.
+
+        Raises:
+            ValueError: `image` has another rank, another number of channels, no pixels or whole numbers.
+        """
+        if image.dim() != 4 or image.shape[1] != 3 or 0 in image.shape:
+            raise ValueError(
+                f"Expected images of shape (N, 3, H, W) with N, H, W of at least 1, got {tuple(image.shape)}; "
+                "a single image needs image[None], a grey one must be repeated to three channels."
+            )
+        if not image.is_floating_point():
+            raise ValueError(
+                f"Expected a normalised floating-point image, got {image.dtype}; divide by 255, subtract the "
+                "mean and divide by the standard deviation that the backbone was trained with."
+            )
+        missing = []
+        for size, least in zip(image.shape[-2:], self.min_size, strict=True):
+            steps = -(-(max(size, least) - 1) // self.stride)
+            missing.append(steps * self.stride + 1 - size)
+        return F.pad(image, (0, missing[1], 0, missing[0]))
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Maps normalised images Tensor[N, 3, H, W] to logits Tensor[N, K, H, W].
+
+        Raises:
+            ValueError: `image` has another rank, another number of channels, no pixels or whole numbers.
+        """
+        padded = self.pad(image)
+        features = self.backbone(padded)
+        logits: Tensor = self.head(features, output_size=(padded.shape[-2], padded.shape[-1]))
+        return logits[..., : image.shape[-2], : image.shape[-1]]
+
+
+def largefov_vgg16(
+    num_classes: int,
+    dilation: int = 12,
+    head_channels: int = 1024,
+    regulate: bool = True,
+    weights: str | Path | None = None,
+    dropout: float = 0.5,
+    min_size: int | tuple[int, int] | None = None,
+) -> ParsingNetwork:
+    """DeepLab-LargeFOV (Chen et al., ICLR 2015) with a learned receptive field (Wei et al., CVPR 2017).
+
+    Its exact receptive field is 227 + 16 * dilation / factor px, the nominal one of the paper 212 + 16 * dilation
+    / factor.
+
+    Args:
+        num_classes: classes K.
+        dilation: of fc6, in feature px (8 input px each).
+        head_channels: width of fc6 and fc7.
+        regulate: learns the receptive field; `False` gives plain DeepLab-LargeFOV.
+        weights: `None` (random), "imagenet" (torchvision's, downloaded), or a local .pth or .safetensors file
+            with torchvision's VGG16 keys; a file with the fc layers also fills fc6 and fc7, see
+            `rfield.models.backbones.load_vgg16_weights`.
+        dropout: probability that an activation after fc6 and fc7 is dropped.
+        min_size: least side in px, or (height, width), that images are padded to.
+
+    Raises:
+        FileNotFoundError: there is no such weights file.
+        ValueError: the weights do not fit, or a size is below 1.
+
+    Example:
+        >>> import torch
+        >>> network = largefov_vgg16(21, dilation=2, head_channels=16)
+        >>> network(torch.randn(1, 3, 40, 65)).shape
+        torch.Size([1, 21, 40, 65])
+    """
+    backbone = largefov_vgg16_backbone()
+    head = SinglePathHead(backbone.out_channels, num_classes, dilation, head_channels, dropout, regulate)
+    if weights is not None:
+        convs = {name.split(".")[-1]: module for name, module in head.named_modules() if isinstance(module, nn.Conv2d)}
+        load_vgg16_weights(backbone, convs["fc6"], convs["fc7"], weights)
+    return ParsingNetwork(backbone, head, min_size)
+
+
+def small_cnn(
+    num_classes: int,
+    dilation: int = 4,
+    head_channels: int = 32,
+    regulate: bool = True,
+    weights: str | Path | None = None,
+    dropout: float = 0.0,
+    min_size: int | tuple[int, int] | None = None,
+) -> ParsingNetwork:
+    """A network of six convolutions that trains from scratch in minutes on a CPU, for demonstrations and tests.
+
+    Its receptive field is 15 + 8 * dilation / factor px, nearly all of it the head's.
+
+    Args:
+        num_classes: classes K.
+        dilation: of fc6, in feature px (4 input px each).
+        head_channels: width of fc6 and fc7.
+        regulate: learns the receptive field.
+        weights: `None` only: nobody has published weights for it.
+        dropout: probability that an activation after fc6 and fc7 is dropped.
+        min_size: least side in px, or (height, width), that images are padded to.
+
+    Raises:
+        ValueError: `weights` are given, or a size is below 1.
+
+    Example:
+        >>> import torch
+        >>> small_cnn(2)(torch.randn(1, 3, 20, 30)).shape
+        torch.Size([1, 2, 20, 30])
+    """
+    if weights is not None:
+        raise ValueError(f"small_cnn has no pretrained weights, got weights={str(weights)!r}; leave them out.")
+    backbone = small_cnn_backbone()
+    head = SinglePathHead(backbone.out_channels, num_classes, dilation, head_channels, dropout, regulate)
+    return ParsingNetwork(backbone, head, min_size)

@@ -1,0 +1,101 @@
+import pytest
+import torch
+from torch import nn
+
+from rfield.layers import ReceptiveFieldRegulator
+from rfield.models import MODELS, ParsingNetwork, largefov_vgg16, small_cnn
+from rfield.receptive_field import receptive_field_px, theoretical_receptive_field
+
+
+def with_factor(network: ParsingNetwork, factor: float | tuple[float, float]) -> ParsingNetwork:
+    assert isinstance(network.head.layers, ReceptiveFieldRegulator)
+    network.head.layers = ReceptiveFieldRegulator(network.head.layers.module, factor)
+    return network
+
+
+@pytest.mark.parametrize(
+    ("dilation", "factor", "nominal"),
+    [(12, 1.0, 404), (14, 1.0, 436), (6, 1.0, 308), (14, 1.217, 396), (6, 0.632, 364)],
+)
+def test_figures_of_the_paper(dilation: int, factor: float, nominal: int) -> None:
+    network = with_factor(largefov_vgg16(21, dilation, head_channels=4), factor)
+    assert [round(side) for side in receptive_field_px(network)] == [nominal, nominal]
+    exact = 227 + 16 * dilation / factor
+    assert theoretical_receptive_field(network) == pytest.approx((exact, exact))
+
+
+def test_factor_per_axis() -> None:
+    network = with_factor(small_cnn(2, dilation=6), (2.0, 0.5))
+    assert theoretical_receptive_field(network) == receptive_field_px(network) == pytest.approx((39.0, 111.0))
+
+
+def test_a_plain_head_counts_as_factor_1() -> None:
+    plain = small_cnn(2, dilation=6, regulate=False)
+    assert theoretical_receptive_field(plain) == theoretical_receptive_field(small_cnn(2, dilation=6)) == (63.0, 63.0)
+    assert theoretical_receptive_field(plain.backbone) == (15.0, 15.0)
+
+
+def test_kernels_strides_and_dilations_that_differ_per_axis() -> None:
+    layers = nn.Sequential(
+        nn.Conv2d(1, 1, (3, 1), stride=(2, 1)), nn.AvgPool2d((1, 2), stride=(1, 3)), nn.MaxPool2d(3, 1, dilation=2)
+    )
+    # Height: 1 + 2, then 4 steps of 2 px. Width: 1 + 1, then 4 steps of 3 px.
+    assert theoretical_receptive_field(layers) == (11.0, 14.0)
+
+
+def test_nested_regulators_multiply() -> None:
+    inner = ReceptiveFieldRegulator(nn.Conv2d(1, 1, 3, padding=4, dilation=4), 2.0)
+    outer = nn.Sequential(nn.Conv2d(1, 1, 1, stride=2), ReceptiveFieldRegulator(inner, (1.0, 0.5)))
+    assert theoretical_receptive_field(outer) == pytest.approx((9.0, 17.0))
+
+
+def test_unknown_modules_are_named() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 1, 3), nn.Sequential(nn.AdaptiveAvgPool2d(1)))
+    with pytest.raises(ValueError, match=r"AdaptiveAvgPool2d \(at '1.0'\) is not known"):
+        theoretical_receptive_field(model)
+    with pytest.raises(ValueError, match=r"GroupNorm \(at the top\) is not known"):
+        theoretical_receptive_field(nn.GroupNorm(1, 1))
+
+
+def probe(module: nn.Module) -> list[nn.Module]:
+    """One-channel layers of the same geometry through which every pixel in the window has a positive gradient."""
+    if isinstance(module, nn.Conv2d):
+        conv = nn.Conv2d(
+            1, 1, module.kernel_size, module.stride, module.padding, module.dilation, bias=False, dtype=torch.float64
+        )
+        nn.init.ones_(conv.weight)
+        return [conv]
+    if isinstance(module, nn.MaxPool2d):
+        return [nn.AvgPool2d(module.kernel_size, module.stride, module.padding)]
+    return [layer for child in module.children() for layer in probe(child)]
+
+
+@pytest.mark.parametrize("dilation", [1, 5])
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_equals_the_support_of_the_gradient(name: str, dilation: int) -> None:
+    network = MODELS[name](2, dilation=dilation, head_channels=4, regulate=False)
+    for model in (network.backbone, network):
+        height, width = theoretical_receptive_field(model)
+        side = (int(height) // network.stride // 2 + 2) * 2 * network.stride + 1
+        image = torch.zeros(1, 1, side, side, dtype=torch.float64, requires_grad=True)
+        output = nn.Sequential(*probe(model))(image)
+        centre = output.shape[-1] // 2
+        output[0, 0, centre, centre].backward()
+        assert image.grad is not None
+        rows, columns = image.grad[0, 0].nonzero().unbind(1)
+        assert (rows.max() - rows.min() + 1, columns.max() - columns.min() + 1) == (height, width)
+        # Corner-anchored: the output is centred on input pixel centre * stride.
+        assert rows.min() + rows.max() == 2 * centre * network.stride
+
+
+def test_equals_the_support_of_the_gradient_of_a_regulator() -> None:
+    """At factors of 2 and 1/2 every sampled position falls on a pixel, so that no bilinear neighbours blur the edge."""
+    conv = nn.Conv2d(1, 1, 3, padding=2, dilation=2, bias=False)
+    nn.init.ones_(conv.weight)
+    regulator = ReceptiveFieldRegulator(conv, factor=(2.0, 0.5))
+    image = torch.zeros(1, 1, 17, 17, requires_grad=True)
+    regulator(image)[0, 0, 8, 8].backward()
+    assert image.grad is not None
+    rows, columns = (image.grad[0, 0] > 1e-3).nonzero().unbind(1)
+    extents = (rows.max() - rows.min() + 1).item(), (columns.max() - columns.min() + 1).item()
+    assert extents == pytest.approx(theoretical_receptive_field(regulator)) == (3, 9)
