@@ -56,16 +56,20 @@ class _LabelConfusionMatrix(MulticlassConfusionMatrix):
                 f"preds and target must have one shape, got {tuple(preds.shape)} and {tuple(target.shape)}; of logits "
                 "take logits.argmax(1)"
             )
-        counted = target != _IGNORE_INDEX
-        preds, target = preds[counted].long(), target[counted].long()
+        if not target.numel():
+            return
+        ignored = target == _IGNORE_INDEX
+        preds, target = preds.masked_fill(ignored, 0).long(), target.masked_fill(ignored, 0).long()
         for name, labels in (("preds", preds), ("target", target)):
-            wrong = labels[(labels < 0) | (labels >= self.num_classes)]
-            if wrong.numel():
+            least, greatest = (bound.item() for bound in labels.aminmax())
+            if least < 0 or greatest >= self.num_classes:
                 raise ValueError(
-                    f"{name} holds the label {wrong[0].item()}, outside the classes 0..{self.num_classes - 1}; do "
-                    "model and data set have the same classes?"
+                    f"{name} holds labels from {least} to {greatest}, but the classes are 0..{self.num_classes - 1} "
+                    f"(and {_IGNORE_INDEX} in target); do model and data set have the same classes?"
                 )
-        counts = torch.bincount(target * self.num_classes + preds, minlength=self.num_classes**2)
+        # Ignored pixels fall into a last bin of their own: several times faster than selecting the others.
+        bins = (target * self.num_classes + preds).masked_fill(ignored, self.num_classes**2).flatten()
+        counts = torch.bincount(bins, minlength=self.num_classes**2 + 1)[:-1]
         self.confmat += counts.reshape(self.num_classes, self.num_classes)
 
 
@@ -90,6 +94,8 @@ def segmentation_scores(confusion: Tensor, class_names: Sequence[str]) -> dict[s
         >>> round(scores["miou"], 3), scores["pixel_accuracy"]
         (0.775, 0.875)
     """
+    if confusion.numel() == 1:
+        confusion = confusion.reshape(1, 1)  # torchmetrics makes a bare number of it
     if confusion.shape != (len(class_names), len(class_names)):
         raise ValueError(
             f"confusion must be [{len(class_names)}, {len(class_names)}] for {len(class_names)} class names, got "

@@ -82,7 +82,7 @@ def _load_config(path: Path, split: str) -> ParsingDataset:
     if not isinstance(config, dict) or "format" not in config:
         raise ValueError(f"{path} must hold keys and values, `format` ({', '.join(_FORMATS)}) among them")
     data_format = config.pop("format")
-    if data_format not in _FORMATS:
+    if not isinstance(data_format, str) or data_format not in _FORMATS:
         raise ValueError(f"{path}: format {data_format!r} is not known; the known ones are {', '.join(_FORMATS)}")
     load, keys = _FORMATS[data_format]
     unknown = [str(key) for key in config if key not in keys]

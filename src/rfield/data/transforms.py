@@ -197,5 +197,5 @@ class EpochSampler(DistributedSampler[tuple[int, int]]):
         super().__init__(dataset, num_replicas, rank, shuffle, seed, drop_last)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        indices = cast(Iterator[int], super().__iter__())
-        return ((self.epoch, index) for index in indices)
+        epoch = self.epoch
+        return ((epoch, index) for index in cast(Iterator[int], super().__iter__()))

@@ -1,0 +1,175 @@
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+from torchvision.transforms import v2
+from torchvision.tv_tensors import Image, Mask
+
+from rfield.data import (
+    AugmentedDataset,
+    EpochSampler,
+    SyntheticCues,
+    VOCDataset,
+    evaluation_transform,
+    training_transform,
+)
+
+MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+
+
+def position_sample(height: int, width: int) -> tuple[Image, Mask]:
+    """Red and green tell where a pixel was; the mask holds the same row number."""
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    image = torch.stack([rows, columns, torch.zeros_like(rows)]).to(torch.uint8)
+    return Image(image), Mask(rows.to(torch.uint8))
+
+
+def pixels(image: torch.Tensor) -> torch.Tensor:
+    return (image * STD[:, None, None] + MEAN[:, None, None]) * 255
+
+
+@pytest.mark.parametrize("size", [(40, 90), (90, 40), (33, 33), (10, 12), (100, 100)])
+def test_training_samples_have_the_crop_size_and_plain_types(size: tuple[int, int]) -> None:
+    transform = training_transform((65, 49), scale_range=(0.5, 1.5), flip=True, colour_jitter=0.4)
+    for _ in range(5):
+        image, mask = transform(*position_sample(*size))
+        assert (type(image), image.shape, image.dtype) == (torch.Tensor, (3, 65, 49), torch.float32)
+        assert (type(mask), mask.shape, mask.dtype) == (torch.Tensor, (65, 49), torch.int64)
+        assert image.isfinite().all()
+
+
+def test_padding_is_zero_and_255_and_keeps_the_whole_image() -> None:
+    for _ in range(5):
+        image, mask = training_transform((65, 49), scale_range=(1, 1), colour_jitter=0.5)(*position_sample(40, 30))
+        outside = mask == 255
+        assert outside.sum() == 65 * 49 - 40 * 30
+        assert (image[:, outside] == 0).all()
+        assert mask[~outside].bincount().tolist() == [30] * 40
+
+
+def test_crop_and_flip_move_image_and_mask_together() -> None:
+    flipped = set()
+    for _ in range(20):
+        image, mask = training_transform((20, 24), scale_range=(1, 1))(*position_sample(40, 60))
+        rows, columns, _ = pixels(image).round().long()
+        assert torch.equal(rows, mask)
+        steps = columns.diff(dim=1).unique().tolist()
+        assert steps in ([1], [-1])
+        flipped.add(steps[0])
+    assert flipped == {1, -1}
+    image, _ = training_transform((20, 24), scale_range=(1, 1), flip=False)(*position_sample(40, 60))
+    assert (pixels(image)[1].diff(dim=1) > 0).all()
+
+
+@pytest.mark.parametrize("scale", [0.5, 0.7, 1.3, 2.0])
+def test_a_scaled_mask_stays_on_its_image(scale: float) -> None:
+    """The mask takes the nearest row: at most half a row off the image's interpolated one, and without a drift."""
+    size = (round(120 * scale), round(80 * scale))
+    image, mask = training_transform(size, scale_range=(scale, scale), flip=False)(*position_sample(120, 80))
+    off = (mask - pixels(image)[0])[4:-4]
+    assert off.abs().max() <= 0.5 + 0.51  # and the image's rounding to whole grey levels
+    assert off.mean().abs() < 0.2 + 0.3 * (scale in (0.5,))  # the nearest of two equally near rows is the lower
+
+
+def test_scale_is_drawn_within_its_range() -> None:
+    shares = []
+    for _ in range(50):
+        _, mask = training_transform((200, 200), scale_range=(0.5, 1.5))(*position_sample(100, 100))
+        shares.append((mask != 255).sum().item() ** 0.5 / 100)
+    assert min(shares) >= 0.5
+    assert max(shares) <= 1.5
+    assert max(shares) - min(shares) > 0.7
+
+
+def test_colour_jitter_changes_colours_alone() -> None:
+    sample = position_sample(40, 60)
+    plain, plain_mask = training_transform((40, 60), (1, 1), flip=False)(*sample)
+    image, mask = training_transform((40, 60), (1, 1), flip=False, colour_jitter=0.5)(*sample)
+    assert torch.equal(mask, plain_mask)
+    assert not torch.equal(image, plain)
+
+
+def test_evaluation_transform_only_normalises() -> None:
+    image, mask = position_sample(7, 9)
+    normal, labels = evaluation_transform()(image, mask)
+    assert torch.allclose(pixels(normal), image.as_subclass(torch.Tensor).float(), atol=1e-3)
+    assert (type(labels), labels.dtype) == (torch.Tensor, torch.int64)
+    assert torch.equal(labels, mask.long())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"crop_size": (0, 5)}, r"crop_size .* got \(0, 5\)"),
+        ({"scale_range": (0, 1)}, r"scale_range .* got \(0, 1\)"),
+        ({"scale_range": (1.5, 0.5)}, r"scale_range .* got \(1.5, 0.5\)"),
+        ({"colour_jitter": -0.1}, "colour_jitter must be from 0 to 1, got -0.1"),
+    ],
+)
+def test_wrong_options_are_worded_errors(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        training_transform(**{"crop_size": (5, 5), **options})
+
+
+@pytest.fixture
+def augmented() -> AugmentedDataset:
+    dataset = SyntheticCues("train", size=(33, 33), distance=8, length=12)
+    return AugmentedDataset(dataset, training_transform((25, 41), colour_jitter=0.3), seed=1)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1, 2])
+def test_a_sample_depends_on_seed_epoch_and_index_alone(augmented: AugmentedDataset, num_workers: int) -> None:
+    expected = {index: augmented[2, index] for index in range(12)}
+    sampler = EpochSampler(augmented, seed=1)
+    sampler.set_epoch(2)
+    order = [index for _, index in sampler]
+    loader = DataLoader(augmented, batch_size=4, sampler=sampler, num_workers=num_workers)
+    torch.manual_seed(num_workers)
+    images, masks = (torch.cat(parts) for parts in zip(*loader, strict=True))
+    for position, index in enumerate(order):
+        assert torch.equal(images[position], expected[index][0])
+        assert torch.equal(masks[position], expected[index][1])
+
+
+def test_samples_differ_between_epochs_and_seeds(augmented: AugmentedDataset) -> None:
+    other = AugmentedDataset(augmented.dataset, augmented.transform, seed=2)
+    image = augmented[0, 3][0]
+    assert not torch.equal(image, augmented[1, 3][0])
+    assert not torch.equal(image, other[0, 3][0])
+    with pytest.raises(ValueError, match="seed must be 0 or more, got -1"):
+        AugmentedDataset(augmented.dataset, v2.Identity(), seed=-1)
+
+
+def test_drawing_a_sample_leaves_the_callers_random_state(augmented: AugmentedDataset) -> None:
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    _ = augmented[0, 0]
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_sampler_orders() -> None:
+    sampler = EpochSampler(range(7), seed=4)
+    orders = []
+    for epoch in (0, 1):
+        sampler.set_epoch(epoch)
+        assert list(sampler) == list(sampler)
+        assert [number for number, _ in sampler] == [epoch] * 7
+        orders.append([index for _, index in sampler])
+    assert orders[0] != orders[1]
+    assert [sorted(order) for order in orders] == [list(range(7))] * 2
+    assert len(sampler) == 7
+
+
+def test_processes_share_the_samples() -> None:
+    parts = [list(EpochSampler(range(8), num_replicas=2, rank=rank)) for rank in (0, 1)]
+    assert sorted(index for part in parts for _, index in part) == list(range(8))
+
+
+@pytest.mark.shared
+def test_real_photographs_are_augmented(shared: Path) -> None:
+    dataset = VOCDataset(shared / "data/msrc21_voc")
+    image, mask = AugmentedDataset(dataset, training_transform((321, 321), colour_jitter=0.2), seed=0)[0, 0]
+    assert (image.shape, mask.shape) == ((3, 321, 321), (321, 321))
+    assert set(mask.unique().tolist()) <= {*range(21), 255}
