@@ -18,6 +18,11 @@ from rfield.data import (
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
 
 
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
 def position_sample(height: int, width: int) -> tuple[Image, Mask]:
     """Red and green tell where a pixel was; the mask holds the same row number."""
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")

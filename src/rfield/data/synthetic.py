@@ -26,7 +26,8 @@ class SyntheticCues(ParsingDataset):
     `label(y, x) = 2 * red(y, x + distance) + green(y + distance, x)`; pixels whose cue lies outside the image have
     no label (255). Blue blobs and pixel noise mean nothing. The blobs have no preferred place, so only the image at
     that distance tells the label. Blobs reach about half the distance to either side of their centre: a receptive
-    field that is somewhat off sees part of the right blob, and the loss falls smoothly toward the best dilation.
+    field that is somewhat off sees part of the right blob, and the loss falls smoothly toward the best dilation
+    from half of it and from twice of it.
     Every sample is drawn anew from (seed, split, index).
 
     Args:

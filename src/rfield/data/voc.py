@@ -60,9 +60,18 @@ class VOCDataset(ParsingDataset):
     of another kind than palette or 8-bit grey, or with a value that is neither a class nor 255; both name the file.
 
     Example:
-        >>> VOCDataset("no/such/folder")
-        Traceback (most recent call last):
-        FileNotFoundError: no/such/folder is not a folder; name the one that holds JPEGImages and SegmentationClass
+        >>> scratch = tempfile.TemporaryDirectory()
+        >>> root = Path(scratch.name)
+        >>> for folder in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
+        ...     (root / folder).mkdir(parents=True)
+        >>> PIL.Image.new("RGB", (16, 12)).save(root / "JPEGImages/one.jpg")
+        >>> PIL.Image.new("L", (16, 12), 15).save(root / "SegmentationClass/one.png")
+        >>> _ = (root / "ImageSets/Segmentation/train.txt").write_text("one")
+        >>> dataset = VOCDataset(root, "train")
+        >>> image, mask = dataset[0]
+        >>> tuple(image.shape), dataset.class_names[mask[0, 0]]
+        ((3, 12, 16), 'person')
+        >>> scratch.cleanup()
     """
 
     def __init__(self, root: str | os.PathLike[str], split: str = "train") -> None:
@@ -148,7 +157,8 @@ def download_voc2012(root: str | os.PathLike[str], augmented: bool = False) -> P
         The devkit's folder, `root/VOCdevkit/VOC2012`: the root to give to `VOCDataset`.
 
     Raises:
-        OSError: if a download fails.
+        OSError: if a server cannot be reached.
+        RuntimeError: if a file arrives damaged.
 
     Example:
         >>> root = download_voc2012("data", augmented=True)  # doctest: +SKIP
@@ -189,9 +199,14 @@ def convert_sbd(sbd_root: str | os.PathLike[str], voc_root: str | os.PathLike[st
         ValueError: if a .mat file is not a mask of SBD.
 
     Example:
-        >>> convert_sbd("data/sbd", "data/VOCdevkit/VOC2012")  # doctest: +SKIP
+        >>> convert_sbd("no/sbd", "no/VOC2012")
+        Traceback (most recent call last):
+        FileNotFoundError: no/sbd/train.txt is missing; give the folder of SBD that holds cls, train.txt and val.txt
     """
     sbd_root, voc_root = Path(sbd_root), Path(voc_root)
+    for path in (sbd_root / "train.txt", sbd_root / "val.txt"):
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing; give the folder of SBD that holds cls, train.txt and val.txt")
     names = {*_read_names(sbd_root / "train.txt"), *_read_names(sbd_root / "val.txt")}
     names = (names | set(_read_list(voc_root, "train"))) - set(_read_list(voc_root, "val"))
     palette = [level for colour in voc_palette() for level in colour]
