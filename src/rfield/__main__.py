@@ -1,0 +1,6 @@
+"""`python -m rfield` is the command `rfield`."""
+
+from rfield.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""The command line: every command is a typed function, or a dataclass of `rfield.config`.
+
+Torch and the rest are imported inside the commands, so that `rfield --help` answers at once.
+"""
+
+import dataclasses
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import docstring_parser
+from jsonargparse import ActionYesNo, ArgumentParser
+
+from rfield import __version__
+from rfield.config import DemoConfig, EvaluateConfig, PredictConfig, TrainConfig
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs one command. A user's error is one line on stderr and exit status 2.
+
+    `RFIELD_DEBUG=1` shows the traceback instead.
+    """
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    command = arguments.subcommand
+    config_class, run = COMMANDS[command]
+    values = {name: value for name, value in arguments[command].items() if name != "config"}
+    try:
+        run(config_class(**values))
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (ValueError, OSError) as error:
+        if os.environ.get("RFIELD_DEBUG"):
+            raise
+        print(f"rfield {command}: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def train(config: TrainConfig) -> None:
+    """Train a parsing network whose receptive field is fixed or learned."""
+    from rfield.training import train as run
+
+    with _progress("preparing") as progress:
+        metrics = run(config, progress)
+    _print_scores(metrics)
+    print(
+        f"\neffective dilation {metrics['effective_dilation']:.3g}, receptive field "
+        f"{metrics['receptive_field_px']:.4g} px, {metrics['train_seconds']:.0f} s; the run is in {config.out}"
+    )
+
+
+def evaluate(config: EvaluateConfig) -> None:
+    """Score a trained network on whole images at their own size."""
+    from rfield.data import load_dataset
+    from rfield.inference import evaluate_run, load_run
+    from rfield.training import write_json
+
+    run = load_run(config.run, config.checkpoint)
+    dataset = load_dataset(config.data or run.config.data, config.split)
+    with _progress("scoring") as progress:
+        scores = evaluate_run(run, dataset, progress)
+    path = Path(config.json or Path(config.run) / f"evaluation-{config.split}.json")
+    write_json(path, {**scores, "data": config.data or run.config.data, "split": config.split})
+    _print_scores(scores)
+    print(f"\nwritten to {path}")
+
+
+def predict(config: PredictConfig) -> None:
+    """Label photographs: a palette-PNG mask and a coloured overlay of each."""
+    from rfield.inference import find_images, load_run, predict_run
+
+    run = load_run(config.run, config.checkpoint)
+    images = find_images(config.images)
+    with _progress("labelling") as progress:
+        for done, _ in enumerate(predict_run(run, images, Path(config.out)), start=1):
+            progress(done, len(images))
+    print(f"{len(images)} masks and overlays are in {config.out}")
+
+
+def demo(config: DemoConfig) -> None:
+    """Learn a receptive field on synthetic images whose best one is known."""
+    from rfield.experiments import run_demo
+
+    print(run_demo(config))
+
+
+COMMANDS: dict[str, tuple[Any, Any]] = {
+    "demo": (DemoConfig, demo),
+    "train": (TrainConfig, train),
+    "evaluate": (EvaluateConfig, evaluate),
+    "predict": (PredictConfig, predict),
+}
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="rfield", description="Image-parsing networks that learn how far they should see.")
+    parser.add_argument("--version", action="version", version=f"rfield {__version__}")
+    commands = parser.add_subcommands()
+    for name, (config_class, run) in COMMANDS.items():
+        command = ArgumentParser(description=run.__doc__)
+        command.add_argument("--config", action="config", help="A .yaml file with any of these values.")
+        _add_fields(command, config_class)
+        commands.add_subcommand(name, command, help=run.__doc__)
+    return parser
+
+
+def _add_fields(parser: ArgumentParser, config_class: Any) -> None:
+    """One flag for each field; its help is the field's docstring."""
+    documented = docstring_parser.parse_from_object(config_class)
+    texts = {param.arg_name: param.description for param in documented.params}
+    for field in dataclasses.fields(config_class):
+        options: dict[str, Any] = {"help": texts[field.name], "type": field.metadata.get("parse", field.type)}
+        required = field.default is dataclasses.MISSING
+        if not required:
+            options["default"] = field.default
+        if field.metadata.get("positional"):
+            parser.add_argument(field.name, **options)
+            continue
+        if field.type is bool:
+            options |= {"action": ActionYesNo(yes_prefix="", no_prefix="no-")}
+            del options["type"]
+        parser.add_argument(f"--{field.name.replace('_', '-')}", required=required, **options)
+
+
+def _print_scores(scores: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    def percent(value: float | None) -> str:
+        return "-" if value is None else f"{100 * value:.1f}"
+
+    table = Table("class", "IoU %")
+    table.columns[1].justify = "right"
+    for name, iou in scores["per_class"].items():
+        table.add_row(name, percent(iou))
+    console = Console(width=None if sys.stdout.isatty() else 100)
+    console.print(table)
+    print(f"mIoU {scores['miou']:.4f}   pixel accuracy {scores['pixel_accuracy']:.4f}")
+
+
+@contextmanager
+def _progress(text: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on stderr that starts anew when a new total is counted."""
+    from rich.console import Console
+    from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    with Progress(
+        *Progress.get_default_columns()[:2],
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+    ) as bar:
+        task = bar.add_task(text, total=None, visible=False)
+        yield lambda done, total: bar.update(task, completed=done, total=total, visible=done < total)

@@ -1,0 +1,224 @@
+"""What a run is made of: dataclasses whose fields are the command line's flags. Imports nothing but Python."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+Search = Literal["none", "gradient"]
+Optimizer = Literal["sgd", "adamw"]
+
+
+def parse_size(value: Any) -> tuple[int, int]:
+    """(height, width) from `520x640`, `520` or a list of two.
+
+    >>> parse_size("520x640"), parse_size(520), parse_size([520, 640])
+    ((520, 640), (520, 520), (520, 640))
+    """
+    parts = value.lower().split("x") if isinstance(value, str) else value
+    if isinstance(parts, int):
+        parts = [parts]
+    try:
+        numbers = [int(part) for part in parts]
+    except (TypeError, ValueError):
+        numbers = []
+    if len(numbers) == 1:
+        numbers *= 2
+    if len(numbers) != 2 or min(numbers) < 1:
+        raise ValueError(f"a size is HEIGHTxWIDTH in px, such as 520x640, got {value!r}")
+    return numbers[0], numbers[1]
+
+
+def parse_range(value: Any) -> tuple[float, float]:
+    """(low, high) from `0.5,2` or a list of two.
+
+    >>> parse_range("0.5,2"), parse_range([1, 1])
+    ((0.5, 2.0), (1.0, 1.0))
+    """
+    parts = value.split(",") if isinstance(value, str) else value
+    try:
+        low, high = (float(part) for part in parts)
+    except (TypeError, ValueError):
+        raise ValueError(f"a range is LOW,HIGH, such as 0.5,2, got {value!r}") from None
+    return low, high
+
+
+def _parsed(default: Any, parse: Callable[[Any], Any]) -> Any:
+    """A field whose text on the command line goes through `parse`."""
+    return dataclasses.field(default=default, metadata={"parse": parse})
+
+
+@dataclasses.dataclass
+class TrainConfig:
+    """One training run. A default of null is filled in by `resolved`."""
+
+    data: str
+    """What to train on: voc:ROOT, synthetic, or a data config (a .yaml file)."""
+    out: str
+    """The run folder."""
+    model: str = "largefov_vgg16"
+    """The network: largefov_vgg16 or small_cnn."""
+    weights: str | None = None
+    """Pretrained weights of the backbone: imagenet (downloaded), or a local .pth or .safetensors file."""
+    dilation: int = 12
+    """Dilation of the head's 3x3 convolution, where the receptive field starts."""
+    head_channels: int = 1024
+    """Width of the head."""
+    dropout: float = 0.5
+    """Dropout in the head."""
+    search: Search = "gradient"
+    """How the receptive field is learned: none (fixed), or gradient (the factor by its exact gradient)."""
+    factor: float = 1.0
+    """Where the factor starts; larger factor, smaller receptive field."""
+    factor_lr: float | None = None
+    """Learning rate of the factor's logarithm. Default: 0.02 with adamw, 0.001 with sgd."""
+    factor_start: int = 0
+    """Step from which the factor learns."""
+    freeze_backbone: bool = False
+    """Train the head alone, on backbone features computed once (plain and flipped; no other augmentation)."""
+    canvas: tuple[int, int] | None = _parsed(None, parse_size)
+    """With freeze_backbone: size that images are padded to. Default: the smallest that holds every image."""
+    cache: str | None = None
+    """Folder of the feature cache. Default: the user's cache folder."""
+    train_split: str = "train"
+    """Split to train on."""
+    val_split: str = "val"
+    """Split to validate on."""
+    epochs: int = 30
+    """Passes over the training split."""
+    max_steps: int | None = None
+    """Stop after this many steps, whatever the epochs say."""
+    batch_size: int = 8
+    """Images a step."""
+    optimizer: Optimizer | None = None
+    """sgd (momentum 0.9) or adamw. Default: adamw with freeze_backbone, else sgd, as DeepLab."""
+    lr: float | None = None
+    """Learning rate of the backbone; poly decay with power 0.9. Default: 0.001 for sgd, 0.0001 for adamw."""
+    head_lr_scale: float = 10.0
+    """Learning rate of the head over the backbone's."""
+    weight_decay: float = 5e-4
+    """Weight decay of the weights; the factor has none."""
+    loss_resolution: Literal["features", "image"] = "features"
+    """Where the training loss is taken: on the feature grid (masks subsampled), or at the image's own pixels."""
+    crop_size: tuple[int, int] = _parsed((321, 321), parse_size)
+    """Training crop."""
+    scale_range: tuple[float, float] = _parsed((0.5, 1.5), parse_range)
+    """Random rescaling of training images."""
+    flip: bool = True
+    """Random horizontal flips."""
+    colour_jitter: float = 0.2
+    """Strength of the random change of brightness, contrast and saturation."""
+    precision: Literal["32-true", "16-mixed", "bf16-mixed"] = "32-true"
+    """Numbers to compute with."""
+    workers: int = 2
+    """Processes that load images."""
+    devices: int = 1
+    """Processes (GPUs, or CPU processes) to train on."""
+    val_every: int | None = None
+    """Epochs between validations; the last epoch always ends with one. Default: a fifth of the epochs."""
+    seed: int = 0
+    """All randomness derives from it."""
+    resume: bool = False
+    """Continue the run in `out` from its last epoch."""
+
+    def __post_init__(self) -> None:
+        positive = ("dilation", "head_channels", "factor", "epochs", "batch_size", "head_lr_scale", "devices")
+        optional = ("factor_lr", "lr", "max_steps", "val_every")
+        for name in (*positive, *optional):
+            value = getattr(self, name)
+            if not (value is None and name in optional) and not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{name} must be positive, got {value}")
+        for name in ("weight_decay", "colour_jitter", "workers", "factor_start", "seed"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+        self.crop_size = parse_size(self.crop_size)
+        self.canvas = None if self.canvas is None else parse_size(self.canvas)
+        self.scale_range = parse_range(self.scale_range)
+        if not 0 < self.scale_range[0] <= self.scale_range[1]:
+            raise ValueError(f"scale_range must be LOW,HIGH with 0 < LOW <= HIGH, got {self.scale_range}")
+
+    def resolved(self) -> "TrainConfig":
+        """The same run with every default that depends on another field filled in.
+
+        >>> TrainConfig(data="synthetic", out="runs/x", freeze_backbone=True).resolved().optimizer
+        'adamw'
+        """
+        optimizer = self.optimizer or ("adamw" if self.freeze_backbone else "sgd")
+        adaptive = optimizer == "adamw"
+        return dataclasses.replace(
+            self,
+            optimizer=optimizer,
+            lr=self.lr or (1e-4 if adaptive else 1e-3),
+            factor_lr=self.factor_lr or (0.02 if adaptive else 1e-3),
+            val_every=self.val_every or max(1, self.epochs // 5),
+        )
+
+    def plain(self) -> dict[str, Any]:
+        """The fields in plain types, as YAML and checkpoints hold them."""
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in dataclasses.asdict(self).items()
+            if name != "resume"
+        }
+
+
+def _positional(**kwargs: Any) -> Any:
+    """A field that is written without its name on the command line."""
+    return dataclasses.field(metadata={"positional": True}, **kwargs)
+
+
+@dataclasses.dataclass
+class EvaluateConfig:
+    """Scoring a trained network."""
+
+    run: str = _positional()
+    """A run folder."""
+    data: str | None = None
+    """What to score on, as in train; any data of the same classes. Default: what the run was trained on."""
+    split: str = "val"
+    """Split to score."""
+    checkpoint: Literal["last", "best"] = "last"
+    """Which of the run's checkpoints."""
+    json: str | None = None
+    """Where to write the scores. Default: evaluation-SPLIT.json in the run folder."""
+
+
+@dataclasses.dataclass
+class PredictConfig:
+    """Labelling photographs."""
+
+    run: str = _positional()
+    """A run folder."""
+    images: str = _positional()
+    """An image, a folder of images, or a glob in quotes."""
+    out: str = "out"
+    """Folder for the masks and overlays."""
+    checkpoint: Literal["last", "best"] = "last"
+    """Which of the run's checkpoints."""
+
+
+@dataclasses.dataclass
+class DemoConfig:
+    """Learning a receptive field whose best value is known."""
+
+    out: str = "runs/demo"
+    """The run folder; an earlier demo in it is replaced."""
+    dilation: int = 8
+    """Dilation to start from; the best one is 12."""
+    epochs: int = 12
+    """Passes over the training images."""
+    seed: int = 0
+    """All randomness derives from it."""
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], ignored: Sequence[str] = ()) -> list[str]:
+    """The keys whose values differ, each as `key: old -> new`.
+
+    >>> differences({"epochs": 3, "out": "a"}, {"epochs": 5, "out": "b"}, ignored=["out"])
+    ['epochs: 3 -> 5']
+    """
+    return [
+        f"{key}: {old.get(key)} -> {new.get(key)}" for key in new if key not in ignored and old.get(key) != new.get(key)
+    ]

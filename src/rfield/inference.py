@@ -1,0 +1,265 @@
+"""Trained networks at work: load a run, score a data set, label photographs."""
+
+import dataclasses
+import glob
+import json
+import os
+import pickle
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+import yaml
+from torch import Tensor
+from torchvision.transforms.v2 import functional as TF
+
+from rfield import plots
+from rfield.config import TrainConfig
+from rfield.data import ParsingDataset, evaluation_transform
+from rfield.data.cache import CachedFeatures, find_features, image_features
+from rfield.layers import ReceptiveFieldRegulator
+from rfield.metrics import confusion_matrix, segmentation_scores
+from rfield.models import MODELS, ParsingNetwork
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+
+Progress = Callable[[int, int], None]
+
+
+def _silent(done: int, total: int) -> None:
+    """Progress that nobody watches."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A trained network and what is needed to use it."""
+
+    folder: Path
+    config: TrainConfig
+    class_names: tuple[str, ...]
+    palette: list[tuple[int, int, int]]
+    network: ParsingNetwork
+
+
+def build_network(config: TrainConfig, num_classes: int, weights: str | None = None) -> ParsingNetwork:
+    """The network of a run, in channels-last memory format.
+
+    Args:
+        config: its model, dilation, head, canvas and factor are used.
+        num_classes: classes K.
+        weights: pretrained weights of the backbone; None leaves it random.
+
+    Raises:
+        ValueError: if the model's name is not known.
+
+    >>> config = TrainConfig(data="synthetic", out="runs/x", model="small_cnn", dilation=6, factor=1.5)
+    >>> build_network(config, num_classes=4).head.effective_dilation
+    (4.0, 4.0)
+    """
+    if config.model not in MODELS:
+        raise ValueError(f"model {config.model!r} is not known; the known ones are {', '.join(MODELS)}")
+    network = MODELS[config.model](
+        num_classes,
+        dilation=config.dilation,
+        head_channels=config.head_channels,
+        regulate=config.search != "none",
+        weights=weights,
+        dropout=config.dropout,
+        min_size=config.canvas,
+    )
+    for module in network.modules():
+        if isinstance(module, ReceptiveFieldRegulator):
+            module.set_factor(config.factor)
+    return network.to(memory_format=torch.channels_last)
+
+
+def load_run(folder: str | Path, checkpoint: str = "last") -> Run:
+    """Opens the network that `rfield train` has left in a run folder.
+
+    Args:
+        folder: the run folder.
+        checkpoint: `last` or `best`.
+
+    Raises:
+        FileNotFoundError: if the folder is no run folder or has no such checkpoint.
+        ValueError: if a file in it cannot be understood.
+    """
+    folder = Path(folder)
+    for name in ("config.yaml", "classes.json"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder} is not a run folder: it has no {name}")
+    path = folder / "checkpoints" / f"{checkpoint}.ckpt"
+    if not path.is_file():
+        kept = sorted(file.stem for file in path.parent.glob("*.ckpt"))
+        raise FileNotFoundError(f"{folder} has no checkpoint {checkpoint!r}; it has {', '.join(kept) or 'none yet'}")
+    config = load_config(folder / "config.yaml")
+    classes = json.loads((folder / "classes.json").read_text())
+    network = build_network(config, len(classes["class_names"]))
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+    except (pickle.UnpicklingError, RuntimeError, KeyError, EOFError) as error:
+        raise ValueError(f"{path} is damaged or not a checkpoint of rfield: {error}") from error
+    prefix = "network."
+    network.load_state_dict({key.removeprefix(prefix): v for key, v in state.items() if key.startswith(prefix)})
+    palette = [(r, g, b) for r, g, b in classes["palette"]]
+    return Run(folder, config, tuple(classes["class_names"]), palette, network.eval())
+
+
+def load_config(path: Path) -> TrainConfig:
+    """A run's resolved config.
+
+    Raises:
+        ValueError: if the file is not what `rfield train` writes.
+    """
+    try:
+        return TrainConfig(**yaml.safe_load(path.read_text()))
+    except (yaml.YAMLError, TypeError) as error:
+        raise ValueError(f"{path} is not a run's config: {error}") from error
+
+
+@torch.inference_mode()
+def predict_logits(network: ParsingNetwork, image: Tensor, frozen: bool = False) -> Tensor:
+    """Logits of one whole image at its own size.
+
+    Args:
+        network: in eval mode.
+        image: Tensor[3, H, W], normalised.
+        frozen: round the features as the feature cache does, as the head has seen them in training.
+
+    Returns:
+        Tensor[K, H, W].
+    """
+    if not frozen:
+        logits: Tensor = network(image[None].contiguous(memory_format=torch.channels_last))
+        return logits[0]
+    return feature_logits(network, image_features(network, image), (image.shape[1], image.shape[2]))
+
+
+@torch.inference_mode()
+def feature_logits(network: ParsingNetwork, features: Tensor, size: tuple[int, int]) -> Tensor:
+    """Logits Tensor[K, H, W] of one image of `size` = (H, W) from its features Tensor[C, h, w]."""
+    batch = features[None].float().contiguous(memory_format=torch.channels_last)
+    padded = ((features.shape[1] - 1) * network.stride + 1, (features.shape[2] - 1) * network.stride + 1)
+    logits: Tensor = network.head(batch, output_size=padded)
+    return logits[0, :, : size[0], : size[1]]
+
+
+def evaluate(
+    network: ParsingNetwork,
+    dataset: ParsingDataset,
+    frozen: bool = False,
+    features: CachedFeatures | None = None,
+    progress: Progress = _silent,
+) -> dict[str, Any]:
+    """Scores whole images at their own size.
+
+    Args:
+        network: in eval mode, on the device to compute on.
+        dataset: of the same classes.
+        frozen: the network's head was trained on cached features.
+        features: the cache of this data set, if there is one; the result is the same without it.
+        progress: called with (images done, images in all).
+
+    Returns:
+        What `segmentation_scores` gives.
+
+    Raises:
+        ValueError: if the data set's classes are not as many as the network's.
+    """
+    if dataset.num_classes != network.num_classes:
+        raise ValueError(
+            f"the network was trained on {network.num_classes} classes, but the data set has {dataset.num_classes}: "
+            f"{', '.join(dataset.class_names)}"
+        )
+    device = next(network.parameters()).device
+    transform = evaluation_transform()
+    confusion = confusion_matrix(network.num_classes).to(device)
+    for index in range(len(dataset)):
+        if features is not None:
+            cached, mask = features.plain(index)
+            logits = feature_logits(network, cached.to(device), (mask.shape[0], mask.shape[1]))
+        else:
+            image, mask = transform(*dataset[index])
+            logits = predict_logits(network, image.to(device), frozen)
+        confusion.update(logits.argmax(0), mask.to(device))
+        progress(index + 1, len(dataset))
+    return segmentation_scores(confusion.compute(), dataset.class_names)
+
+
+def evaluate_run(run: Run, dataset: ParsingDataset, progress: Progress = _silent) -> dict[str, Any]:
+    """Scores a run's network on any data set of its classes; uses the feature cache where it holds the data."""
+    frozen = run.config.freeze_backbone
+    features = None
+    if frozen:
+        folder = Path(run.config.cache) if run.config.cache else None
+        features = find_features(run.network, dataset, folder)
+    network = run.network.to("cuda" if torch.cuda.is_available() else "cpu")
+    return evaluate(network, dataset, frozen, features, progress)
+
+
+def find_images(pattern: str) -> list[Path]:
+    """The images that a file, a folder (not its subfolders) or a glob names, sorted.
+
+    Raises:
+        FileNotFoundError: if there is none.
+    """
+    path = Path(pattern)
+    if path.is_dir():
+        found = [file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES]
+    else:
+        found = [path] if path.is_file() else [Path(name) for name in glob.glob(pattern, recursive=True)]
+    images = sorted(file for file in found if file.is_file())
+    if not images:
+        raise FileNotFoundError(f"no image found at {pattern}: give an image, a folder of images or a glob")
+    return images
+
+
+def predict_run(run: Run, images: Sequence[Path], out: Path) -> Iterator[Path]:
+    """Labels photographs: a palette PNG of each at its own size, `NAME.png`, and an overlay, `NAME_overlay.jpg`.
+
+    Args:
+        run: the trained network.
+        images: files to label.
+        out: folder for the results; made if it is missing.
+
+    Yields:
+        The mask's path, after each image.
+
+    Raises:
+        ValueError: if a file is not an image that can be read, or if two images would give one result; before
+            anything is written for it.
+    """
+    stems = [image.stem for image in images]
+    for image in images:
+        if stems.count(image.stem) > 1:
+            raise ValueError(f"two images are named {image.stem}, and {out} would hold only one result: {image}")
+    out.mkdir(parents=True, exist_ok=True)
+    network = run.network.to("cuda" if torch.cuda.is_available() else "cpu")
+    device = next(network.parameters()).device
+    transform = evaluation_transform()
+    palette = np.array(run.palette, dtype=np.uint8)
+    for path in images:
+        try:
+            with PIL.Image.open(path) as file:
+                photograph = file.convert("RGB")
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read as an image: {error}") from error
+        image = transform(TF.to_image(photograph)).to(device)
+        labels = predict_logits(network, image, run.config.freeze_backbone).argmax(0).to(torch.uint8).cpu().numpy()
+        mask = PIL.Image.fromarray(labels, "P")
+        mask.putpalette(palette.tobytes())
+        target = out / f"{path.stem}.png"
+        _save(mask, target)
+        overlay = plots.overlay(np.asarray(photograph), labels, palette)
+        _save(PIL.Image.fromarray(overlay), out / f"{path.stem}_overlay.jpg")
+        yield target
+
+
+def _save(image: PIL.Image.Image, path: Path) -> None:
+    """Writes a whole file or none."""
+    partial = path.with_name(f".{path.name}")
+    image.save(partial, "PNG" if path.suffix == ".png" else "JPEG", quality=92)
+    os.replace(partial, path)
