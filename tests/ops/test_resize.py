@@ -214,7 +214,7 @@ class TestBadInput:
             resize_bilinear(input, factor, size)
 
     def test_types(self) -> None:
-        with pytest.raises(TypeError, match="input must be a floating-point tensor, got torch.uint8"):
+        with pytest.raises(TypeError, match=r"input must be a floating-point tensor, got torch\.uint8"):
             resize_bilinear(torch.zeros(1, 1, 2, 2, dtype=torch.uint8), torch.ones(1), (2, 2))
         with pytest.raises(TypeError, match="scale_factor must be a floating-point tensor"):
             resize_bilinear(torch.zeros(1, 1, 2, 2), torch.ones(1, dtype=torch.int64), (2, 2))

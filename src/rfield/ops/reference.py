@@ -53,3 +53,50 @@ def resize_bilinear_backward(input: Tensor, scale_factor: Tensor, grad_output: T
                 weight_x = _sample([float(column == k) for column in range(w)], x)
                 grad_input[n, c, m, k] += grad * weight_y * weight_x
     return grad_input, grad_factor
+
+
+def fractional_conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    dilation: Tensor,
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int] = (0, 0),
+    base_dilation: tuple[int, int] = (1, 1),
+    groups: int = 1,
+) -> Tensor:
+    """Tensor[N, C, h, w] -> Tensor[N, K, H, W], tap by tap; differentiable in input, weight and bias by autograd."""
+    n, _, h, w = input.shape
+    out_channels, in_group, k_h, k_w = weight.shape
+    d = dilation.tolist()
+    out_h = (h + 2 * padding[0] - base_dilation[0] * (k_h - 1) - 1) // stride[0] + 1
+    out_w = (w + 2 * padding[1] - base_dilation[1] * (k_w - 1) - 1) // stride[1] + 1
+    rows = []
+    for i in range(out_h):
+        for j in range(out_w):
+            total = input.new_zeros(n, out_channels) if bias is None else bias.expand(n, out_channels)
+            for a in range(k_h):
+                for b in range(k_w):
+                    y = i * stride[0] - padding[0] + base_dilation[0] * (k_h - 1) / 2 + d[0] * (a - (k_h - 1) / 2)
+                    x = j * stride[1] - padding[1] + base_dilation[1] * (k_w - 1) / 2 + d[-1] * (b - (k_w - 1) / 2)
+                    value = _bilinear_with_zeros(input, y, x)
+                    for group in range(groups):
+                        ins = slice(group * in_group, (group + 1) * in_group)
+                        size = out_channels // groups
+                        outs = slice(group * size, (group + 1) * size)
+                        part = value[:, ins] @ weight[outs, :, a, b].t()
+                        total = total + torch.cat(
+                            [part if g == group else torch.zeros_like(part) for g in range(groups)], dim=1
+                        )
+            rows.append(total)
+    return torch.stack(rows, dim=2).reshape(n, out_channels, out_h, out_w)
+
+
+def _bilinear_with_zeros(input: Tensor, y: float, x: float) -> Tensor:
+    """Tensor[N, C] read at a real position of Tensor[N, C, h, w]; pixels beyond the border are 0."""
+    total = torch.zeros_like(input[:, :, 0, 0])
+    for row in (math.floor(y), math.floor(y) + 1):
+        for column in (math.floor(x), math.floor(x) + 1):
+            if 0 <= row < input.shape[2] and 0 <= column < input.shape[3]:
+                total = total + (1 - abs(y - row)) * (1 - abs(x - column)) * input[:, :, row, column]
+    return total

@@ -10,6 +10,8 @@ import math
 import torch
 from torch import Tensor
 
+from rfield.ops.sampling import sampling_matrix, separable_product
+
 # Float noise in (size - 1) * factor must not flip the size at integers.
 _SIZE_SLACK = 1e-4
 
@@ -43,8 +45,7 @@ def resize_bilinear(input: Tensor, scale_factor: Tensor, output_size: tuple[int,
     Target pixel `(i, j)` samples the source at `(i / f_h, j / f_w)`; positions past the last source pixel are
     clamped to it. The output size is free: the factor sets where the samples lie, not how many there are.
     Gradients to `input` and to `scale_factor` are exact; at kinks (a sample exactly on a source pixel, as everywhere
-    at factor 1) the factor's gradient is the mean of the two one-sided derivatives. Second derivatives that pass
-    through `input` are exact too; the second derivative in the factor alone is taken as 0.
+    at factor 1) the factor's gradient is the mean of the two one-sided derivatives.
 
     Computes in float32 (float64 for float64 input) whatever autocast says.
 
@@ -68,43 +69,14 @@ def resize_bilinear(input: Tensor, scale_factor: Tensor, output_size: tuple[int,
     dtype = torch.promote_types(input.dtype, torch.float32)
     with torch.autocast(input.device.type, enabled=False):
         factor = scale_factor.to(dtype)
-        rows = _sampling_matrix(factor[0], input.shape[2], output_size[0])
-        columns = _sampling_matrix(factor[-1], input.shape[3], output_size[1])
-        return _separable_product(rows, input.to(dtype), columns).to(input.dtype)
+        rows = sampling_matrix(_positions(factor[0], output_size[0]), input.shape[2], "edge")
+        columns = sampling_matrix(_positions(factor[-1], output_size[1]), input.shape[3], "edge")
+        return separable_product(rows, input.to(dtype), columns).to(input.dtype)
 
 
-def _sampling_matrix(scale: Tensor, source: int, target: int) -> Tensor:
-    """Tent weights of one axis, Tensor[target, source]; differentiable in the 0-d `scale`."""
-    fixed = scale.detach()
-    pixel = torch.arange(source, dtype=scale.dtype, device=scale.device)
-    position = torch.arange(target, dtype=scale.dtype, device=scale.device) / fixed
-    last = source - 1
-    weights = (1 - (position.clamp(max=last)[:, None] - pixel).abs()).clamp(min=0)
-    if not scale.requires_grad:
-        return weights
-    # Along the source axis the sampled value is piecewise linear: its slope is X[c + 1] - X[c] in cell c, and 0 past
-    # the last pixel. On a pixel the cells to both sides count half each.
-    right = torch.where(position < last, position.floor(), source)
-    left = torch.where(position <= last, position.ceil() - 1, source)
-    slope = torch.zeros_like(weights)
-    for cell in (left, right):
-        offset = pixel - cell[:, None]
-        slope = slope + 0.5 * ((offset == 1).to(slope.dtype) - (offset == 0).to(slope.dtype))
-    # The value is `weights`; its derivative in `scale`, with d(position)/d(scale) = -position / scale, is `slope`'s.
-    return weights + slope * (-position / fixed)[:, None] * (scale - fixed)
-
-
-def _separable_product(rows: Tensor, input: Tensor, columns: Tensor) -> Tensor:
-    """rows @ input @ columns^T per channel, in the memory format of `input`."""
-    n, c, h, w = input.shape
-    if c > 1 and input.is_contiguous(memory_format=torch.channels_last) and not input.is_contiguous():
-        pixels = input.permute(0, 2, 3, 1)
-        output = torch.matmul(rows, pixels.reshape(n, h, w * c))
-        output = torch.matmul(columns, output.reshape(n * rows.shape[0], w, c))
-        return output.reshape(n, rows.shape[0], columns.shape[0], c).permute(0, 3, 1, 2)
-    output = torch.matmul(input, columns.t())
-    output = torch.matmul(rows, output.reshape(n * c, h, columns.shape[0]))
-    return output.reshape(n, c, rows.shape[0], columns.shape[0])
+def _positions(scale: Tensor, target: int) -> Tensor:
+    """Where the target pixels of one axis lie in the source, Tensor[target]."""
+    return torch.arange(target, dtype=scale.dtype, device=scale.device) / scale
 
 
 def _check(input: Tensor, scale_factor: Tensor, output_size: tuple[int, int]) -> None:

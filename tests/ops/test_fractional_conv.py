@@ -1,0 +1,129 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from rfield.ops import fractional_conv2d, reference
+
+
+def random_tensor(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+class TestIntegerDilation:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+    @pytest.mark.parametrize("dilation", [1, 2, 5])
+    def test_is_the_plain_convolution_bit_for_bit(self, dilation: int, dtype: torch.dtype) -> None:
+        input, weight, bias = (random_tensor(*shape).to(dtype) for shape in ((2, 4, 11, 9), (6, 2, 3, 3), (6,)))
+        real = torch.tensor([float(dilation)])
+        actual = fractional_conv2d(input, weight, bias, real, (2, 1), (3, 3), (3, 3), groups=2)
+        expected = F.conv2d(input, weight, bias, (2, 1), dilation, dilation, groups=2)
+        assert torch.equal(actual, expected)
+
+    def test_unpadded_convolution_keeps_its_size_and_centres(self) -> None:
+        """With padding 0 a smaller dilation reads inside: the padding would be negative."""
+        input, weight = random_tensor(1, 1, 12, 12), random_tensor(1, 1, 3, 3)
+        actual = fractional_conv2d(input, weight, None, torch.tensor([1.0]), base_dilation=(4, 4))
+        assert torch.equal(actual, F.conv2d(input[..., 3:-3, 3:-3], weight))
+        torch.testing.assert_close(
+            actual, reference.fractional_conv2d(input, weight, None, torch.tensor([1.0]), base_dilation=(4, 4))
+        )
+
+    def test_learned_dilation_gives_the_same_values(self) -> None:
+        input, weight = random_tensor(1, 2, 9, 8), random_tensor(3, 2, 3, 3)
+        real = torch.tensor([2.0], dtype=torch.float64, requires_grad=True)
+        actual = fractional_conv2d(input, weight, None, real, padding=(1, 1))
+        torch.testing.assert_close(actual, F.conv2d(input, weight, padding=2, dilation=2))
+
+
+class TestAgainstTheLoopOracle:
+    @settings(max_examples=30, deadline=None)
+    @given(
+        size=st.tuples(st.integers(3, 7), st.integers(3, 7)),
+        kernel=st.sampled_from([(3, 3), (1, 3), (3, 1), (5, 3), (1, 1)]),
+        dilation=st.lists(st.floats(0.3, 6.0), min_size=1, max_size=2),
+        stride=st.tuples(st.integers(1, 3), st.integers(1, 2)),
+        base=st.integers(1, 2),
+        groups=st.sampled_from([1, 2]),
+        seed=st.integers(0, 99),
+    )
+    def test_output_and_gradients(
+        self,
+        size: tuple[int, int],
+        kernel: tuple[int, int],
+        dilation: list[float],
+        stride: tuple[int, int],
+        base: int,
+        groups: int,
+        seed: int,
+    ) -> None:
+        padding = (base * (kernel[0] // 2), base * (kernel[1] // 2))
+        real = torch.tensor(dilation, dtype=torch.float64)
+        leaves = [
+            random_tensor(2, 2, *size, seed=seed).requires_grad_(),
+            random_tensor(4, 2 // groups, *kernel, seed=seed + 1).requires_grad_(),
+            random_tensor(4, seed=seed + 2).requires_grad_(),
+        ]
+        results = []
+        for op in (fractional_conv2d, reference.fractional_conv2d):
+            output = op(*leaves, real, stride, padding, (base, base), groups)
+            results.append([output, *torch.autograd.grad(output.pow(2).sum(), leaves)])
+        for actual, expected in zip(*results, strict=True):
+            torch.testing.assert_close(actual, expected)
+
+
+class TestGradients:
+    @pytest.mark.parametrize("dilation", [(0.4,), (1.3,), (2.7,), (1 - 1e-3,), (2 + 1e-3,), (1.6, 3.2)])
+    def test_gradcheck(self, dilation: tuple[float, ...]) -> None:
+        leaves = (
+            random_tensor(1, 2, 6, 7).requires_grad_(),
+            random_tensor(2, 2, 3, 3).requires_grad_(),
+            random_tensor(2).requires_grad_(),
+            torch.tensor(dilation, dtype=torch.float64, requires_grad=True),
+        )
+        assert torch.autograd.gradcheck(lambda *args: fractional_conv2d(*args, (1, 2), (1, 1), (1, 1)), leaves)
+
+    @pytest.mark.parametrize("dilation", [1.0, 2.0, 3.0])
+    def test_integers_against_central_differences(self, dilation: float) -> None:
+        input, weight, other = random_tensor(1, 2, 8, 7), random_tensor(2, 2, 3, 3), random_tensor(1, 2, 8, 7, seed=1)
+
+        def loss(real: Tensor) -> Tensor:
+            return (fractional_conv2d(input, weight, None, real, padding=(1, 1)) * other).sum()
+
+        real = torch.tensor([dilation], dtype=torch.float64, requires_grad=True)
+        (gradient,) = torch.autograd.grad(loss(real), real)
+        step = 1e-7
+        with torch.no_grad():
+            central = (loss(real + step) - loss(real - step)) / (2 * step)
+        torch.testing.assert_close(gradient[0], central, rtol=1e-5, atol=1e-6)
+
+    def test_channels_last(self) -> None:
+        input = random_tensor(2, 4, 6, 5).contiguous(memory_format=torch.channels_last)
+        weight, real = random_tensor(3, 4, 3, 3), torch.tensor([1.7], dtype=torch.float64)
+        actual = fractional_conv2d(input, weight, None, real, padding=(1, 1))
+        torch.testing.assert_close(actual, fractional_conv2d(input.contiguous(), weight, None, real, padding=(1, 1)))
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        ("weight", "dilation", "message"),
+        [
+            (torch.rand(1, 1, 2, 3), torch.ones(1), "must be odd along both axes .* got 2x3"),
+            (torch.rand(1, 1, 3, 3), torch.tensor(1.0), "shape \\(1,\\) or \\(2,\\)"),
+            (torch.rand(1, 1, 3, 3), torch.zeros(1), "positive and finite"),
+            (torch.rand(1, 1, 3, 3), torch.tensor([math.nan]), "positive and finite"),
+        ],
+    )
+    def test_values(self, weight: Tensor, dilation: Tensor, message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            fractional_conv2d(torch.rand(1, 1, 5, 5), weight, None, dilation)
+
+    def test_map_smaller_than_the_reach(self) -> None:
+        with pytest.raises(ValueError, match="smaller than the kernel's reach of 8 px"):
+            fractional_conv2d(
+                torch.rand(1, 1, 5, 9), torch.rand(1, 1, 3, 3), None, torch.tensor([1.5]), base_dilation=(4, 4)
+            )
