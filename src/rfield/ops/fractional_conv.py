@@ -100,7 +100,7 @@ def _tap_matrix(dilation: Tensor, source: int, kernel: int, stride: int, padding
     target = (source + 2 * padding - reach - 1) // stride + 1
     if target < 1:
         raise ValueError(f"a map of {source} px, padded by {padding}, is smaller than the kernel's reach of {reach} px")
-    centre = torch.arange(target, device=dilation.device) * stride - padding + reach / 2
-    offset = torch.arange(kernel, device=dilation.device) - (kernel - 1) / 2
-    position = (centre[:, None] + offset * dilation).flatten().to(dilation.dtype)
+    centre = torch.arange(target, dtype=dilation.dtype, device=dilation.device) * stride - padding + reach / 2
+    offset = torch.arange(kernel, dtype=dilation.dtype, device=dilation.device) - (kernel - 1) / 2
+    position = (centre[:, None] + offset * dilation).flatten()
     return sampling_matrix(position, source, "zeros")
