@@ -1,6 +1,8 @@
-"""Layers: the operators as modules, and the regulator made of them."""
+"""Layers: the operators as modules, and those whose receptive field is learned."""
 
+from rfield.layers.adaptive_conv import AdaptiveConv2d
+from rfield.layers.factor import LearnedFactor
 from rfield.layers.regulator import ReceptiveFieldRegulator
 from rfield.layers.resize import Inflation2d, Interpolation2d
 
-__all__ = ["Inflation2d", "Interpolation2d", "ReceptiveFieldRegulator"]
+__all__ = ["AdaptiveConv2d", "Inflation2d", "Interpolation2d", "LearnedFactor", "ReceptiveFieldRegulator"]

@@ -7,19 +7,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from rfield.layers.factor import LearnedFactor, Pair
 from rfield.layers.resize import Inflation2d, Interpolation2d, inflated_size
 
-Pair = tuple[float, float]
 
-
-class ReceptiveFieldRegulator(nn.Module):
+class ReceptiveFieldRegulator(LearnedFactor):
     """Makes the receptive field of any fully convolutional module a learned number.
 
     The input is inflated by `factor`, the module runs on the inflated map, and its output is interpolated back. A
-    larger factor means a smaller receptive field: the module's kernels cover `1 / factor` as much of the image. The
-    parameter is `log_factor`, so the factor is positive by construction; in training it is clamped to its range
-    before each forward, which leaves the optimizer's state alone. Keep it out of weight decay:
-    `rfield.parameter_groups` does.
+    larger factor means a smaller receptive field: the module's kernels cover `1 / factor` as much of the image.
 
     Args:
         module: maps Tensor[N, C, h, w] to Tensor[N, K, h, w].
@@ -30,8 +26,7 @@ class ReceptiveFieldRegulator(nn.Module):
             elsewhere a larger map is an error.
 
     Attributes:
-        log_factor: Parameter[1] or Parameter[2], the logarithm of the factor.
-        dilation: (height, width), the largest dilation inside `module`.
+        base_dilation: (height, width), the largest dilation inside `module`.
         record_gradients: set it to True to have `pop_factor_gradients` report the factor's gradient term by term.
 
     Raises:
@@ -55,36 +50,14 @@ class ReceptiveFieldRegulator(nn.Module):
         max_factor: float | None = None,
         memory_budget: int = 2 * 2**30,
     ) -> None:
-        super().__init__()
-        start = _as_factors("factor", factor)
-        for name, bound in (("min_factor", min_factor), ("max_factor", max_factor)):
-            if bound is not None:
-                _as_factors(name, bound)
-        if (min_factor or 0.0) > min(start) or (max_factor or math.inf) < max(start):
-            raise ValueError(f"factor {factor} lies outside [min_factor, max_factor] = [{min_factor}, {max_factor}]")
+        super().__init__(_largest_dilation(module), factor, min_factor, max_factor)
         self.module = module
         self.inflation = Inflation2d()
         self.interpolation = Interpolation2d()
-        self.log_factor = nn.Parameter(torch.tensor(start, dtype=torch.float32).log())
-        self.min_factor = min_factor
-        self.max_factor = max_factor
         self.memory_budget = memory_budget
-        self.dilation = _largest_dilation(module)
         self.record_gradients = False
-        self._start = start
         self._grad_inflation: Tensor | None = None
         self._grad_interpolation: Tensor | None = None
-
-    @property
-    def factor(self) -> Tensor:
-        """The present factor, Tensor[1] or Tensor[2], detached."""
-        return self.log_factor.detach().exp()
-
-    @property
-    def effective_dilation(self) -> Pair:
-        """`dilation / factor` as (height, width), in feature px."""
-        factor = self.factor.tolist()
-        return self.dilation[0] / factor[0], self.dilation[1] / factor[-1]
 
     def forward(self, input: Tensor, output_size: tuple[int, int] | None = None) -> Tensor:
         """Runs the module with the regulated receptive field.
@@ -99,10 +72,8 @@ class ReceptiveFieldRegulator(nn.Module):
         if input.dim() != 4 or 0 in input.shape:
             raise ValueError(f"input must be a map (N, C, h, w) that is not empty, got shape {tuple(input.shape)}")
         grid_size = (input.shape[2], input.shape[3])
-        if self.training:
-            self.clamp_factor_(grid_size)
-        self._hold_memory_budget(input)
-        factor = self.log_factor.exp()
+        self._see(grid_size)
+        factor = self._present_factor(input)
         for_inflation = for_interpolation = factor
         if self.record_gradients and factor.requires_grad:
             for_inflation, for_interpolation = factor.clone(), factor.clone()
@@ -117,49 +88,6 @@ class ReceptiveFieldRegulator(nn.Module):
             )
         resized: Tensor = self.interpolation(output, for_interpolation, grid_size, output_size or grid_size)
         return resized
-
-    def factor_bounds(self, grid_size: tuple[int, int]) -> tuple[Pair, Pair]:
-        """The range of the factor on a map of `grid_size` = (h, w): ((min_h, min_w), (max_h, max_w)).
-
-        The default range is widened to hold a factor that was set by hand.
-        """
-        start = (self._start[0], self._start[-1])
-        lower = tuple(min(d / size, s) for d, size, s in zip(self.dilation, grid_size, start, strict=True))
-        upper = tuple(max(d, s) for d, s in zip(self.dilation, start, strict=True))
-        if self.min_factor is not None:
-            lower = (self.min_factor, self.min_factor)
-        if self.max_factor is not None:
-            upper = (self.max_factor, self.max_factor)
-        return (lower[0], lower[1]), (upper[0], upper[1])
-
-    @torch.no_grad()
-    def clamp_factor_(self, grid_size: tuple[int, int]) -> None:
-        """Brings the factor back into its range, in place."""
-        lower, upper = self.factor_bounds(grid_size)
-        if self.log_factor.numel() == 1:  # One factor must suit both axes: the looser bound of each side.
-            lower, upper = (min(lower),) * 2, (max(upper),) * 2
-        axes = self.log_factor.numel()
-        self.log_factor.clamp_(
-            self.log_factor.new_tensor(lower[:axes]).log(), self.log_factor.new_tensor(upper[:axes]).log()
-        )
-
-    @torch.no_grad()
-    def set_factor(self, factor: float | Sequence[float]) -> None:
-        """Sets the factor in place: a number, or (height, width) where there is one factor an axis."""
-        values = _as_factors("factor", factor)
-        if len(values) > self.log_factor.numel():
-            raise ValueError(f"this regulator has one factor for both axes, got {len(values)} values: {values}")
-        self._start = values
-        self.log_factor.copy_(self.log_factor.new_tensor(values).log().expand_as(self.log_factor))
-
-    def freeze_factor(self, frozen: bool = True) -> None:
-        """Stops (or with `frozen=False` resumes) the factor's learning."""
-        self.log_factor.requires_grad_(not frozen)
-
-    def share_factor(self, other: "ReceptiveFieldRegulator") -> None:
-        """Uses the very same parameter as `other` from now on. Do this before the optimizer is made."""
-        self.log_factor = other.log_factor
-        self._start = other._start
 
     def pop_factor_gradients(self) -> tuple[Tensor, Tensor]:
         """The factor's gradient in its two terms, summed over the backward passes since the last call.
@@ -178,10 +106,6 @@ class ReceptiveFieldRegulator(nn.Module):
         self._grad_inflation = self._grad_interpolation = None
         return gradients
 
-    def extra_repr(self) -> str:
-        factor = ", ".join(f"{value:.4g}" for value in self.factor.tolist())
-        return f"factor=({factor}), min_factor={self.min_factor}, max_factor={self.max_factor}"
-
     def _add_grad_inflation(self, grad: Tensor) -> None:
         previous = self._grad_inflation
         self._grad_inflation = grad.detach() if previous is None else previous + grad.detach()
@@ -190,17 +114,33 @@ class ReceptiveFieldRegulator(nn.Module):
         previous = self._grad_interpolation
         self._grad_interpolation = grad.detach() if previous is None else previous + grad.detach()
 
-    def _hold_memory_budget(self, input: Tensor) -> None:
+    def _present_factor(self, input: Tensor) -> Tensor:
+        """The factor to inflate by, Tensor[1] or Tensor[2], within the memory budget."""
+        if self.held is not None:
+            held = [base / dilation for base, dilation in zip(self.base_dilation, self.held, strict=True)]
+            factor = self.log_factor.new_tensor(held)
+        else:
+            factor = self.log_factor.exp()
+        shrink = self._within_budget(input, factor.tolist())
+        if shrink == 1.0:
+            return factor
+        if self.held is not None:
+            return factor * shrink
+        with torch.no_grad():
+            self.log_factor.add_(math.log(shrink))
+        return self.log_factor.exp()
+
+    def _within_budget(self, input: Tensor, factor: list[float]) -> float:
+        """What to multiply the factor by to keep the inflated map within `memory_budget`."""
+        if not all(math.isfinite(value) for value in factor):
+            raise ValueError(f"the factor is {factor}: the training has diverged; lower the factor's learning rate")
         n, c, h, w = input.shape
-        factor = self.factor
-        if not bool(factor.isfinite().all()):
-            raise ValueError(f"the factor is {factor.tolist()}: the training has diverged; lower the factor's rate")
-        height, width = inflated_size((h, w), factor.tolist())
+        height, width = inflated_size((h, w), factor)
         needed = n * c * height * width * input.element_size()
         if needed <= self.memory_budget:
-            return
+            return 1.0
         message = (
-            f"inflating {tuple(input.shape)} by {[round(value, 3) for value in factor.tolist()]} takes "
+            f"inflating {tuple(input.shape)} by {[round(value, 3) for value in factor]} takes "
             f"{needed / 2**20:.0f} MiB, over the budget of {self.memory_budget / 2**20:.0f} MiB"
         )
         if not (self.training and self.log_factor.requires_grad):
@@ -209,16 +149,8 @@ class ReceptiveFieldRegulator(nn.Module):
         shrink = min((math.floor(size * side) - 1) / (size - 1) for size in (height, width) if size > 1)
         if shrink <= 0:
             raise ValueError(f"{message}, and no factor fits it: raise memory_budget or use a smaller batch")
-        warnings.warn(f"{message}: the factor is held at {shrink:.3g} of it", stacklevel=3)
-        with torch.no_grad():
-            self.log_factor.add_(math.log(shrink))
-
-
-def _as_factors(name: str, value: float | Sequence[float]) -> tuple[float, ...]:
-    values = tuple(float(v) for v in value) if isinstance(value, Sequence) else (float(value),)
-    if len(values) not in (1, 2) or not all(math.isfinite(v) and v > 0 for v in values):
-        raise ValueError(f"{name} must be one positive finite number or two (height, width), got {value}")
-    return values
+        warnings.warn(f"{message}: the factor is held at {shrink:.3g} of it", stacklevel=4)
+        return shrink
 
 
 def _largest_dilation(module: nn.Module) -> Pair:

@@ -1,0 +1,125 @@
+"""What every layer with a learned receptive field has: the factor, its range, and how it is set, shared and held."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+Pair = tuple[float, float]
+
+
+class LearnedFactor(nn.Module):
+    """A positive factor f that divides a dilation: `effective_dilation = dilation / f`.
+
+    The parameter is `log_factor`, so the factor is positive by construction. In training it is clamped to its range
+    before each forward, which leaves the optimizer's state alone. Keep it out of weight decay:
+    `rfield.parameter_groups` does.
+
+    Args:
+        dilation: (height, width) at factor 1, in px of the layer's input map.
+        factor: where the factor starts: a number, or (height, width) for one factor an axis.
+        min_factor: lower bound. Default: what keeps `effective_dilation` at or below the map's size.
+        max_factor: upper bound. Default: what keeps `effective_dilation` at or above 1.
+
+    Attributes:
+        log_factor: Parameter[1] or Parameter[2], the logarithm of the factor.
+        held: the effective dilation that a search has the layer realise instead of the learned one, or None.
+        map_size: (h, w) of the last map seen, or None.
+
+    Raises:
+        ValueError: for factors or bounds that are not positive and finite, or a factor outside its bounds.
+    """
+
+    def __init__(
+        self,
+        dilation: Pair,
+        factor: float | Sequence[float] = 1.0,
+        min_factor: float | None = None,
+        max_factor: float | None = None,
+    ) -> None:
+        super().__init__()
+        start = _as_factors("factor", factor)
+        for name, bound in (("min_factor", min_factor), ("max_factor", max_factor)):
+            if bound is not None:
+                _as_factors(name, bound)
+        if (min_factor or 0.0) > min(start) or (max_factor or math.inf) < max(start):
+            raise ValueError(f"factor {factor} lies outside [min_factor, max_factor] = [{min_factor}, {max_factor}]")
+        self.log_factor = nn.Parameter(torch.tensor(start, dtype=torch.float32).log())
+        self.base_dilation = dilation
+        self.min_factor = min_factor
+        self.max_factor = max_factor
+        self.held: Pair | None = None
+        self.map_size: tuple[int, int] | None = None
+        self._start = start
+
+    @property
+    def factor(self) -> Tensor:
+        """The present factor, Tensor[1] or Tensor[2], detached."""
+        return self.log_factor.detach().exp()
+
+    @property
+    def effective_dilation(self) -> Pair:
+        """The dilation over the factor as (height, width), in px of the layer's input map."""
+        factor = self.factor.tolist()
+        return self.base_dilation[0] / factor[0], self.base_dilation[1] / factor[-1]
+
+    def factor_bounds(self, map_size: tuple[int, int]) -> tuple[Pair, Pair]:
+        """The range of the factor on a map of (h, w): ((min_h, min_w), (max_h, max_w)).
+
+        The default range is widened to hold a factor that was set by hand.
+        """
+        start = (self._start[0], self._start[-1])
+        lower = tuple(min(d / size, s) for d, size, s in zip(self.base_dilation, map_size, start, strict=True))
+        upper = tuple(max(d, s) for d, s in zip(self.base_dilation, start, strict=True))
+        if self.min_factor is not None:
+            lower = (self.min_factor, self.min_factor)
+        if self.max_factor is not None:
+            upper = (self.max_factor, self.max_factor)
+        return (lower[0], lower[1]), (upper[0], upper[1])
+
+    @torch.no_grad()
+    def clamp_factor_(self, map_size: tuple[int, int]) -> None:
+        """Brings the factor back into its range, in place."""
+        lower, upper = self.factor_bounds(map_size)
+        axes = self.log_factor.numel()
+        if axes == 1:  # One factor must suit both axes: the looser bound of each side.
+            lower, upper = (min(lower),) * 2, (max(upper),) * 2
+        self.log_factor.clamp_(
+            self.log_factor.new_tensor(lower[:axes]).log(), self.log_factor.new_tensor(upper[:axes]).log()
+        )
+
+    @torch.no_grad()
+    def set_factor(self, factor: float | Sequence[float]) -> None:
+        """Sets the factor in place: a number, or (height, width) where there is one factor an axis."""
+        values = _as_factors("factor", factor)
+        if len(values) > self.log_factor.numel():
+            raise ValueError(f"this layer has one factor for both axes, got {len(values)} values: {values}")
+        self._start = values
+        self.log_factor.copy_(self.log_factor.new_tensor(values).log().expand_as(self.log_factor))
+
+    def freeze_factor(self, frozen: bool = True) -> None:
+        """Stops (or with `frozen=False` resumes) the factor's learning."""
+        self.log_factor.requires_grad_(not frozen)
+
+    def share_factor(self, other: "LearnedFactor") -> None:
+        """Uses the very same parameter as `other` from now on. Do this before the optimizer is made."""
+        self.log_factor = other.log_factor
+        self._start = other._start
+
+    def extra_repr(self) -> str:
+        factor = ", ".join(f"{value:.4g}" for value in self.factor.tolist())
+        return f"factor=({factor}), min_factor={self.min_factor}, max_factor={self.max_factor}"
+
+    def _see(self, map_size: tuple[int, int]) -> None:
+        """Called by every forward with the size of its map."""
+        self.map_size = map_size
+        if self.training and self.log_factor.requires_grad:
+            self.clamp_factor_(map_size)
+
+
+def _as_factors(name: str, value: float | Sequence[float]) -> tuple[float, ...]:
+    values = tuple(float(v) for v in value) if isinstance(value, Sequence) else (float(value),)
+    if len(values) not in (1, 2) or not all(math.isfinite(v) and v > 0 for v in values):
+        raise ValueError(f"{name} must be one positive finite number or two (height, width), got {value}")
+    return values
