@@ -3,13 +3,16 @@
 Torch and the rest are imported inside the commands, so that `rfield --help` answers at once.
 """
 
+import argparse
 import dataclasses
+import functools
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import docstring_parser
 from jsonargparse import ActionYesNo, ArgumentParser
@@ -24,18 +27,22 @@ def main(argv: list[str] | None = None) -> None:
     `RFIELD_DEBUG=1` shows the traceback instead.
     """
     parser = _parser()
-    arguments = parser.parse_args(argv)
+    try:
+        arguments = parser.parse_args(argv)
+    except argparse.ArgumentTypeError as error:  # a value of a config file
+        parser.error(str(error))
     command = arguments.subcommand
     config_class, run = COMMANDS[command]
     values = {name: value for name, value in arguments[command].items() if name != "config"}
     try:
         run(config_class(**values))
     except KeyboardInterrupt:
+        print(f"rfield {command}: interrupted", file=sys.stderr)
         sys.exit(130)
     except (ValueError, OSError) as error:
         if os.environ.get("RFIELD_DEBUG"):
             raise
-        print(f"rfield {command}: {error}", file=sys.stderr)
+        print(f"rfield {command}: {_one_line(str(error))}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -45,6 +52,8 @@ def train(config: TrainConfig) -> None:
 
     with _progress("preparing") as progress:
         metrics = run(config, progress)
+    if not metrics:
+        return  # not the first of several processes
     _print_scores(metrics)
     print(
         f"\neffective dilation {metrics['effective_dilation']:.3g}, receptive field "
@@ -63,6 +72,7 @@ def evaluate(config: EvaluateConfig) -> None:
     with _progress("scoring") as progress:
         scores = evaluate_run(run, dataset, progress)
     path = Path(config.json or Path(config.run) / f"evaluation-{config.split}.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, {**scores, "data": config.data or run.config.data, "split": config.split})
     _print_scores(scores)
     print(f"\nwritten to {path}")
@@ -95,12 +105,27 @@ COMMANDS: dict[str, tuple[Any, Any]] = {
 }
 
 
+class _Parser(ArgumentParser):
+    """Answers a mistake with one line instead of the whole usage."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        prog = self.prog.replace(" [options]", "")
+        for name in COMMANDS:
+            message = message.replace(f" {name}.", " ")
+        print(f"{prog}: {_one_line(message)} (see {prog} --help)", file=sys.stderr)
+        sys.exit(2)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
 def _parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="rfield", description="Image-parsing networks that learn how far they should see.")
+    parser = _Parser(prog="rfield", description="Image-parsing networks that learn how far they should see.")
     parser.add_argument("--version", action="version", version=f"rfield {__version__}")
     commands = parser.add_subcommands()
     for name, (config_class, run) in COMMANDS.items():
-        command = ArgumentParser(description=run.__doc__)
+        command = _Parser(description=run.__doc__)
         command.add_argument("--config", action="config", help="A .yaml file with any of these values.")
         _add_fields(command, config_class)
         commands.add_subcommand(name, command, help=run.__doc__)
@@ -112,7 +137,8 @@ def _add_fields(parser: ArgumentParser, config_class: Any) -> None:
     documented = docstring_parser.parse_from_object(config_class)
     texts = {param.arg_name: param.description for param in documented.params}
     for field in dataclasses.fields(config_class):
-        options: dict[str, Any] = {"help": texts[field.name], "type": field.metadata.get("parse", field.type)}
+        parse = field.metadata.get("parse")
+        options: dict[str, Any] = {"help": texts[field.name], "type": _worded(parse) if parse else field.type}
         required = field.default is dataclasses.MISSING
         if not required:
             options["default"] = field.default
@@ -123,6 +149,19 @@ def _add_fields(parser: ArgumentParser, config_class: Any) -> None:
             options |= {"action": ActionYesNo(yes_prefix="", no_prefix="no-")}
             del options["type"]
         parser.add_argument(f"--{field.name.replace('_', '-')}", required=required, **options)
+
+
+def _worded(parse: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """`parse` with its errors in the form whose text argparse shows."""
+
+    @functools.wraps(parse)
+    def parse_argument(value: Any) -> Any:
+        try:
+            return parse(value)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return parse_argument
 
 
 def _print_scores(scores: dict[str, Any]) -> None:
@@ -138,22 +177,34 @@ def _print_scores(scores: dict[str, Any]) -> None:
         table.add_row(name, percent(iou))
     console = Console(width=None if sys.stdout.isatty() else 100)
     console.print(table)
-    print(f"mIoU {scores['miou']:.4f}   pixel accuracy {scores['pixel_accuracy']:.4f}")
+    miou, accuracy = (math.nan if scores[name] is None else scores[name] for name in ("miou", "pixel_accuracy"))
+    print(f"mIoU {miou:.4f}   pixel accuracy {accuracy:.4f}")
 
 
 @contextmanager
 def _progress(text: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on stderr that starts anew when a new total is counted."""
+    """A progress bar on stderr that shows while something is counted and starts anew with the next count."""
     from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
+    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
-    with Progress(
-        *Progress.get_default_columns()[:2],
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-    ) as bar:
-        task = bar.add_task(text, total=None, visible=False)
-        yield lambda done, total: bar.update(task, completed=done, total=total, visible=done < total)
+    bar: Progress | None = None
+
+    def show(done: int, total: int) -> None:
+        nonlocal bar
+        if bar is None and done < total and console.is_terminal:
+            bar = Progress(*columns, console=console, transient=True)
+            bar.add_task(text)
+            bar.start()
+        if bar is not None:
+            bar.update(bar.task_ids[0], completed=done, total=total)
+            if done >= total:
+                bar.stop()
+                bar = None
+
+    try:
+        yield show
+    finally:
+        if bar is not None:
+            bar.stop()

@@ -89,7 +89,7 @@ class TrainConfig:
     max_steps: int | None = None
     """Stop after this many steps, whatever the epochs say."""
     batch_size: int = 8
-    """Images a step."""
+    """Images a step, dealt evenly to the devices."""
     optimizer: Optimizer | None = None
     """sgd (momentum 0.9) or adamw. Default: adamw with freeze_backbone, else sgd, as DeepLab."""
     lr: float | None = None
@@ -131,6 +131,8 @@ class TrainConfig:
         for name in ("weight_decay", "colour_jitter", "workers", "factor_start", "seed"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.batch_size % self.devices:
+            raise ValueError(f"batch_size {self.batch_size} cannot be dealt evenly to {self.devices} devices")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
         self.crop_size = parse_size(self.crop_size)

@@ -8,7 +8,7 @@ import torch
 from rfield import plots
 from rfield.config import DemoConfig, TrainConfig
 from rfield.data import SyntheticCues, evaluation_transform
-from rfield.inference import Progress, load_run, predict_logits
+from rfield.inference import Progress, load_config, load_run, predict_logits
 from rfield.receptive_field import receptive_field_px
 from rfield.training import clear_run_folder, read_factor_csv, train
 
@@ -22,9 +22,16 @@ def run_demo(config: DemoConfig, progress: Progress | None = None) -> str:
 
     Returns:
         What was learned, in words.
+
+    Raises:
+        FileExistsError: if the folder holds a run that is no demo.
     """
     out = Path(config.out)
-    clear_run_folder(out)
+    if (out / "config.yaml").is_file():
+        earlier = load_config(out / "config.yaml")
+        if (earlier.data, earlier.model) != ("synthetic", "small_cnn"):
+            raise FileExistsError(f"{out} holds a run that is no demo: give another --out")
+        clear_run_folder(out)
     train(
         TrainConfig(
             data="synthetic",

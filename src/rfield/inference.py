@@ -4,7 +4,7 @@ import dataclasses
 import glob
 import json
 import os
-import pickle
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,11 @@ Progress = Callable[[int, int], None]
 
 def _silent(done: int, total: int) -> None:
     """Progress that nobody watches."""
+
+
+def compute_device() -> torch.device:
+    """Where networks are trained and used: the GPU if CUDA finds one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,16 +101,20 @@ def load_run(folder: str | Path, checkpoint: str = "last") -> Run:
         kept = sorted(file.stem for file in path.parent.glob("*.ckpt"))
         raise FileNotFoundError(f"{folder} has no checkpoint {checkpoint!r}; it has {', '.join(kept) or 'none yet'}")
     config = load_config(folder / "config.yaml")
-    classes = json.loads((folder / "classes.json").read_text())
-    network = build_network(config, len(classes["class_names"]))
+    try:
+        classes = json.loads((folder / "classes.json").read_text())
+        class_names = tuple(classes["class_names"])
+        palette = [(r, g, b) for r, g, b in classes["palette"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder / 'classes.json'} is damaged: {error}") from error
+    network = build_network(config, len(class_names))
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
-    except (pickle.UnpicklingError, RuntimeError, KeyError, EOFError) as error:
-        raise ValueError(f"{path} is damaged or not a checkpoint of rfield: {error}") from error
-    prefix = "network."
-    network.load_state_dict({key.removeprefix(prefix): v for key, v in state.items() if key.startswith(prefix)})
-    palette = [(r, g, b) for r, g, b in classes["palette"]]
-    return Run(folder, config, tuple(classes["class_names"]), palette, network.eval())
+        prefix = "network."
+        network.load_state_dict({key.removeprefix(prefix): v for key, v in state.items() if key.startswith(prefix)})
+    except Exception as error:  # Damaged files raise a dozen different types.
+        raise ValueError(f"{path} is damaged or not a checkpoint of this run: {error}") from error
+    return Run(folder, config, class_names, palette, network.eval())
 
 
 def load_config(path: Path) -> TrainConfig:
@@ -130,10 +139,11 @@ def predict_logits(network: ParsingNetwork, image: Tensor, frozen: bool = False)
         frozen: round the features as the feature cache does, as the head has seen them in training.
 
     Returns:
-        Tensor[K, H, W].
+        Tensor[K, H, W], on the network's device.
     """
     if not frozen:
-        logits: Tensor = network(image[None].contiguous(memory_format=torch.channels_last))
+        batch = image[None].to(next(network.parameters()).device)
+        logits: Tensor = network(batch.contiguous(memory_format=torch.channels_last))
         return logits[0]
     return feature_logits(network, image_features(network, image), (image.shape[1], image.shape[2]))
 
@@ -141,7 +151,8 @@ def predict_logits(network: ParsingNetwork, image: Tensor, frozen: bool = False)
 @torch.inference_mode()
 def feature_logits(network: ParsingNetwork, features: Tensor, size: tuple[int, int]) -> Tensor:
     """Logits Tensor[K, H, W] of one image of `size` = (H, W) from its features Tensor[C, h, w]."""
-    batch = features[None].float().contiguous(memory_format=torch.channels_last)
+    device = next(network.head.parameters()).device
+    batch = features[None].to(device).float().contiguous(memory_format=torch.channels_last)
     padded = ((features.shape[1] - 1) * network.stride + 1, (features.shape[2] - 1) * network.stride + 1)
     logits: Tensor = network.head(batch, output_size=padded)
     return logits[0, :, : size[0], : size[1]]
@@ -180,10 +191,10 @@ def evaluate(
     for index in range(len(dataset)):
         if features is not None:
             cached, mask = features.plain(index)
-            logits = feature_logits(network, cached.to(device), (mask.shape[0], mask.shape[1]))
+            logits = feature_logits(network, cached, (mask.shape[0], mask.shape[1]))
         else:
             image, mask = transform(*dataset[index])
-            logits = predict_logits(network, image.to(device), frozen)
+            logits = predict_logits(network, image, frozen)
         confusion.update(logits.argmax(0), mask.to(device))
         progress(index + 1, len(dataset))
     return segmentation_scores(confusion.compute(), dataset.class_names)
@@ -196,7 +207,7 @@ def evaluate_run(run: Run, dataset: ParsingDataset, progress: Progress = _silent
     if frozen:
         folder = Path(run.config.cache) if run.config.cache else None
         features = find_features(run.network, dataset, folder)
-    network = run.network.to("cuda" if torch.cuda.is_available() else "cpu")
+    network = run.network.to(compute_device())
     return evaluate(network, dataset, frozen, features, progress)
 
 
@@ -232,24 +243,25 @@ def predict_run(run: Run, images: Sequence[Path], out: Path) -> Iterator[Path]:
         ValueError: if a file is not an image that can be read, or if two images would give one result; before
             anything is written for it.
     """
-    stems = [image.stem for image in images]
+    stems = Counter(image.stem for image in images)
     for image in images:
-        if stems.count(image.stem) > 1:
+        if stems[image.stem] > 1:
             raise ValueError(f"two images are named {image.stem}, and {out} would hold only one result: {image}")
+        if (out / f"{image.stem}.png").resolve() == image.resolve():
+            raise ValueError(f"the mask of {image} would replace it: give another --out")
     out.mkdir(parents=True, exist_ok=True)
-    network = run.network.to("cuda" if torch.cuda.is_available() else "cpu")
-    device = next(network.parameters()).device
+    network = run.network.to(compute_device())
     transform = evaluation_transform()
     palette = np.array(run.palette, dtype=np.uint8)
     for path in images:
         try:
             with PIL.Image.open(path) as file:
                 photograph = file.convert("RGB")
-        except OSError as error:
+        except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
             raise ValueError(f"{path} cannot be read as an image: {error}") from error
-        image = transform(TF.to_image(photograph)).to(device)
+        image = transform(TF.to_image(photograph))
         labels = predict_logits(network, image, run.config.freeze_backbone).argmax(0).to(torch.uint8).cpu().numpy()
-        mask = PIL.Image.fromarray(labels, "P")
+        mask = PIL.Image.fromarray(labels)
         mask.putpalette(palette.tobytes())
         target = out / f"{path.stem}.png"
         _save(mask, target)

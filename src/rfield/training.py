@@ -42,6 +42,7 @@ from rfield.data.cache import CachedFeatures, cache_features
 from rfield.inference import (
     Progress,
     build_network,
+    compute_device,
     evaluate,
     feature_logits,
     load_config,
@@ -103,13 +104,10 @@ class ParsingModule(L.LightningModule):
         """Mean cross-entropy over the batch's labelled pixels."""
         input, mask = batch
         input = input.contiguous(memory_format=torch.channels_last)
-        if self.config.freeze_backbone:
-            features = input.float()
-        else:
-            padded = self.network.pad(input)
-            features = self.network.backbone(padded)
-            missing = (0, padded.shape[-1] - mask.shape[-1], 0, padded.shape[-2] - mask.shape[-2])
-            mask = F.pad(mask, missing, value=IGNORE_INDEX)
+        frozen = self.config.freeze_backbone
+        features = input.float() if frozen else self.network.backbone(self.network.pad(input))
+        height, width = ((size - 1) * self.network.stride + 1 for size in features.shape[2:])
+        mask = F.pad(mask, (0, width - mask.shape[2], 0, height - mask.shape[1]), value=IGNORE_INDEX)
         if self.config.loss_resolution == "features":
             logits = self.network.head(features)
             mask = mask[:, :: self.network.stride, :: self.network.stride]
@@ -149,7 +147,8 @@ class ParsingModule(L.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         scores = segmentation_scores(self.confusion.compute(), self.class_names)
-        self.log("miou", scores["miou"] or 0.0, prog_bar=True, rank_zero_only=True)
+        # Every process scores all images and needs the score, to agree on the best checkpoint.
+        self.log("miou", scores["miou"] or 0.0, prog_bar=True, sync_dist=True)
         self.confusion.reset()
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -191,9 +190,12 @@ class FactorLog(Callback):
         kept: list[list[str]] = []
         if trainer.global_step and self.path.is_file():
             with self.path.open(newline="") as file:
-                kept = [row for row in list(csv.reader(file))[1:] if int(row[0]) <= trainer.global_step]
-        with self.path.open("w", newline="") as file:
+                whole = [row for row in list(csv.reader(file))[1:] if len(row) == len(FACTOR_COLUMNS)]
+            kept = [row for row in whole if int(row[0]) <= trainer.global_step]
+        partial = self.path.with_suffix(".partial")
+        with partial.open("w", newline="") as file:
             csv.writer(file).writerows([FACTOR_COLUMNS, *kept])
+        os.replace(partial, self.path)
 
     @rank_zero_only
     def on_train_batch_end(
@@ -216,6 +218,14 @@ class FactorLog(Callback):
         with self.path.open("a", newline="") as file:
             csv.writer(file).writerows(self.rows)
         self.rows = []
+
+
+class LastValidation(Callback):
+    """Has the last epoch end with a validation, whatever the interval, so that it can be the best."""
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.current_epoch + 1 == trainer.max_epochs:
+            trainer.check_val_every_n_epoch = 1
 
 
 class LineProgress(Callback):
@@ -247,6 +257,31 @@ class _WholeImages(Dataset[tuple[Tensor, Tensor]]):
         return image, mask
 
 
+class _Loaders(L.LightningDataModule):
+    """Asked for its loaders when the processes are there, so that the sampler deals the samples to them."""
+
+    def __init__(
+        self,
+        train_samples: Dataset[tuple[Tensor, Tensor]],
+        val_samples: Dataset[tuple[Tensor, Tensor]],
+        config: TrainConfig,
+        workers: int,
+    ) -> None:
+        super().__init__()
+        self.train_samples = train_samples
+        self.val_samples = val_samples
+        self.config = config
+        self.workers = workers
+
+    def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
+        sampler = EpochSampler(self.train_samples, seed=self.config.seed)
+        share = self.config.batch_size // self.config.devices
+        return DataLoader(self.train_samples, share, sampler=sampler, num_workers=self.workers)
+
+    def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
+        return DataLoader(self.val_samples, batch_size=1, num_workers=self.workers)
+
+
 def train(config: TrainConfig, progress: Progress | None = None) -> dict[str, Any]:
     """Trains a network and leaves a run folder.
 
@@ -255,7 +290,7 @@ def train(config: TrainConfig, progress: Progress | None = None) -> dict[str, An
         progress: called with (images done, images in all) while features are computed and the result is scored.
 
     Returns:
-        What the run's `metrics.json` holds.
+        What the run's `metrics.json` holds; nothing in the second and further processes.
 
     Raises:
         ValueError: if the config does not fit the data, the weights, or the run that is resumed.
@@ -263,6 +298,8 @@ def train(config: TrainConfig, progress: Progress | None = None) -> dict[str, An
         FileNotFoundError: if data or weights are missing.
     """
     progress = progress or (lambda done, total: None)
+    if torch.cuda.is_available() and config.devices > torch.cuda.device_count():
+        raise ValueError(f"devices is {config.devices}, but there are {torch.cuda.device_count()} GPUs")
     torch.manual_seed(config.seed)
     train_set = load_dataset(config.data, config.train_split)
     val_set = load_dataset(config.data, config.val_split)
@@ -276,7 +313,7 @@ def train(config: TrainConfig, progress: Progress | None = None) -> dict[str, An
     train_samples: Dataset[tuple[Tensor, Tensor]]
     val_features: CachedFeatures | None = None
     if config.freeze_backbone:
-        network.backbone.eval()
+        network.to(compute_device()).backbone.eval()
         folder = Path(config.cache) if config.cache else None
         train_samples = cache_features(network, train_set, folder, config.flip, config.seed, progress)
         val_features = cache_features(network, val_set, folder, mirrored=False, progress=progress)
@@ -291,20 +328,16 @@ def train(config: TrainConfig, progress: Progress | None = None) -> dict[str, An
     # Cached features come from the page cache; a worker process would only copy them once more.
     workers = 0 if config.freeze_backbone else config.workers
     last = out / "checkpoints" / "last.ckpt"
+    loaders = _Loaders(train_samples, _WholeImages(val_set, val_features), config, workers)
+    checkpoint = last if config.resume and last.is_file() else None
     with _quiet():
         trainer = _trainer(config, out, timer)
-        trainer.fit(
-            module,
-            DataLoader(
-                train_samples,
-                config.batch_size,
-                sampler=EpochSampler(train_samples, seed=config.seed),
-                num_workers=workers,
-            ),
-            DataLoader(_WholeImages(val_set, val_features), batch_size=1, num_workers=workers),
-            ckpt_path=last if config.resume and last.is_file() else None,
-            weights_only=True,
-        )
+        try:
+            trainer.fit(module, datamodule=loaders, ckpt_path=checkpoint, weights_only=True)
+        except SystemExit:  # Lightning's answer to Ctrl-C
+            raise KeyboardInterrupt from None
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()  # The first process scores the network alone.
     if not trainer.is_global_zero:
         return {}
     return _finish(out, config, timer.time_elapsed("train"), val_set, val_features, progress)
@@ -319,7 +352,7 @@ def _finish(
     progress: Progress,
 ) -> dict[str, Any]:
     """Scores the last checkpoint, just as `rfield evaluate` does, and writes the run's results."""
-    network = load_run(out).network.to("cuda" if torch.cuda.is_available() else "cpu")
+    network = load_run(out).network.to(compute_device())
     scores = evaluate(network, val_set, config.freeze_backbone, val_features, progress)
     metrics = {
         **scores,
@@ -351,8 +384,12 @@ def read_factor_csv(path: Path) -> dict[str, np.ndarray]:
 
 def write_json(path: Path, content: Any) -> None:
     """Writes a whole file or none."""
+    _write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def _write_text(path: Path, text: str) -> None:
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n")
+    partial.write_text(text)
     os.replace(partial, path)
 
 
@@ -379,7 +416,7 @@ def _check_run_folder(out: Path, config: TrainConfig) -> None:
 def _start_run_folder(out: Path, config: TrainConfig, dataset: ParsingDataset) -> None:
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "classes.json", {"class_names": dataset.class_names, "palette": dataset.palette})
-    (out / "config.yaml").write_text(yaml.safe_dump(config.plain(), sort_keys=False))
+    _write_text(out / "config.yaml", yaml.safe_dump(config.plain(), sort_keys=False))
 
 
 def clear_run_folder(out: Path) -> None:
@@ -395,7 +432,7 @@ def clear_run_folder(out: Path) -> None:
 def _trainer(config: TrainConfig, out: Path, timer: Timer) -> L.Trainer:
     checkpoints = out / "checkpoints"
     return L.Trainer(
-        accelerator="auto",
+        accelerator=compute_device().type,
         devices=config.devices,
         precision=config.precision,
         max_epochs=config.epochs,
@@ -414,10 +451,12 @@ def _trainer(config: TrainConfig, out: Path, timer: Timer) -> L.Trainer:
                 "best",
                 monitor="miou",
                 mode="max",
+                save_on_train_epoch_end=False,
                 enable_version_counter=False,
                 auto_insert_metric_name=False,
             ),
             ModelCheckpoint(checkpoints, "last", save_on_train_epoch_end=True, enable_version_counter=False),
+            LastValidation(),
             RichProgressBar() if sys.stdout.isatty() else LineProgress(),
         ],
         enable_progress_bar=sys.stdout.isatty(),
@@ -432,7 +471,11 @@ def _quiet() -> Iterator[None]:
     logger.setLevel(logging.WARNING)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*does not have many workers.*")
+        warnings.filterwarnings("ignore", ".*in eval mode at the start of training.*")
+        warnings.filterwarnings("ignore", ".*smaller than the logging interval.*")
         warnings.filterwarnings("ignore", ".*isinstance.treespec, LeafSpec.*")
         warnings.filterwarnings("ignore", ".*Checkpoint directory .* exists and is not empty.*")
-        yield
-    logger.setLevel(level)
+        try:
+            yield
+        finally:
+            logger.setLevel(level)

@@ -21,6 +21,7 @@ from rfield.models import ParsingNetwork
 
 _FORMAT = 1
 _FLUSH_EVERY = 16
+_FILES = ("features.npy", "masks.npy", "sizes.npy")
 
 
 def default_cache_folder() -> Path:
@@ -36,14 +37,15 @@ def image_features(network: ParsingNetwork, image: Tensor) -> Tensor:
         image: Tensor[3, H, W], normalised.
 
     Returns:
-        float16 Tensor[C, h, w].
+        float16 Tensor[C, h, w], on the network's device.
 
     >>> from rfield.models import small_cnn
     >>> image_features(small_cnn(4).eval(), torch.rand(3, 30, 33)).shape
     torch.Size([32, 9, 9])
     """
+    batch = image[None].to(next(network.backbone.parameters()).device).contiguous(memory_format=torch.channels_last)
     with torch.inference_mode():
-        features: Tensor = network.backbone(network.pad(image[None].contiguous(memory_format=torch.channels_last)))
+        features: Tensor = network.backbone(network.pad(batch))
     return features[0].half()
 
 
@@ -63,8 +65,7 @@ class CachedFeatures(Dataset[tuple[Tensor, Tensor]]):
     """
 
     def __init__(self, folder: Path, seed: int = 0, flip: bool = True) -> None:
-        meta = json.loads((folder / "meta.json").read_text())
-        self.sizes: list[tuple[int, int]] = [(h, w) for h, w in meta["sizes"]]
+        self.sizes: list[tuple[int, int]] = [(h, w) for h, w in np.load(folder / "sizes.npy").tolist()]
         self.seed = seed
         self.flip = flip
         self._features = np.load(folder / "features.npy", mmap_mode="r")
@@ -145,9 +146,9 @@ def _cache_path(network: ParsingNetwork, dataset: ParsingDataset, folder: Path |
 
 def _is_whole(path: Path) -> bool:
     try:
-        meta = json.loads((path / "meta.json").read_text())
-        return all(_checksum(path / name) == checksum for name, checksum in meta["checksums"].items())
-    except (OSError, ValueError, KeyError):
+        checksums = json.loads((path / "checksums.json").read_text())
+        return bool(checksums == {name: _checksum(path / name) for name in _FILES})
+    except (OSError, ValueError):
         return False
 
 
@@ -173,21 +174,22 @@ def _compute(
     transform = evaluation_transform()
     probe = image_features(network, torch.zeros(3, *canvas))
     shape = (len(dataset), 2 if mirrored else 1, *probe.shape)
-    _check_room(path.parent, int(np.prod(shape)) * 2 + len(dataset) * canvas[0] * canvas[1])
-
     partial = path.with_suffix(".partial")
     done = _finished(partial, shape)
     if done == 0:
         shutil.rmtree(partial, ignore_errors=True)
+    a_sample = int(np.prod(shape[1:])) * 2 + canvas[0] * canvas[1]
+    _check_room(path.parent, (len(dataset) - done) * a_sample)
+    if done == 0:
         partial.mkdir(parents=True)
     mode: Any = "r+" if done else "w+"
     features = np.lib.format.open_memmap(partial / "features.npy", mode, np.float16, shape)
     masks = np.lib.format.open_memmap(partial / "masks.npy", mode, np.uint8, (len(dataset), *canvas))
     for index in range(done, len(dataset)):
         image, mask = transform(*dataset[index])
-        features[index, 0] = image_features(network, image).numpy()
+        features[index, 0] = image_features(network, image).cpu().numpy()
         if mirrored:
-            features[index, 1] = image_features(network, image.flip(2)).numpy()
+            features[index, 1] = image_features(network, image.flip(2)).cpu().numpy()
         masks[index] = IGNORE_INDEX
         masks[index, : mask.shape[0], : mask.shape[1]] = mask.numpy()
         if (index + 1) % _FLUSH_EVERY == 0:
@@ -198,8 +200,9 @@ def _compute(
     features.flush()
     masks.flush()
     del features, masks
-    checksums = {name: _checksum(partial / name) for name in ("features.npy", "masks.npy")}
-    (partial / "meta.json").write_text(json.dumps({"sizes": sizes, "checksums": checksums}))
+    np.save(partial / "sizes.npy", np.array(sizes))
+    checksums = {name: _checksum(partial / name) for name in _FILES}
+    (partial / "checksums.json").write_text(json.dumps(checksums))
     partial.rename(path)
 
 
