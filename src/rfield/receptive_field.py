@@ -4,9 +4,9 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from rfield.layers import ReceptiveFieldRegulator
+from rfield.layers import AdaptiveConv2d, ReceptiveFieldRegulator
 
-_WINDOWED = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)
+_WINDOWED = (AdaptiveConv2d, nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)
 _POINTWISE = (
     nn.Identity,
     nn.Dropout,
@@ -64,7 +64,9 @@ def theoretical_receptive_field(model: nn.Module) -> tuple[float, float]:
                 "Give its layers in an nn.Sequential, or give it a method chain() that lists its modules in their "
                 "order of execution."
             )
-        dilation = _pair(getattr(layer, "dilation", 1))
+        dilation: tuple[float, float] = _pair(getattr(layer, "dilation", 1))
+        if isinstance(layer, AdaptiveConv2d):
+            dilation = layer.effective_dilation
         for axis in (0, 1):
             taps = _pair(layer.kernel_size)[axis] - 1
             extent[axis] += taps * dilation[axis] * jump[axis] / factor[axis]
@@ -101,7 +103,8 @@ def receptive_field_px(model: nn.Module) -> tuple[float, float]:
 def _steps(module: nn.Module, factor: tuple[float, float]) -> Iterator[tuple[nn.Module, tuple[float, float]]]:
     """The layers in their order of execution, each with the factor (height, width) by which its map is inflated."""
     if isinstance(module, ReceptiveFieldRegulator):
-        height, width = module.factor.expand(2).tolist()
+        # A snapped regulator has handed its factor to the dilations inside.
+        height, width = (1.0, 1.0) if module.snapped else module.factor.expand(2).tolist()
         yield from _steps(module.module, (factor[0] * height, factor[1] * width))
     elif isinstance(module, nn.Sequential):
         for child in module:

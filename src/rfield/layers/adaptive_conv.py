@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rfield.layers.factor import LearnedFactor
+from rfield.layers.factor import LearnedFactor, padding_of
 from rfield.ops import fractional_conv2d
 
 # exp(log(f)) is not f to the last bit: a dilation this near to an integer, relatively, is one.
@@ -85,11 +85,7 @@ class AdaptiveConv2d(LearnedFactor):
         self.out_channels = conv.out_channels
         self.kernel_size = kernel
         self.stride = (conv.stride[0], conv.stride[1])
-        if isinstance(conv.padding, str):
-            reach = [d * (k - 1) // 2 for d, k in zip(dilation, kernel, strict=True)]
-            self.padding = (reach[0], reach[1]) if conv.padding == "same" else (0, 0)
-        else:
-            self.padding = (conv.padding[0], conv.padding[1])
+        self.padding = padding_of(conv)
         self.dilation = dilation
         self.groups = conv.groups
         self.weight = conv.weight
@@ -110,6 +106,14 @@ class AdaptiveConv2d(LearnedFactor):
             self.padding,
             self.dilation,
             self.groups,
+        )
+
+    def snap(self) -> None:
+        """Ends the learning: the dilation becomes `max(1, round(dilation / factor))`, a plain convolution's."""
+        self.freeze_factor()
+        nearest = [max(1, round(dilation)) for dilation in self.effective_dilation]
+        self.set_factor(
+            [base / n for base, n in zip(self.base_dilation, nearest, strict=True)][: self.log_factor.numel()]
         )
 
     def _present_dilation(self) -> Tensor:

@@ -98,6 +98,10 @@ class LearnedFactor(nn.Module):
         self._start = values
         self.log_factor.copy_(self.log_factor.new_tensor(values).log().expand_as(self.log_factor))
 
+    def snap(self) -> None:
+        """Ends the learning at the nearest plain layer."""
+        raise NotImplementedError
+
     def freeze_factor(self, frozen: bool = True) -> None:
         """Stops (or with `frozen=False` resumes) the factor's learning."""
         self.log_factor.requires_grad_(not frozen)
@@ -123,3 +127,11 @@ def _as_factors(name: str, value: float | Sequence[float]) -> tuple[float, ...]:
     if len(values) not in (1, 2) or not all(math.isfinite(v) and v > 0 for v in values):
         raise ValueError(f"{name} must be one positive finite number or two (height, width), got {value}")
     return values
+
+
+def padding_of(conv: nn.Conv2d) -> tuple[int, int]:
+    """(height, width) of the zeros around a convolution's input, also where they are given in words."""
+    if isinstance(conv.padding, str):
+        same = [d * (k - 1) // 2 for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
+        return (same[0], same[1]) if conv.padding == "same" else (0, 0)
+    return conv.padding[0], conv.padding[1]

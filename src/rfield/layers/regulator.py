@@ -3,11 +3,12 @@
 import math
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rfield.layers.factor import LearnedFactor, Pair
+from rfield.layers.factor import LearnedFactor, Pair, padding_of
 from rfield.layers.resize import Inflation2d, Interpolation2d, inflated_size
 
 
@@ -27,6 +28,7 @@ class ReceptiveFieldRegulator(LearnedFactor):
 
     Attributes:
         base_dilation: (height, width), the largest dilation inside `module`.
+        snapped: whether `snap` has ended the learning.
         record_gradients: set it to True to have `pop_factor_gradients` report the factor's gradient term by term.
 
     Raises:
@@ -42,6 +44,8 @@ class ReceptiveFieldRegulator(LearnedFactor):
     (8.0, 8.0)
     """
 
+    snapped: Tensor
+
     def __init__(
         self,
         module: nn.Module,
@@ -56,6 +60,12 @@ class ReceptiveFieldRegulator(LearnedFactor):
         self.interpolation = Interpolation2d()
         self.memory_budget = memory_budget
         self.record_gradients = False
+        self.register_buffer("snapped", torch.tensor(False))
+        self._convs = [
+            (conv, (conv.dilation[0], conv.dilation[1]), padding_of(conv))
+            for conv in module.modules()
+            if isinstance(conv, nn.Conv2d) and max(conv.kernel_size) > 1
+        ]
         self._grad_inflation: Tensor | None = None
         self._grad_interpolation: Tensor | None = None
 
@@ -79,13 +89,15 @@ class ReceptiveFieldRegulator(LearnedFactor):
             for_inflation, for_interpolation = factor.clone(), factor.clone()
             for_inflation.register_hook(self._add_grad_inflation)  # type: ignore[no-untyped-call]
             for_interpolation.register_hook(self._add_grad_interpolation)  # type: ignore[no-untyped-call]
-        inflated = self.inflation(input, for_inflation)
-        output = self.module(inflated)
+        inflated = input if self.snapped else self.inflation(input, for_inflation)
+        output: Tensor = self.module(inflated)
         if output.shape[2:] != inflated.shape[2:]:
             raise ValueError(
                 f"the regulated module must keep the map's size, but turned {tuple(inflated.shape)} into "
                 f"{tuple(output.shape)}: give its convolutions stride 1 and padding = dilation * (kernel - 1) / 2"
             )
+        if self.snapped and output_size in (None, grid_size):
+            return output
         resized: Tensor = self.interpolation(output, for_interpolation, grid_size, output_size or grid_size)
         return resized
 
@@ -114,8 +126,41 @@ class ReceptiveFieldRegulator(LearnedFactor):
         previous = self._grad_interpolation
         self._grad_interpolation = grad.detach() if previous is None else previous + grad.detach()
 
+    def snap(self) -> None:
+        """Ends the learning: dilated convolutions take the nearest integer dilation, and no resizing is left.
+
+        Each convolution's dilation becomes `max(1, round(dilation / factor))`. Where the module has no dilated
+        convolution, the factor is frozen and the resizes stay.
+        """
+        self.freeze_factor()
+        if max(self.base_dilation) == 1:
+            return
+        nearest = [max(1, round(dilation)) for dilation in self.effective_dilation]
+        self.set_factor(
+            [base / dilation for base, dilation in zip(self.base_dilation, nearest, strict=True)][
+                : self.log_factor.numel()
+            ]
+        )
+        self.snapped.fill_(True)
+        self._realise_snap()
+
+    def _realise_snap(self) -> None:
+        factor = self.factor.expand(2).tolist()
+        for conv, dilation, padding in self._convs:
+            nearest = [max(1, round(d / f)) for d, f in zip(dilation, factor, strict=True)]
+            reach = [(n - d) * (k - 1) // 2 for n, d, k in zip(nearest, dilation, conv.kernel_size, strict=True)]
+            conv.dilation = (nearest[0], nearest[1])
+            conv.padding = (padding[0] + reach[0], padding[1] + reach[1])
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if self.snapped:
+            self._realise_snap()
+
     def _present_factor(self, input: Tensor) -> Tensor:
         """The factor to inflate by, Tensor[1] or Tensor[2], within the memory budget."""
+        if self.snapped:
+            return torch.ones_like(self.log_factor)
         if self.held is not None:
             held = [base / dilation for base, dilation in zip(self.base_dilation, self.held, strict=True)]
             factor = self.log_factor.new_tensor(held)

@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from rfield.layers import AdaptiveConv2d
+
 _VGG16_STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 
 
@@ -105,7 +107,9 @@ def small_cnn_backbone(channels: int = 32) -> Backbone:
     return Backbone(nn.Sequential(layers), out_channels=channels, stride=4)
 
 
-def load_vgg16_weights(backbone: Backbone, fc6: nn.Conv2d, fc7: nn.Conv2d, weights: str | Path) -> None:
+def load_vgg16_weights(
+    backbone: Backbone, fc6: nn.Conv2d | AdaptiveConv2d, fc7: nn.Conv2d, weights: str | Path
+) -> None:
     """Copies torchvision's VGG16 weights into a LargeFOV network; all are checked before any is copied.
 
     A file with conv layers alone (`features.N.weight`, `features.N.bias`) fills the backbone. A whole one

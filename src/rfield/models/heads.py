@@ -1,11 +1,14 @@
 """Heads: the layers after the backbone, from features to logits; their receptive field can be learned."""
 
 from collections import OrderedDict
+from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rfield.layers import ReceptiveFieldRegulator
+from rfield.layers import AdaptiveConv2d, LearnedFactor, ReceptiveFieldRegulator
+
+Mechanism = Literal["regulator", "dilation"]
 
 
 class SinglePathHead(nn.Module):
@@ -21,7 +24,9 @@ class SinglePathHead(nn.Module):
         dilation: of fc6, in feature px; its padding too, so that the map keeps its size.
         head_channels: width of fc6 and fc7.
         dropout: probability that an activation after fc6 and fc7 is dropped.
-        regulate: wraps fc6..fc8 in a `ReceptiveFieldRegulator`, its factor at 1.
+        regulate: learns the receptive field.
+        mechanism: what realises it: `regulator` wraps fc6..fc8 in a `ReceptiveFieldRegulator`, `dilation` makes fc6 an
+            `AdaptiveConv2d`; the factor starts at 1.
 
     Attributes:
         layers: fc6..fc8, or the regulator around them (then `layers.module` holds them).
@@ -47,6 +52,7 @@ class SinglePathHead(nn.Module):
         head_channels: int = 1024,
         dropout: float = 0.5,
         regulate: bool = True,
+        mechanism: Mechanism = "regulator",
     ) -> None:
         super().__init__()
         sizes = {
@@ -61,9 +67,10 @@ class SinglePathHead(nn.Module):
         self.in_channels = in_channels
         self.num_classes = num_classes
         self.dilation = dilation
+        fc6 = nn.Conv2d(in_channels, head_channels, 3, padding=dilation, dilation=dilation)
         layers = nn.Sequential(
             OrderedDict[str, nn.Module](
-                fc6=nn.Conv2d(in_channels, head_channels, 3, padding=dilation, dilation=dilation),
+                fc6=fc6,
                 relu6=nn.ReLU(inplace=True),
                 drop6=nn.Dropout(dropout),
                 fc7=nn.Conv2d(head_channels, head_channels, 1),
@@ -80,14 +87,17 @@ class SinglePathHead(nn.Module):
             else:
                 nn.init.kaiming_normal_(parameter, nonlinearity="relu")
         self.layers: nn.Sequential | ReceptiveFieldRegulator = layers
-        if regulate:
+        if regulate and mechanism == "regulator":
             self.layers = ReceptiveFieldRegulator(layers)
+        elif regulate:
+            layers.fc6 = AdaptiveConv2d.from_conv(fc6)
 
     @property
     def effective_dilation(self) -> tuple[float, float]:
         """The dilation d / f along height and width, in feature px; d where the head has no regulator."""
-        if isinstance(self.layers, ReceptiveFieldRegulator):
-            return self.layers.effective_dilation
+        for layer in self.modules():
+            if isinstance(layer, LearnedFactor):
+                return layer.effective_dilation
         return float(self.dilation), float(self.dilation)
 
     def chain(self) -> list[nn.Module]:

@@ -1,12 +1,14 @@
 """Parsing networks: an image in, the logits of every pixel out."""
 
 from pathlib import Path
+from typing import cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rfield.layers import AdaptiveConv2d
 from rfield.models.backbones import Backbone, largefov_vgg16_backbone, load_vgg16_weights, small_cnn_backbone
-from rfield.models.heads import SinglePathHead
+from rfield.models.heads import Mechanism, SinglePathHead
 
 
 class ParsingNetwork(nn.Module):
@@ -106,6 +108,7 @@ def largefov_vgg16(
     weights: str | Path | None = None,
     dropout: float = 0.5,
     min_size: int | tuple[int, int] | None = None,
+    mechanism: Mechanism = "regulator",
 ) -> ParsingNetwork:
     """DeepLab-LargeFOV (Chen et al., ICLR 2015) with a learned receptive field (Wei et al., CVPR 2017).
 
@@ -122,6 +125,7 @@ def largefov_vgg16(
             `rfield.models.backbones.load_vgg16_weights`.
         dropout: probability that an activation after fc6 and fc7 is dropped.
         min_size: least side in px, or (height, width), that images are padded to.
+        mechanism: what realises the learned receptive field, see `SinglePathHead`.
 
     Raises:
         FileNotFoundError: there is no such weights file.
@@ -134,10 +138,11 @@ def largefov_vgg16(
         torch.Size([1, 21, 40, 65])
     """
     backbone = largefov_vgg16_backbone()
-    head = SinglePathHead(backbone.out_channels, num_classes, dilation, head_channels, dropout, regulate)
+    head = SinglePathHead(backbone.out_channels, num_classes, dilation, head_channels, dropout, regulate, mechanism)
     if weights is not None:
-        convs = {name.split(".")[-1]: module for name, module in head.named_modules() if isinstance(module, nn.Conv2d)}
-        load_vgg16_weights(backbone, convs["fc6"], convs["fc7"], weights)
+        layers = dict(head.named_modules())
+        fc6, fc7 = (next(layers[name] for name in layers if name.endswith(suffix)) for suffix in ("fc6", "fc7"))
+        load_vgg16_weights(backbone, cast(nn.Conv2d | AdaptiveConv2d, fc6), cast(nn.Conv2d, fc7), weights)
     return ParsingNetwork(backbone, head, min_size)
 
 
@@ -149,6 +154,7 @@ def small_cnn(
     weights: str | Path | None = None,
     dropout: float = 0.0,
     min_size: int | tuple[int, int] | None = None,
+    mechanism: Mechanism = "regulator",
 ) -> ParsingNetwork:
     """A network of six convolutions that trains from scratch in minutes on a CPU, for demonstrations and tests.
 
@@ -162,6 +168,7 @@ def small_cnn(
         weights: `None` only: nobody has published weights for it.
         dropout: probability that an activation after fc6 and fc7 is dropped.
         min_size: least side in px, or (height, width), that images are padded to.
+        mechanism: what realises the learned receptive field, see `SinglePathHead`.
 
     Raises:
         ValueError: `weights` are given, or a size is below 1.
@@ -174,5 +181,5 @@ def small_cnn(
     if weights is not None:
         raise ValueError(f"small_cnn has no pretrained weights, got weights={str(weights)!r}; leave them out.")
     backbone = small_cnn_backbone()
-    head = SinglePathHead(backbone.out_channels, num_classes, dilation, head_channels, dropout, regulate)
+    head = SinglePathHead(backbone.out_channels, num_classes, dilation, head_channels, dropout, regulate, mechanism)
     return ParsingNetwork(backbone, head, min_size)
