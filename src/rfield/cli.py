@@ -26,16 +26,9 @@ def main(argv: list[str] | None = None) -> None:
 
     `RFIELD_DEBUG=1` shows the traceback instead.
     """
-    parser = _parser()
+    command, config = parse(argv)
     try:
-        arguments = parser.parse_args(argv)
-    except argparse.ArgumentTypeError as error:  # a value of a config file
-        parser.error(str(error))
-    command = arguments.subcommand
-    config_class, run = COMMANDS[command]
-    values = {name: value for name, value in arguments[command].items() if name != "config"}
-    try:
-        run(config_class(**values))
+        COMMANDS[command][1](config)
     except KeyboardInterrupt:
         print(f"rfield {command}: interrupted", file=sys.stderr)
         sys.exit(130)
@@ -44,6 +37,18 @@ def main(argv: list[str] | None = None) -> None:
             raise
         print(f"rfield {command}: {_one_line(str(error))}", file=sys.stderr)
         sys.exit(2)
+
+
+def parse(argv: list[str] | None = None) -> tuple[str, Any]:
+    """A command's name and its config, from the command line's words."""
+    parser = _parser()
+    try:
+        arguments = parser.parse_args(argv)
+        command = arguments.subcommand
+        values = {name: value for name, value in arguments[command].items() if name != "config"}
+        return command, COMMANDS[command][0](**values)
+    except (ValueError, argparse.ArgumentTypeError) as error:
+        parser.error(str(error))
 
 
 def train(config: TrainConfig) -> None:

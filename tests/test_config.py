@@ -1,0 +1,114 @@
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from docstring_parser import parse_from_object
+
+from rfield.config import (
+    DemoConfig,
+    EvaluateConfig,
+    PredictConfig,
+    TrainConfig,
+    differences,
+    parse_range,
+    parse_size,
+)
+from rfield.inference import load_config
+
+
+def config_of(**values: Any) -> TrainConfig:
+    return TrainConfig(**{"data": "synthetic", "out": "runs/x"} | values)
+
+
+@pytest.mark.parametrize("value", ["520x640", "520X640", [520, 640], (520, 640), ["520", "640"]])
+def test_sizes(value: Any) -> None:
+    assert parse_size(value) == (520, 640)
+
+
+@pytest.mark.parametrize("value", ["", "x", "520x", "520x640x3", "0x5", [1, 2, 3], [], None, 5.5, "-5", "a", 0])
+def test_wrong_sizes_say_what_a_size_is(value: Any) -> None:
+    with pytest.raises(ValueError, match="a size is HEIGHTxWIDTH in px, such as 520x640, got"):
+        parse_size(value)
+
+
+@pytest.mark.parametrize("value", ["1", "a,b", "1,2,3", [1], 5, None, ""])
+def test_wrong_ranges_say_what_a_range_is(value: Any) -> None:
+    with pytest.raises(ValueError, match=r"a range is LOW,HIGH, such as 0\.5,2, got"):
+        parse_range(value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("dilation", 0),
+        ("head_channels", -1),
+        ("factor", 0.0),
+        ("factor", float("nan")),
+        ("lr", 0.0),
+        ("factor_lr", float("inf")),
+        ("epochs", 0),
+        ("max_steps", 0),
+        ("val_every", 0),
+        ("weight_decay", -1.0),
+        ("factor_start", -1),
+        ("seed", -1),
+        ("workers", -1),
+        ("dropout", 1.0),
+        ("scale_range", (2.0, 1.0)),
+        ("scale_range", (0.0, 1.0)),
+        ("crop_size", (0, 5)),
+    ],
+)
+def test_values_out_of_range_are_named(key: str, value: Any) -> None:
+    with pytest.raises(ValueError, match="a size is HEIGHTxWIDTH" if key == "crop_size" else key):
+        config_of(**{key: value})
+
+
+def test_a_batch_is_dealt_evenly() -> None:
+    assert config_of(batch_size=6, devices=3).devices == 3
+    with pytest.raises(ValueError, match="batch_size 8 cannot be dealt evenly to 3 devices"):
+        config_of(batch_size=8, devices=3)
+
+
+def test_defaults_follow_the_kind_of_run() -> None:
+    whole, frozen = config_of().resolved(), config_of(freeze_backbone=True).resolved()
+    assert (whole.optimizer, whole.lr) == ("sgd", 1e-3)
+    assert frozen.optimizer == "adamw"
+    assert config_of(freeze_backbone=True, optimizer="sgd").resolved().lr == whole.lr
+    for config in (whole, frozen):
+        assert None not in (config.lr, config.factor_lr, config.val_every)
+        assert config.resolved() == config
+
+
+def test_given_values_stay() -> None:
+    given = {"optimizer": "adamw", "lr": 0.5, "factor_lr": 0.25, "val_every": 7}
+    resolved = config_of(**given).resolved()
+    assert {name: getattr(resolved, name) for name in given} == given
+
+
+@pytest.mark.parametrize("config", [config_of(), config_of(canvas="30x40", lr=1e-5, freeze_backbone=True).resolved()])
+def test_plain_goes_through_yaml(tmp_path: Path, config: TrainConfig) -> None:
+    assert "resume" not in config.plain()
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config.plain()))
+    assert load_config(tmp_path / "config.yaml") == config
+
+
+@pytest.mark.parametrize("text", ["", "[", "data: x", "data: x\nout: y\nnonsense: 1", "data: x\nout: y\nepochs: many"])
+def test_a_damaged_run_config_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(ValueError, match=r"config\.yaml is not a run's config"):
+        load_config(tmp_path / "config.yaml")
+
+
+@pytest.mark.parametrize("config_class", [TrainConfig, EvaluateConfig, PredictConfig, DemoConfig])
+def test_every_field_is_documented(config_class: Any) -> None:
+    documented = {param.arg_name: param.description for param in parse_from_object(config_class).params}
+    assert all(documented.get(field.name) for field in dataclasses.fields(config_class))
+
+
+def test_differences() -> None:
+    old, new = config_of().plain(), config_of(seed=3, crop_size="65", out="runs/y").plain()
+    assert differences(old, new, ignored=["out"]) == ["crop_size: [321, 321] -> [65, 65]", "seed: 0 -> 3"]
+    assert differences(old, old) == []
