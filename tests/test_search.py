@@ -1,23 +1,310 @@
+import copy
+import math
+from typing import Any
+
+import pytest
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from rfield.layers import ReceptiveFieldRegulator
-from rfield.search import factor_parameters, parameter_groups
+from rfield.layers import AdaptiveConv2d, ReceptiveFieldRegulator
+from rfield.search import (
+    GradientSearch,
+    SampledSearch,
+    Search,
+    SpsaSearch,
+    curve_minimum,
+    dilation_grid,
+    factor_parameters,
+    learned_layers,
+    parameter_groups,
+)
+
+BEST = 6
 
 
-def test_groups_keep_factors_apart_and_out_of_weight_decay() -> None:
-    first, second = (ReceptiveFieldRegulator(nn.Conv2d(2, 2, 3, padding=1)) for _ in range(2))
-    second.share_factor(first)
-    model = nn.Sequential(nn.Conv2d(3, 2, 1), first, second)
-    groups = parameter_groups(model, lr=0.1, factor_lr=0.01)
-    assert [(len(group["params"]), group["lr"]) for group in groups] == [(6, 0.1), (1, 0.01)]
-    assert groups[1]["weight_decay"] == 0.0
-    optimizer = torch.optim.SGD(groups, lr=0.1, weight_decay=0.5)
-    assert {id(p) for group in optimizer.param_groups for p in group["params"]} == {id(p) for p in model.parameters()}
+def cue_batches(count: int, seed: int = 0, best: int = BEST) -> list[tuple[Tensor, Tensor]]:
+    """A pixel's class is the sign of a smooth field `best` px to its right; the field is about half as wide."""
+    generator = torch.Generator().manual_seed(seed)
+    batches = []
+    for _ in range(count):
+        noise = torch.randn(4, 1, 40, 40, generator=generator)
+        smooth = F.avg_pool2d(F.avg_pool2d(noise, 3, 1, 1), 3, 1, 1)
+        target = torch.zeros(4, 40, 40, dtype=torch.long)
+        target[:, :, :-best] = (smooth[:, 0, :, best:] > 0).long()
+        target[:, :, -best:] = 255
+        batches.append((smooth * 5, target))
+    return batches
 
 
-def test_frozen_parameters_are_left_out() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 2, 1).requires_grad_(False), ReceptiveFieldRegulator(nn.Conv2d(2, 2, 1)))
-    model[1].freeze_factor()
-    assert len(factor_parameters(model)) == 1
-    assert [len(group["params"]) for group in parameter_groups(model, lr=0.1, factor_lr=0.01)] == [2]
+def cue_model(dilation: int, mechanism: str = "dilation") -> nn.Sequential:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(1, 8, 3, padding=dilation, dilation=dilation)
+    tail = (nn.ReLU(), nn.Conv2d(8, 2, 1))
+    if mechanism == "dilation":
+        return nn.Sequential(AdaptiveConv2d.from_conv(conv), *tail)
+    return nn.Sequential(ReceptiveFieldRegulator(nn.Sequential(conv, *tail)))
+
+
+def cue_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return F.cross_entropy(model(batch[0]), batch[1], ignore_index=255)
+
+
+def run(search: Search, model: nn.Module, batches: list[Any], start: int = 0, end: int | None = None) -> None:
+    optimizer = torch.optim.Adam(parameter_groups(model, lr=0.02, factor_lr=0.02), lr=0.02)
+    for batch in batches[start:end]:
+        loss = search.loss(batch)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        search.step()
+
+
+class TestParameterGroups:
+    def test_factors_are_apart_and_out_of_weight_decay(self) -> None:
+        first, second = (ReceptiveFieldRegulator(nn.Conv2d(2, 2, 3, padding=1)) for _ in range(2))
+        second.share_factor(first)
+        model = nn.Sequential(nn.Conv2d(3, 2, 1), first, second)
+        groups = parameter_groups(model, lr=0.1, factor_lr=0.01)
+        assert [(len(group["params"]), group["lr"]) for group in groups] == [(6, 0.1), (1, 0.01)]
+        assert groups[1]["weight_decay"] == 0.0
+        optimizer = torch.optim.SGD(groups, lr=0.1, weight_decay=0.5)
+        grouped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        assert grouped == {id(p) for p in model.parameters()}
+        assert [len(group) for group in learned_layers(model)] == [2]
+
+    def test_frozen_parameters_are_left_out(self) -> None:
+        model = nn.Sequential(nn.Conv2d(3, 2, 1).requires_grad_(False), ReceptiveFieldRegulator(nn.Conv2d(2, 2, 1)))
+        model[1].freeze_factor()
+        assert len(factor_parameters(model)) == 1
+        assert [len(group["params"]) for group in parameter_groups(model, lr=0.1, factor_lr=0.01)] == [2]
+
+
+class TestKnownAnswer:
+    @pytest.mark.parametrize("start", [1, 3, 12, 24])
+    def test_sampled_search_finds_it_from_any_start(self, start: int) -> None:
+        model = cue_model(start)
+        search = SampledSearch(model, cue_loss, steps=80, held_out=cue_batches(2, seed=1))
+        run(search, model, cue_batches(80))
+        assert search.done
+        assert learned_layers(model)[0][0].effective_dilation[0] == pytest.approx(BEST)
+        curve = search.curves[0, 0]
+        assert len(curve) >= 8
+        assert curve[min(curve)] > min(curve.values()) < curve[max(curve)]
+
+    def test_narrowing_readings_find_it_too(self) -> None:
+        model = cue_model(20)
+        readings = [(0.4, 2.0), (0.7, 1.5)]
+        search = SampledSearch(model, cue_loss, steps=80, held_out=cue_batches(2, seed=1), readings=readings)
+        run(search, model, cue_batches(80))
+        assert learned_layers(model)[0][0].effective_dilation[0] == pytest.approx(BEST)
+        assert max(search.curves[0, 0]) <= BEST * 2.5
+
+    def test_sampled_search_in_a_regulator(self) -> None:
+        model = cue_model(16, "regulator")
+        search = SampledSearch(model, cue_loss, steps=80, held_out=cue_batches(2, seed=1))
+        run(search, model, cue_batches(80))
+        regulator = model[0]
+        assert regulator.snapped
+        assert regulator.effective_dilation[0] == pytest.approx(BEST, abs=1.01)
+
+    @pytest.mark.parametrize("start", [5, 8])
+    def test_spsa_finds_it_from_nearby(self, start: int) -> None:
+        model = cue_model(start)
+        search = SpsaSearch(model, cue_loss, steps=120, scale=0.3)
+        run(search, model, cue_batches(120))
+        assert search.done
+        assert learned_layers(model)[0][0].effective_dilation[0] == pytest.approx(BEST)
+
+    def test_gradient_goes_the_right_way(self) -> None:
+        model = cue_model(5)
+        run(GradientSearch(model, cue_loss, steps=100), model, cue_batches(99))
+        assert 5.4 < learned_layers(model)[0][0].effective_dilation[0] < 6.6
+
+    def test_rectangular_field(self) -> None:
+        """The cue lies to the right: the width is found, whatever the height."""
+        torch.manual_seed(0)
+        conv = AdaptiveConv2d(1, 8, 3, padding=3, dilation=3, factor=(1.0, 1.0))
+        model = nn.Sequential(conv, nn.ReLU(), nn.Conv2d(8, 2, 1))
+        search = SampledSearch(model, cue_loss, steps=120, held_out=cue_batches(2, seed=1))
+        run(search, model, cue_batches(120))
+        assert conv.effective_dilation[1] == pytest.approx(BEST)
+        assert set(search.curves) == {(0, 0), (0, 1)}
+
+    def test_two_factors_at_once(self) -> None:
+        """Two layers side by side on channels whose cues lie at different distances."""
+
+        class Two(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                torch.manual_seed(0)
+                self.near = AdaptiveConv2d(1, 8, 3, padding=5, dilation=5)
+                self.far = AdaptiveConv2d(1, 8, 3, padding=5, dilation=5)
+                self.heads = nn.ModuleList(nn.Conv2d(8, 2, 1) for _ in range(2))
+
+            def forward(self, input: Tensor) -> tuple[Tensor, Tensor]:
+                paths = (self.near(input[:, :1]), self.far(input[:, 1:]))
+                near, far = (head(path.relu()) for head, path in zip(self.heads, paths, strict=True))
+                return near, far
+
+        def loss_of(model: nn.Module, batch: Any) -> Tensor:
+            outputs = model(torch.cat([batch[0][0], batch[1][0]], dim=1))
+            losses = [F.cross_entropy(o, b[1], ignore_index=255) for o, b in zip(outputs, batch, strict=True)]
+            return torch.stack(losses).sum()
+
+        def both(count: int, seed: int) -> list[Any]:
+            return list(zip(cue_batches(count, seed, 3), cue_batches(count, seed + 9, 8), strict=True))
+
+        model = Two()
+        search = SampledSearch(model, loss_of, steps=120, held_out=both(2, 1))
+        run(search, model, both(120, 0))
+        assert (model.near.effective_dilation[0], model.far.effective_dilation[0]) == pytest.approx((3.0, 8.0))
+
+
+class TestRules:
+    @pytest.mark.parametrize("kind", ["gradient", "spsa", "sampled"])
+    def test_resumes_in_the_middle(self, kind: str) -> None:
+        batches, held_out = cue_batches(30), cue_batches(1, seed=1)
+
+        def make(model: nn.Module) -> Search:
+            if kind == "gradient":
+                return GradientSearch(model, cue_loss, steps=20)
+            if kind == "spsa":
+                return SpsaSearch(model, cue_loss, steps=20)
+            return SampledSearch(model, cue_loss, steps=20, held_out=held_out, readings=[(0.5, 2.0)])
+
+        def fit(model: nn.Module, search: Search, optimizer: torch.optim.Optimizer, part: list[Any]) -> None:
+            for batch in part:
+                search.loss(batch).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                search.step()
+
+        whole = cue_model(9)
+        search = make(whole)
+        optimizer = torch.optim.Adam(parameter_groups(whole, 0.02, 0.02))
+        fit(whole, search, optimizer, batches[:13])
+        saved = copy.deepcopy((whole.state_dict(), search.state_dict(), optimizer.state_dict()))
+        fit(whole, search, optimizer, batches[13:])
+
+        resumed = cue_model(9)
+        search = make(resumed)
+        optimizer = torch.optim.Adam(parameter_groups(resumed, 0.02, 0.02))
+        resumed.load_state_dict(saved[0])
+        search.load_state_dict(saved[1])
+        optimizer.load_state_dict(saved[2])
+        fit(resumed, search, optimizer, batches[13:])
+        assert search.done
+        for key, value in whole.state_dict().items():
+            assert torch.equal(value, resumed.state_dict()[key]), key
+
+    def test_state_is_plain(self, tmp_path: Any) -> None:
+        model = cue_model(9)
+        for search in (
+            SpsaSearch(model, cue_loss, steps=3),
+            SampledSearch(model, cue_loss, steps=2, held_out=cue_batches(1)),
+        ):
+            run(search, model, cue_batches(2))
+            torch.save(search.state_dict(), tmp_path / "search.pt")
+            torch.load(tmp_path / "search.pt", weights_only=True)
+
+    @pytest.mark.parametrize("kind", [SpsaSearch, SampledSearch])
+    def test_gradient_accumulation_sees_one_draw_a_step(self, kind: type) -> None:
+        model = cue_model(9)
+        options = {"held_out": cue_batches(1)} if kind is SampledSearch else {}
+        search = kind(model, cue_loss, 10, **options)
+        seen = []
+        for batch in cue_batches(3):
+            search.loss(batch)
+            seen.append(model[0].held)
+        assert len(set(seen)) == 1
+
+    def test_spsa_accumulates_the_mean_difference(self) -> None:
+        batches, moved = cue_batches(2), []
+        for parts in (batches, [(torch.cat([b[0] for b in batches]), torch.cat([b[1] for b in batches]))]):
+            model = cue_model(9)
+            search = SpsaSearch(model, cue_loss, steps=10)
+            for part in parts:
+                search.loss(part)
+            search.step()
+            moved.append(model[0].effective_dilation[0])
+        assert moved[0] == pytest.approx(moved[1], rel=1e-5)
+        assert moved[0] != 9.0
+
+    def test_dilations_run_at_integers_and_native(self) -> None:
+        model = cue_model(9)
+        search = SampledSearch(model, cue_loss, steps=50, held_out=cue_batches(1))
+        drawn = set()
+        for batch in cue_batches(20):
+            search.loss(batch)
+            search._record()
+            drawn.add(model[0].held)
+        assert all(value == int(value) for pair in drawn for value in pair)
+        assert all(height == width for height, width in drawn)
+        assert len(drawn) > 6
+
+    def test_autocast(self) -> None:
+        model = cue_model(9)
+        search = SpsaSearch(model, cue_loss, steps=3)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = search.loss(cue_batches(1)[0])
+        loss.backward()
+        search.step()
+        assert math.isfinite(model[0].effective_dilation[0])
+
+    def test_reading_keeps_modules_modes(self) -> None:
+        model = nn.Sequential(*cue_model(9), nn.Dropout())
+        model[1].eval()
+        search = SampledSearch(model, cue_loss, steps=1, held_out=cue_batches(1))
+        run(search, model, cue_batches(1))
+        assert model[3].training
+        assert not model[1].training
+
+    def test_after_the_search_it_is_the_plain_network(self) -> None:
+        model = cue_model(9)
+        search = SampledSearch(model, cue_loss, steps=5, held_out=cue_batches(1))
+        run(search, model, cue_batches(6))
+        dilation = int(model[0].effective_dilation[0] + 0.5)
+        plain = nn.Conv2d(1, 8, 3, padding=dilation, dilation=dilation)
+        plain.load_state_dict({"weight": model[0].weight, "bias": model[0].bias})
+        input = cue_batches(1)[0][0]
+        assert torch.equal(model[0](input), plain(input))
+
+    def test_bad_input(self) -> None:
+        with pytest.raises(ValueError, match="no learned factor"):
+            GradientSearch(nn.Conv2d(1, 1, 1), cue_loss, steps=5)
+        with pytest.raises(ValueError, match="at least 1 step"):
+            GradientSearch(cue_model(3), cue_loss, steps=0)
+        model = cue_model(3)
+        with pytest.raises(ValueError, match="held-out batches, but there is none"):
+            run(SampledSearch(model, cue_loss, steps=1, held_out=[]), model, cue_batches(1))
+
+
+class TestSnap:
+    def test_regulator_becomes_a_dilated_convolution(self) -> None:
+        model = cue_model(14, "regulator")
+        model[0].set_factor(14 / 4.8)
+        model[0].snap()
+        assert model[0].effective_dilation == pytest.approx((5.0, 5.0))
+        plain = nn.Conv2d(1, 8, 3, padding=5, dilation=5)
+        plain.load_state_dict(model[0].module[0].state_dict())
+        input = cue_batches(1)[0][0]
+        expected = nn.Sequential(plain, *model[0].module[1:])(input)
+        assert torch.equal(model(input), expected)
+        loaded = cue_model(14, "regulator")
+        loaded.load_state_dict(model.state_dict())
+        assert torch.equal(loaded(input), expected)
+
+    def test_ordinary_convolutions_keep_their_resizes(self) -> None:
+        regulator = ReceptiveFieldRegulator(nn.Conv2d(1, 1, 3, padding=1), factor=0.4)
+        regulator.snap()
+        assert not regulator.snapped
+        assert not regulator.log_factor.requires_grad
+        assert regulator.factor.item() == pytest.approx(0.4)
+
+
+def test_curve_helpers() -> None:
+    assert dilation_grid(1.0, 41.0, 14, whole=True)[:4] == [1.0, 2.0, 3.0, 4.0]
+    assert len(dilation_grid(1.0, 41.0, 14, whole=False)) == 14
+    assert curve_minimum({1.0: 0.1, 2.0: 0.2, 3.0: 0.3}) == 1.0
+    assert curve_minimum({1.0: 0.3, 2.0: 0.1, 4.0: 0.1, 8.0: 0.3}) == pytest.approx(math.sqrt(8))

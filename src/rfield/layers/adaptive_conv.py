@@ -36,6 +36,8 @@ class AdaptiveConv2d(LearnedFactor):
     ((8.0, 8.0), torch.Size([2, 16, 41, 41]))
     """
 
+    rounds = True
+
     def __init__(
         self,
         in_channels: int,

@@ -26,10 +26,13 @@ class LearnedFactor(nn.Module):
         log_factor: Parameter[1] or Parameter[2], the logarithm of the factor.
         held: the effective dilation that a search has the layer realise instead of the learned one, or None.
         map_size: (h, w) of the last map seen, or None.
+        rounds: whether a search runs the layer at integer dilations, where it is cheap and exact.
 
     Raises:
         ValueError: for factors or bounds that are not positive and finite, or a factor outside its bounds.
     """
+
+    rounds = False
 
     def __init__(
         self,
