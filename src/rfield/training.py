@@ -94,11 +94,14 @@ class ParsingModule(L.LightningModule):
             regulator.record_gradients = True
 
     def on_train_epoch_start(self) -> None:
-        # Dropout depends on seed, epoch and process alone, so that a resumed epoch repeats itself.
-        seeds = np.random.SeedSequence([self.config.seed, self.current_epoch, self.global_rank])
-        torch.manual_seed(int(seeds.generate_state(1)[0]))
         if self.config.freeze_backbone:
             self.network.backbone.eval()
+
+    def on_train_batch_start(self, batch: Any, batch_index: int) -> None:
+        # Dropout depends on seed, step and process alone, so that a resumed epoch repeats itself. Not an epoch's
+        # affair: whether its loader draws before or after the hook is another matter in a resumed run.
+        seeds = np.random.SeedSequence([self.config.seed, self.global_step, self.global_rank])
+        torch.manual_seed(int(seeds.generate_state(1)[0]))
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
         """Mean cross-entropy over the batch's labelled pixels."""
@@ -266,15 +269,19 @@ class _Loaders(L.LightningDataModule):
         val_samples: Dataset[tuple[Tensor, Tensor]],
         config: TrainConfig,
         workers: int,
+        first_epoch: int,
     ) -> None:
         super().__init__()
         self.train_samples = train_samples
         self.val_samples = val_samples
         self.config = config
         self.workers = workers
+        self.first_epoch = first_epoch
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
         sampler = EpochSampler(self.train_samples, seed=self.config.seed)
+        # Workers fetch the first batches before Lightning tells the sampler its epoch.
+        sampler.set_epoch(self.first_epoch)
         share = self.config.batch_size // self.config.devices
         return DataLoader(self.train_samples, share, sampler=sampler, num_workers=self.workers)
 
@@ -328,8 +335,12 @@ def train(config: TrainConfig, progress: Progress | None = None) -> dict[str, An
     # Cached features come from the page cache; a worker process would only copy them once more.
     workers = 0 if config.freeze_backbone else config.workers
     last = out / "checkpoints" / "last.ckpt"
-    loaders = _Loaders(train_samples, _WholeImages(val_set, val_features), config, workers)
     checkpoint = last if config.resume and last.is_file() else None
+    first_epoch = 0
+    if checkpoint is not None:
+        load_run(out)  # A damaged checkpoint is named here, and not by Lightning.
+        first_epoch = torch.load(checkpoint, map_location="cpu", weights_only=True)["epoch"] + 1
+    loaders = _Loaders(train_samples, _WholeImages(val_set, val_features), config, workers, first_epoch)
     with _quiet():
         trainer = _trainer(config, out, timer)
         try:
