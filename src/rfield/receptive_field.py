@@ -66,7 +66,7 @@ def theoretical_receptive_field(model: nn.Module) -> tuple[float, float]:
             )
         dilation: tuple[float, float] = _pair(getattr(layer, "dilation", 1))
         if isinstance(layer, AdaptiveConv2d):
-            dilation = layer.effective_dilation
+            dilation = layer.realised_dilation
         for axis in (0, 1):
             taps = _pair(layer.kernel_size)[axis] - 1
             extent[axis] += taps * dilation[axis] * jump[axis] / factor[axis]
@@ -104,7 +104,10 @@ def _steps(module: nn.Module, factor: tuple[float, float]) -> Iterator[tuple[nn.
     """The layers in their order of execution, each with the factor (height, width) by which its map is inflated."""
     if isinstance(module, ReceptiveFieldRegulator):
         # A snapped regulator has handed its factor to the dilations inside.
-        height, width = (1.0, 1.0) if module.snapped else module.factor.expand(2).tolist()
+        height, width = (
+            1.0 if module.snapped else base / realised
+            for base, realised in zip(module.base_dilation, module.realised_dilation, strict=True)
+        )
         yield from _steps(module.module, (factor[0] * height, factor[1] * width))
     elif isinstance(module, nn.Sequential):
         for child in module:

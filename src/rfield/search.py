@@ -86,7 +86,7 @@ class Search:
 
     Attributes:
         done: whether the receptive field is final.
-        trajectory: (step, effective dilations along the height, one a factor) after each step.
+        trajectory: (step, the dilations along the height that it ran at, one a factor) of each step.
 
     Raises:
         ValueError: if there is nothing to learn in the model, or no steps to learn it in.
@@ -122,11 +122,14 @@ class Search:
         """Continues where `state_dict` was taken; load the model's state first."""
         self.step_index = state["step_index"]
         self.done = state["done"]
+        if self.done:
+            for group in self.groups:
+                group[0].freeze_factor()
         self.trajectory = list(state["trajectory"])
 
     def _record(self) -> None:
         self.step_index += 1
-        self.trajectory.append((self.step_index, [group[0].effective_dilation[0] for group in self.groups]))
+        self.trajectory.append((self.step_index, [group[0].realised_dilation[0] for group in self.groups]))
 
     def _finish(self) -> None:
         for group in self.groups:
@@ -159,11 +162,13 @@ class SpsaSearch(Search):
     Each step sees the same batch at `r e^eps` and at `r e^-eps`; the weights train on the mean of both losses, and
     `(L+ - L-) / (2 eps)` goes to Adam. Every factor draws an eps of its own: half-normal of scale sigma, of random
     sign, within [0.05, 2 sigma]; sigma falls linearly from `scale` to 0. Dilated convolutions run at an integer drawn
-    by stochastic rounding.
+    by stochastic rounding. Only every `every`-th step is a probe of two sides; the others train at the present
+    dilation.
 
     Args:
         model, loss_fn, steps, seed: see `Search`.
         scale: sigma at the start.
+        every: steps from one probe to the next.
         lr: Adam's rate for the logarithm of the dilation.
     """
 
@@ -175,9 +180,11 @@ class SpsaSearch(Search):
         seed: int = 0,
         scale: float = 0.6,
         lr: float = 0.03,
+        every: int = 1,
     ) -> None:
         super().__init__(model, loss_fn, steps, seed)
         self.scale = scale
+        self.every = every
         for group in self.groups:
             group[0].freeze_factor()
         self._log_dilation = [_log_dilation(group[0]) for group in self.groups]
@@ -186,6 +193,10 @@ class SpsaSearch(Search):
 
     def loss(self, batch: Any) -> Tensor:
         if self.done:
+            return self.loss_fn(self.model, batch)
+        if self.step_index % self.every:
+            for index, (group, center) in enumerate(zip(self.groups, self._log_dilation, strict=True)):
+                _hold(group, center.exp().tolist(), self._random("round", index))
             return self.loss_fn(self.model, batch)
         losses = []
         for sign in (1.0, -1.0):
@@ -199,15 +210,16 @@ class SpsaSearch(Search):
     def step(self) -> None:
         if self.done:
             return
-        difference = mean_over_processes(torch.stack(self._differences).mean())
-        self._differences = []
-        for index, center in enumerate(self._log_dilation):
-            center.grad = difference.to(center) / (2 * self._epsilon(index, center))
-        self._optimizer.step()
-        for group, center in zip(self.groups, self._log_dilation, strict=True):
-            low, high = dilation_range(group[0])
-            center.data.clamp_(math.log(low), math.log(high))
-            _set_dilation(group, center.exp().tolist())
+        if self._differences:
+            difference = mean_over_processes(torch.stack(self._differences).mean())
+            self._differences = []
+            for index, center in enumerate(self._log_dilation):
+                center.grad = difference.to(center) / (2 * self._epsilon(index, center))
+            self._optimizer.step()
+            for group, center in zip(self.groups, self._log_dilation, strict=True):
+                low, high = dilation_range(group[0])
+                center.data.clamp_(math.log(low), math.log(high))
+                _set_dilation(group, center.exp().tolist())
         self._record()
         if self.step_index >= self.steps:
             self._finish()

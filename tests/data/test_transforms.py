@@ -178,3 +178,16 @@ def test_real_photographs_are_augmented(shared: Path) -> None:
     image, mask = AugmentedDataset(dataset, training_transform((321, 321), colour_jitter=0.2), seed=0)[0, 0]
     assert (image.shape, mask.shape) == ((3, 321, 321), (321, 321))
     assert set(mask.unique().tolist()) <= {*range(21), 255}
+
+
+def test_held_out_samples_are_replaced_and_come_back() -> None:
+    sampler = EpochSampler(range(10), seed=3)
+    sampler.set_epoch(2)
+    whole = list(sampler)
+    sampler.held_out = frozenset({1, 4})
+    part = list(sampler)
+    assert len(part) == len(whole) == 10
+    assert {index for _, index in part} == set(range(10)) - {1, 4}
+    assert all(new == old for new, old in zip(part, whole, strict=True) if old[1] not in {1, 4})
+    sampler.held_out = frozenset()
+    assert list(sampler) == whole

@@ -1,6 +1,6 @@
 """Transforms of an image together with its mask, and random ones that depend on seed, epoch and sample alone."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from typing import Any, cast
 
 import numpy as np
@@ -170,6 +170,9 @@ class EpochSampler(DistributedSampler[tuple[int, int]]):
         seed: another seed, other orders.
         drop_last: leave out what cannot be dealt evenly to the processes, rather than repeat samples.
 
+    Attributes:
+        held_out: samples that are not to be seen for now; others take their turns, so that epochs keep their length.
+
     Raises:
         ValueError: if `rank` is not below `num_replicas`.
 
@@ -195,7 +198,12 @@ class EpochSampler(DistributedSampler[tuple[int, int]]):
         if rank is None:
             rank = torch.distributed.get_rank() if distributed else 0
         super().__init__(dataset, num_replicas, rank, shuffle, seed, drop_last)
+        self.held_out: frozenset[int] = frozenset()
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        epoch = self.epoch
-        return ((epoch, index) for index in cast(Iterator[int], super().__iter__()))
+        epoch, held_out = self.epoch, self.held_out
+        indices = cast(Iterator[int], super().__iter__())
+        if not held_out:
+            return ((epoch, index) for index in indices)
+        seen = [index for index in range(len(cast(Sized, self.dataset))) if index not in held_out]
+        return ((epoch, seen[(index + epoch) % len(seen)] if index in held_out else index) for index in indices)

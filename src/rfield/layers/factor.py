@@ -67,6 +67,11 @@ class LearnedFactor(nn.Module):
         factor = self.factor.tolist()
         return self.base_dilation[0] / factor[0], self.base_dilation[1] / factor[-1]
 
+    @property
+    def realised_dilation(self) -> Pair:
+        """The dilation that a forward runs at now: what a search holds, or else the effective one."""
+        return self.effective_dilation if self.held is None else self.held
+
     def factor_bounds(self, map_size: tuple[int, int]) -> tuple[Pair, Pair]:
         """The range of the factor on a map of (h, w): ((min_h, min_w), (max_h, max_w)).
 
