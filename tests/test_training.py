@@ -468,3 +468,37 @@ def test_two_processes_are_one_run(make: Make) -> None:
     for key, weight in checkpoint_of(alone)["state_dict"].items():
         torch.testing.assert_close(weights[key], weight, rtol=1e-4, atol=1e-6)
     assert metrics_of(both)["miou"] == pytest.approx(metrics_of(alone)["miou"], abs=1e-3)
+
+
+@pytest.mark.shared
+def test_real_photographs_and_weights(shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, root = shared / "data/msrc21_voc", tmp_path / "msrc"
+    for split, count in (("train", 8), ("val", 4)):
+        names = (source / f"ImageSets/Segmentation/{split}.txt").read_text().split()[:count]
+        for folder, suffix in (("JPEGImages", ".jpg"), ("SegmentationClass", ".png")):
+            (root / folder).mkdir(parents=True, exist_ok=True)
+            for name in names:
+                shutil.copy(source / folder / f"{name}{suffix}", root / folder)
+        (root / "ImageSets/Segmentation").mkdir(parents=True, exist_ok=True)
+        (root / f"ImageSets/Segmentation/{split}.txt").write_text("\n".join(names))
+    shutil.copy(source / "classes.txt", root)
+    weights = shared / "weights/vgg16_features_imagenet_fp16.pth"
+    out = tmp_path / "run"
+    command = f"train --data voc:{root} --model largefov_vgg16 --weights {weights} --freeze-backbone --head-channels 16"
+    command += f" --dilation 6 --search none --epochs 2 --seed 0 --out {out} --cache {tmp_path / 'cache'}"
+    main(command.split())
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["receptive_field_px"] == 308
+    assert (metrics["factor"], metrics["effective_dilation"]) == (1, 6)
+    assert len(metrics["per_class"]) == 21
+    main(["evaluate", str(out), "--split", "val"])
+    scores = json.loads((out / "evaluation-val.json").read_text())
+    shutil.rmtree(tmp_path / "cache")
+    main(["evaluate", str(out), "--split", "val"])
+    assert json.loads((out / "evaluation-val.json").read_text()) == scores
+    assert {key: scores[key] for key in ("miou", "per_class", "pixel_accuracy")} == {
+        key: metrics[key] for key in ("miou", "per_class", "pixel_accuracy")
+    }
+    main(["predict", str(out), f"{root}/JPEGImages", "--out", str(tmp_path / "out")])
+    assert len(list((tmp_path / "out").glob("*.png"))) == 12
+    assert "308 px" in capsys.readouterr().out
