@@ -39,7 +39,9 @@ def make(tmp_path: Path) -> Make:
             "out": str(tmp_path / out),
             "model": "small_cnn",
             "dilation": 3,
+            "search": "gradient",
             "head_channels": 8,
+            "search": "gradient",
             "factor_lr": 0.05,
             "epochs": 3,
             "batch_size": 2,
@@ -73,6 +75,7 @@ def checkpoint_of(config: TrainConfig, name: str = "last") -> dict[str, Any]:
 def metrics_of(config: TrainConfig) -> dict[str, Any]:
     metrics: dict[str, Any] = json.loads((Path(config.out) / "metrics.json").read_text())
     assert metrics.pop("train_seconds") > 0
+    assert metrics.get("search", {"seconds": 0}).pop("seconds") >= 0
     return metrics
 
 
@@ -128,7 +131,13 @@ def test_a_run_folder(make: Make, frozen: bool, capsys: pytest.CaptureFixture[st
     columns = read_factor_csv(out / "factor.csv")
     assert columns["factor"][-1] == pytest.approx(metrics["factor"], rel=1e-5)
     assert (columns["factor"] != 1).any()
-    assert all(abs(columns[name]).min() > 0 for name in FACTOR_COLUMNS)
+    # The search takes 0.8 of the 12 steps; then the dilation is an integer and the factor has no gradient any more.
+    assert all(abs(columns[name][:10]).min() > 0 for name in FACTOR_COLUMNS)
+    assert all(row[4] == row[5] == "" for row in rows[11:])
+    assert set(columns["effective_dilation"][10:]) == {float(round(metrics["effective_dilation"]))}
+    assert metrics["search"]["kind"] == "gradient"
+    assert metrics["search"]["steps"] == 10
+    assert len(metrics["search"]["trajectory"]) == 10
 
     assert (out / "factor.png").stat().st_size > 10_000
     for name in ("last", "best"):
@@ -176,6 +185,10 @@ def test_the_written_config_gives_the_same_run(make: Make) -> None:
         ({"workers": 1}, RuntimeError),
         ({"freeze_backbone": True}, KeyboardInterrupt),
         ({"val_every": 2, "optimizer": "adamw", "loss_resolution": "image", "factor_start": 2}, RuntimeError),
+        ({"search": "spsa", "freeze_backbone": True}, RuntimeError),
+        ({"search": "spsa", "search_share": 0.4, "mechanism": "regulator"}, RuntimeError),
+        ({"search": "sampled", "search_share": 0.6, "freeze_backbone": True}, RuntimeError),
+        ({"search": "sampled", "search_share": 0.3, "workers": 1}, RuntimeError),
     ],
 )
 def test_an_interrupted_run_goes_on_exactly(
@@ -240,7 +253,9 @@ def test_resuming_a_finished_run_just_finishes(make: Make) -> None:
         rows = rows_of(config)
         again = train(dataclasses.replace(config, resume=True))
         assert rows_of(config) == rows
-        assert again.pop("train_seconds") == pytest.approx(first.pop("train_seconds"), abs=5)
+        for metrics in (first, again):
+            metrics.pop("train_seconds")
+            metrics["search"].pop("seconds")
         assert again == first
 
 
@@ -320,7 +335,7 @@ def test_the_last_epoch_ends_with_a_validation(make: Make, epochs: int, val_ever
 
 def test_the_best_checkpoint_is_the_best(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     scores = iter([0.2, 0.8, 0.5])
-    monkeypatch.setattr("rfield.training.segmentation_scores", lambda *_: {"miou": next(scores)})
+    monkeypatch.setattr(ParsingModule, "on_validation_epoch_end", lambda self: self.log("miou", next(scores)))
     config = make(val_every=1)
     train(config)
     assert checkpoint_of(config, "best")["epoch"] == 1
@@ -502,3 +517,36 @@ def test_real_photographs_and_weights(shared: Path, tmp_path: Path, capsys: pyte
     main(["predict", str(out), f"{root}/JPEGImages", "--out", str(tmp_path / "out")])
     assert len(list((tmp_path / "out").glob("*.png"))) == 12
     assert "308 px" in capsys.readouterr().out
+
+
+def test_a_sampled_search_holds_images_out_and_gives_them_back(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[set[int]] = []
+    real = AugmentedDataset.__getitem__
+
+    def watched(self: AugmentedDataset, key: tuple[int, int]) -> Any:
+        seen.extend(set() for _ in range(key[0] + 1 - len(seen)))
+        seen[key[0]].add(key[1])
+        return real(self, key)
+
+    monkeypatch.setattr(AugmentedDataset, "__getitem__", watched)
+    config = make(search="sampled", search_share=0.6, dilation=5)
+    metrics = train(config)
+    assert [len(images) for images in seen] == [5, 5, 6]
+    dilations = read_factor_csv(Path(config.out) / "factor.csv")["effective_dilation"]
+    assert set(dilations[5:]) == {metrics["effective_dilation"]}
+    assert metrics["search"]["kind"] == "sampled"
+    curve = dict(metrics["search"]["curve"])
+    assert min(curve, key=lambda dilation: curve[dilation]) == pytest.approx(metrics["effective_dilation"], abs=1)
+    assert all(loss > 0 for loss in curve.values())
+
+
+def test_the_start_of_a_sampled_search_does_not_matter(make: Make) -> None:
+    first, second = (train(make(f"from-{d}", search="sampled", dilation=d, freeze_backbone=True)) for d in (2, 7))
+    assert first["miou"] == second["miou"]
+    assert first["effective_dilation"] == pytest.approx(second["effective_dilation"])
+
+
+def test_no_search_has_no_factor(make: Make) -> None:
+    metrics = train(make(search="none", epochs=1))
+    assert "search" not in metrics
+    assert metrics["factor"] == 1
