@@ -94,6 +94,27 @@ def test_features_are_the_fresh_ones_bit_for_bit(tmp_path: Path, dataset: VOCDat
     assert 6 <= flips <= 18
 
 
+def test_mirrored_masks_have_classes_exchanged(
+    tmp_path: Path, dataset: VOCDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = cache_features(make_network(), dataset, tmp_path)
+    monkeypatch.setattr(VOCDataset, "mirrored_classes", ((0, 2),))
+    assert find_features(make_network(), dataset, tmp_path, mirrored=True) is None
+    exchanging = cache_features(make_network(), dataset, tmp_path)
+    names = torch.arange(256)
+    names[[0, 2]] = names[[2, 0]]
+    mirrored = 0
+    for key in [(epoch, index) for epoch in range(6) for index in range(len(dataset))]:
+        features, mask = exchanging[key]
+        assert torch.equal(features, plain[key][0])
+        is_mirrored = not torch.equal(features, plain.plain(key[1])[0])
+        mirrored += is_mirrored
+        assert torch.equal(mask, names[plain[key][1]] if is_mirrored else plain[key][1])
+    assert 6 <= mirrored <= 18
+    for index in range(len(dataset)):
+        assert torch.equal(exchanging.plain(index)[1], plain.plain(index)[1])
+
+
 def test_mirroring_depends_on_seed_epoch_and_index_alone(tmp_path: Path, dataset: VOCDataset) -> None:
     def flips(seed: int, order: list[tuple[int, int]]) -> dict[tuple[int, int], bool]:
         cached = cache_features(make_network(), dataset, tmp_path / "cache", seed=seed)
@@ -180,7 +201,7 @@ def delete(path: Path) -> None:
     path.unlink()
 
 
-@pytest.mark.parametrize("name", ["features.npy", "masks.npy", "sizes.npy", "checksums.json"])
+@pytest.mark.parametrize("name", ["features.npy", "masks.npy", "sizes.npy", "meta.json", "checksums.json"])
 @pytest.mark.parametrize("damage", [truncate, flip_a_byte, delete])
 def test_a_torn_cache_is_found_and_rebuilt(
     tmp_path: Path, dataset: VOCDataset, name: str, damage: Callable[[Path], None]

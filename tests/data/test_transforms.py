@@ -67,6 +67,20 @@ def test_crop_and_flip_move_image_and_mask_together() -> None:
     assert (pixels(image)[1].diff(dim=1) > 0).all()
 
 
+def test_a_mirrored_mask_has_classes_exchanged() -> None:
+    image, mask = position_sample(4, 6)
+    transform = training_transform((4, 6), scale_range=(1, 1), mirrored_classes=[(0, 3)])
+    seen = set()
+    for _ in range(20):
+        mirrored, labels = transform(image, mask)
+        is_mirrored = bool(pixels(mirrored)[1, 0, 0] > pixels(mirrored)[1, 0, 5])
+        seen.add(is_mirrored)
+        assert labels[:, 0].tolist() == ([3, 1, 2, 0] if is_mirrored else [0, 1, 2, 3])
+        assert (labels == labels[:, :1]).all()
+    assert seen == {False, True}
+    assert mask[:, 0].tolist() == [0, 1, 2, 3]
+
+
 @pytest.mark.parametrize("scale", [0.5, 0.7, 1.3, 2.0])
 def test_a_scaled_mask_stays_on_its_image(scale: float) -> None:
     """The mask takes the nearest row: at most half a row off the image's interpolated one, and without a drift."""

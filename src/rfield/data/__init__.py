@@ -1,12 +1,16 @@
 """Data sets: what they share, one file for each family, and the transforms of their samples."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from rfield.data.camvid import CAMVID_CLASSES, CamVidDataset
 from rfield.data.dataset import IGNORE_INDEX, ParsingDataset, voc_palette
+from rfield.data.helen import HELEN_CLASSES, HelenDataset
+from rfield.data.resized import ResizedDataset
 from rfield.data.synthetic import SyntheticCues
 from rfield.data.transforms import (
     IMAGENET_MEAN,
@@ -19,12 +23,17 @@ from rfield.data.transforms import (
 from rfield.data.voc import VOCDataset, convert_sbd, download_voc2012
 
 __all__ = [
+    "CAMVID_CLASSES",
+    "HELEN_CLASSES",
     "IGNORE_INDEX",
     "IMAGENET_MEAN",
     "IMAGENET_STD",
     "AugmentedDataset",
+    "CamVidDataset",
     "EpochSampler",
+    "HelenDataset",
     "ParsingDataset",
+    "ResizedDataset",
     "SyntheticCues",
     "VOCDataset",
     "convert_sbd",
@@ -40,11 +49,17 @@ def load_dataset(spec: str, split: str = "train") -> ParsingDataset:
     """Open one split of the data set that a short text or a YAML file describes.
 
     Args:
-        spec: `voc:ROOT`, a folder in the layout of a PASCAL VOC devkit; or `synthetic`; or the path of a .yaml file
-            with the key `format` and the keys of that format:
+        spec: `voc:ROOT`, a folder in the layout of a PASCAL VOC devkit; `camvid:ROOT`, in that of the SegNet
+            tutorial; `helen:ROOT`, in that of Helen face parsing; or `synthetic`; or the path of a .yaml file with
+            the key `format` and the keys of that format:
 
-            - voc: `root` (relative to the YAML file) and optionally `train`, `val`, `test`, the lists of these splits
+            - voc: `root` (relative to the YAML file) and optionally `train`, `val`, `test`, the lists of these
+              splits, and `size`, see below
+            - camvid, helen: `root` and optionally `size`
             - synthetic: optionally `size`, `distance`, `length`, `seed`, see `SyntheticCues`
+
+            `size: [height, width]` in px is a working size: every image and mask is brought to it when it is read,
+            and scores are taken at it, see `ResizedDataset`.
         split: which part of the data, as "train" or "val".
 
     Returns:
@@ -62,13 +77,13 @@ def load_dataset(spec: str, split: str = "train") -> ParsingDataset:
     if spec.endswith((".yaml", ".yml")):
         return _load_config(Path(spec), split)
     name, _, root = spec.partition(":")
-    if name == "voc" and root:
-        return VOCDataset(Path(root).expanduser(), split)
+    if name in _FOLDERS and root:
+        return _FOLDERS[name](Path(root).expanduser(), split)
     if spec == "synthetic":
         return SyntheticCues(split)
     raise ValueError(
-        f"data {spec!r} is not understood; write voc:ROOT, synthetic, or the path of a .yaml file with a format of "
-        f"{', '.join(_FORMATS)}"
+        f"data {spec!r} is not understood; write {', '.join(f'{layout}:ROOT' for layout in _FOLDERS)}, "
+        f"synthetic, or the path of a .yaml file with a format of {', '.join(_FORMATS)}"
     )
 
 
@@ -94,13 +109,23 @@ def _load_config(path: Path, split: str) -> ParsingDataset:
     return load(path, config, split)
 
 
-def _load_voc(path: Path, config: dict[str, Any], split: str) -> ParsingDataset:
+def _load_folder(
+    open_folder: Callable[[Path, str], ParsingDataset], path: Path, config: dict[str, Any], split: str
+) -> ParsingDataset:
     if "root" not in config:
-        raise ValueError(f"{path}: the key root is missing, the folder that holds JPEGImages")
+        raise ValueError(f"{path}: the key root is missing, the folder that holds the data")
+    size = config.pop("size", None)
     for key, value in config.items():
         if not isinstance(value, str):
             raise ValueError(f"{path}: {key} must be text, got {value!r}; put it in quotation marks")
-    return VOCDataset(path.parent / Path(config["root"]).expanduser(), config.get(split, split))
+    root = path.parent / Path(config.pop("root")).expanduser()
+    dataset = open_folder(root, config.get(split, split))
+    if size is None:
+        return dataset
+    try:
+        return ResizedDataset(dataset, size)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _load_synthetic(path: Path, config: dict[str, Any], split: str) -> ParsingDataset:
@@ -110,7 +135,14 @@ def _load_synthetic(path: Path, config: dict[str, Any], split: str) -> ParsingDa
         raise ValueError(f"{path}: {error}") from error
 
 
+_FOLDERS: dict[str, Callable[[Path, str], ParsingDataset]] = {
+    "voc": VOCDataset,
+    "camvid": CamVidDataset,
+    "helen": HelenDataset,
+}
 _FORMATS: dict[str, tuple[Callable[[Path, dict[str, Any], str], ParsingDataset], tuple[str, ...]]] = {
-    "voc": (_load_voc, ("root", "train", "val", "test")),
+    "voc": (partial(_load_folder, VOCDataset), ("root", "train", "val", "test", "size")),
+    "camvid": (partial(_load_folder, CamVidDataset), ("root", "size")),
+    "helen": (partial(_load_folder, HelenDataset), ("root", "size")),
     "synthetic": (_load_synthetic, ("size", "distance", "length", "seed")),
 }

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from rfield.data.dataset import IGNORE_INDEX, ParsingDataset
+from rfield.data.dataset import IGNORE_INDEX, ParsingDataset, exchange_classes
 from rfield.data.transforms import evaluation_transform
 from rfield.models import ParsingNetwork
 
-_FORMAT = 1
+_FORMAT = 2
 _FLUSH_EVERY = 16
-_FILES = ("features.npy", "masks.npy", "sizes.npy")
+_FILES = ("features.npy", "masks.npy", "sizes.npy", "meta.json")
 
 
 def default_cache_folder() -> Path:
@@ -53,7 +53,7 @@ class CachedFeatures(Dataset[tuple[Tensor, Tensor]]):
     """Features and masks of every image of a data set on one canvas, plain and mirrored, read from a file.
 
     Indexed by (epoch, index): features float16 [C, h, w] and mask int64 [H, W] of the canvas, 255 beyond the image;
-    mirrored or not as seed, epoch and index say.
+    mirrored or not as seed, epoch and index say. A mirrored mask has the data set's `mirrored_classes` exchanged.
 
     Args:
         folder: where `cache_features` has put them.
@@ -68,6 +68,7 @@ class CachedFeatures(Dataset[tuple[Tensor, Tensor]]):
         self.sizes: list[tuple[int, int]] = [(h, w) for h, w in np.load(folder / "sizes.npy").tolist()]
         self.seed = seed
         self.flip = flip
+        self._mirrored_classes = json.loads((folder / "meta.json").read_text())["mirrored_classes"]
         self._features = np.load(folder / "features.npy", mmap_mode="r")
         self._masks = np.load(folder / "masks.npy", mmap_mode="r")
 
@@ -81,7 +82,7 @@ class CachedFeatures(Dataset[tuple[Tensor, Tensor]]):
         features = torch.from_numpy(np.array(self._features[index, int(flipped)]))
         mask = torch.from_numpy(np.array(self._masks[index])).long()
         if flipped:
-            mask[:height, :width] = mask[:height, :width].flip(1)
+            mask[:height, :width] = exchange_classes(mask[:height, :width].flip(1), self._mirrored_classes)
         return features, mask
 
     def plain(self, index: int) -> tuple[Tensor, Tensor]:
@@ -136,7 +137,8 @@ def cache_features(
 
 def _cache_path(network: ParsingNetwork, dataset: ParsingDataset, folder: Path | None, mirrored: bool) -> Path:
     key = hashlib.sha256()
-    for part in (_FORMAT, dataset.fingerprint(), network.min_size, mirrored, network.backbone):
+    classes = dataset.mirrored_classes
+    for part in (_FORMAT, dataset.fingerprint(), classes, network.min_size, mirrored, network.backbone):
         key.update(repr(part).encode() + b"\0")
     for name, tensor in network.backbone.state_dict().items():
         key.update(name.encode())
@@ -201,6 +203,7 @@ def _compute(
     masks.flush()
     del features, masks
     np.save(partial / "sizes.npy", np.array(sizes))
+    (partial / "meta.json").write_text(json.dumps({"mirrored_classes": dataset.mirrored_classes}))
     checksums = {name: _checksum(partial / name) for name in _FILES}
     (partial / "checksums.json").write_text(json.dumps(checksums))
     partial.rename(path)

@@ -1,7 +1,9 @@
 """What every data set of the library offers, whatever its files look like."""
 
 from abc import abstractmethod
+from collections.abc import Sequence
 
+from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.tv_tensors import Image, Mask
 
@@ -17,6 +19,7 @@ class ParsingDataset(Dataset[tuple[Image, Mask]]):
     Attributes:
         class_names: the name of every class, in the order of the mask values.
         palette: 256 RGB colours (0..255), one for every mask value.
+        mirrored_classes: pairs of classes that a mirrored image exchanges, as left and right eye; none by default.
         ids: the name of every sample.
 
     Example:
@@ -32,6 +35,7 @@ class ParsingDataset(Dataset[tuple[Image, Mask]]):
     class_names: tuple[str, ...]
     palette: list[tuple[int, int, int]]
     ids: list[str]
+    mirrored_classes: tuple[tuple[int, int], ...] = ()
 
     @property
     def num_classes(self) -> int:
@@ -52,6 +56,28 @@ class ParsingDataset(Dataset[tuple[Image, Mask]]):
     @abstractmethod
     def sizes(self) -> list[tuple[int, int]]:
         """The (height, width) in px of every image, without reading the pixels."""
+
+
+def exchange_classes(mask: Tensor, pairs: Sequence[tuple[int, int]]) -> Tensor:
+    """The mask of a mirrored image: of each pair of classes, either becomes the other.
+
+    Args:
+        mask: integer Tensor of any shape.
+        pairs: the data set's `mirrored_classes`.
+
+    Returns:
+        Another tensor like `mask`, or `mask` itself where there are no pairs.
+
+    Example:
+        >>> import torch
+        >>> exchange_classes(torch.tensor([0, 1, 2, 3, 255]), [(2, 3)])
+        tensor([  0,   1,   3,   2, 255])
+    """
+    exchanged = mask.clone() if pairs else mask
+    for one, other in pairs:
+        exchanged[mask == one] = other
+        exchanged[mask == other] = one
+    return exchanged
 
 
 def voc_palette() -> list[tuple[int, int, int]]:

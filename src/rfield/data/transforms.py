@@ -1,6 +1,6 @@
 """Transforms of an image together with its mask, and random ones that depend on seed, epoch and sample alone."""
 
-from collections.abc import Iterator, Sized
+from collections.abc import Iterator, Sequence, Sized
 from typing import Any, cast
 
 import numpy as np
@@ -12,7 +12,8 @@ from torch.utils.data.distributed import DistributedSampler
 from torchvision.transforms import v2
 from torchvision.tv_tensors import Image, Mask
 
-from rfield.data.dataset import IGNORE_INDEX, ParsingDataset
+from rfield.data.dataset import IGNORE_INDEX, ParsingDataset, exchange_classes
+from rfield.data.resized import resize_mask
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -23,6 +24,7 @@ def training_transform(
     scale_range: tuple[float, float] = (0.5, 1.5),
     flip: bool = True,
     colour_jitter: float = 0.0,
+    mirrored_classes: Sequence[tuple[int, int]] = (),
 ) -> v2.Transform:
     """Random colours, scale, place and direction, the same for an image and its mask.
 
@@ -35,6 +37,7 @@ def training_transform(
         flip: mirror every second sample, left to right.
         colour_jitter: brightness, contrast and saturation change by at most this share (0..1), hue by a quarter of
             it; 0 changes nothing.
+        mirrored_classes: pairs of classes that the mirror exchanges, a data set's `mirrored_classes`.
 
     Returns:
         A transform of (Image uint8 [3, H, W], Mask uint8 [H, W]) to (float32 [3, *crop_size], normalised by
@@ -66,7 +69,7 @@ def training_transform(
     steps += _normalise()
     steps.append(v2.RandomCrop(crop_size, pad_if_needed=True, fill={Image: 0, Mask: IGNORE_INDEX}))
     if flip:
-        steps.append(v2.RandomHorizontalFlip())
+        steps.append(_RandomMirror(mirrored_classes))
     return v2.Compose([*steps, v2.ToPureTensor()])
 
 
@@ -105,11 +108,22 @@ class _RandomScale(v2.Transform):  # type: ignore[misc]  # torchvision has no ty
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         if isinstance(inpt, Mask):
-            # v2 resizes a Mask by "nearest", which takes the pixel's upper left corner: up to half a pixel off the
-            # image. "nearest-exact" takes its centre.
-            exact = v2.InterpolationMode.NEAREST_EXACT
-            return Mask(v2.functional.resize(inpt.as_subclass(Tensor)[None], params["size"], exact)[0])
+            return resize_mask(inpt, params["size"])
         return v2.functional.resize(inpt, params["size"])
+
+
+class _RandomMirror(v2.RandomHorizontalFlip):  # type: ignore[misc]  # torchvision has no types
+    """Every second sample left to right, its mask with the classes exchanged that the mirror exchanges."""
+
+    def __init__(self, mirrored_classes: Sequence[tuple[int, int]]) -> None:
+        super().__init__()
+        self.mirrored_classes = mirrored_classes
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        mirrored = super().transform(inpt, params)
+        if isinstance(inpt, Mask):
+            return Mask(exchange_classes(mirrored.as_subclass(Tensor), self.mirrored_classes))
+        return mirrored
 
 
 class AugmentedDataset(Dataset[tuple[Tensor, Tensor]]):

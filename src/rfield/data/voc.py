@@ -1,6 +1,5 @@
 """The PASCAL VOC devkit layout: `JPEGImages`, `SegmentationClass`, `ImageSets/Segmentation`."""
 
-import hashlib
 import os
 import shutil
 import tempfile
@@ -13,7 +12,19 @@ from scipy.io import loadmat
 from torchvision.datasets import SBDataset, VOCSegmentation
 from torchvision.tv_tensors import Image, Mask
 
-from rfield.data.dataset import IGNORE_INDEX, ParsingDataset, voc_palette
+from rfield.data.dataset import ParsingDataset, voc_palette
+from rfield.data.files import (
+    check_files,
+    check_labels,
+    fingerprint_of,
+    image_sizes,
+    palette_of,
+    read_class_names,
+    read_image,
+    read_lines,
+    read_mask,
+    sample_path,
+)
 
 VOC_CLASSES = (
     "background",
@@ -81,30 +92,25 @@ class VOCDataset(ParsingDataset):
                 f"{self.root} is not a folder; name the one that holds JPEGImages and SegmentationClass"
             )
         self.split = split
-        self.class_names = _read_class_names(self.root / "classes.txt")
+        self.class_names = read_class_names(self.root / "classes.txt", VOC_CLASSES)
         self.ids = _read_list(self.root, split)
         masks = "SegmentationClassAug" if split == "train_aug" else "SegmentationClass"
         self.image_paths = _sample_paths(self.root, "JPEGImages", self.ids, ".jpg", split)
         self.mask_paths = _sample_paths(self.root, masks, self.ids, ".png", split)
-        self.palette = _read_palette(self.mask_paths[0])
+        own = palette_of(self.mask_paths[0])
+        self.palette = own + voc_palette()[len(own) :]
 
     def __getitem__(self, index: int) -> tuple[Image, Mask]:
-        image = self._read_image(self.image_paths[index])
-        mask = self._read_mask(self.mask_paths[index])
-        if mask.shape != image.shape[1:]:
-            raise ValueError(
-                f"{self.mask_paths[index]} is {mask.shape[0]}x{mask.shape[1]} px (height x width) but its image is "
-                f"{image.shape[1]}x{image.shape[2]}; a mask must have the size of its image"
-            )
-        return image, mask
+        image = read_image(self.image_paths[index])
+        path = self.mask_paths[index]
+        mask = read_mask(path, (image.shape[1], image.shape[2]))
+        advice = f"correct the mask or name all classes, one a line, in {self.root / 'classes.txt'}"
+        check_labels(mask, self.num_classes, path, advice)
+        return image, Mask(torch.from_numpy(mask))
 
     def fingerprint(self) -> str:
         """A hexadecimal hash of the list, the class names, and every file's name, size and time of change."""
-        digest = hashlib.sha256(repr((self.ids, self.class_names)).encode())
-        for path in (*self.image_paths, *self.mask_paths):
-            state = path.stat()
-            digest.update(repr((str(path.relative_to(self.root)), state.st_size, state.st_mtime_ns)).encode())
-        return digest.hexdigest()
+        return fingerprint_of(self.root, [*self.image_paths, *self.mask_paths], self.ids, self.class_names)
 
     def sizes(self) -> list[tuple[int, int]]:
         """The (height, width) in px of every image, read from the files' headers.
@@ -112,36 +118,7 @@ class VOCDataset(ParsingDataset):
         Raises:
             OSError: if a file is not an image; the message names it.
         """
-        sizes = []
-        for path in self.image_paths:
-            with _open(path) as image:
-                sizes.append((image.height, image.width))
-        return sizes
-
-    @staticmethod
-    def _read_image(path: Path) -> Image:
-        with _open(path) as file:
-            pixels = np.array(_load(file, path).convert("RGB"))
-        return Image(torch.from_numpy(pixels).permute(2, 0, 1).contiguous())
-
-    def _read_mask(self, path: Path) -> Mask:
-        with _open(path) as file:
-            # Pillow spreads the values of 1, 2 and 4-bit grey over 0..255, which would make other classes of them.
-            few_bits = file.mode == "L" and file.format == "PNG" and file.tile[0][3] != "L"
-            if file.mode not in ("P", "L") or few_bits:
-                raise ValueError(
-                    f"{path} is of Pillow mode {file.mode!r}{' with less than 8 bits' if few_bits else ''}; a mask "
-                    "must be a palette image ('P') or 8-bit grey ('L') whose values are class indices"
-                )
-            mask = np.array(_load(file, path))
-        wrong = mask[(mask >= self.num_classes) & (mask != IGNORE_INDEX)]
-        if wrong.size:
-            raise ValueError(
-                f"{path} holds {wrong.size} px of the values {np.unique(wrong).tolist()}, but there are "
-                f"{self.num_classes} classes, 0..{self.num_classes - 1}, and 255 for no label; correct the mask or "
-                f"name all classes, one a line, in {self.root / 'classes.txt'}"
-            )
-        return Mask(torch.from_numpy(mask))
+        return image_sizes(self.image_paths)
 
 
 def download_voc2012(root: str | os.PathLike[str], augmented: bool = False) -> Path:
@@ -207,7 +184,7 @@ def convert_sbd(sbd_root: str | os.PathLike[str], voc_root: str | os.PathLike[st
     for path in (sbd_root / "train.txt", sbd_root / "val.txt"):
         if not path.is_file():
             raise FileNotFoundError(f"{path} is missing; give the folder of SBD that holds cls, train.txt and val.txt")
-    names = {*_read_names(sbd_root / "train.txt"), *_read_names(sbd_root / "val.txt")}
+    names = {*read_lines(sbd_root / "train.txt"), *read_lines(sbd_root / "val.txt")}
     names = (names | set(_read_list(voc_root, "train"))) - set(_read_list(voc_root, "val"))
     palette = [level for colour in voc_palette() for level in colour]
     target = voc_root / "SegmentationClassAug"
@@ -242,24 +219,6 @@ def _read_sbd_mask(path: Path) -> np.ndarray:
     return mask
 
 
-def _read_names(path: Path) -> list[str]:
-    lines = path.read_text(encoding="utf-8-sig").splitlines()
-    return [line.strip() for line in lines if line.strip()]
-
-
-def _read_class_names(path: Path) -> tuple[str, ...]:
-    if not path.is_file():
-        return VOC_CLASSES
-    names = _read_names(path)
-    if len(set(names)) != len(names) or not 1 <= len(names) <= IGNORE_INDEX:
-        twice = sorted({name for name in names if names.count(name) > 1})
-        raise ValueError(
-            f"{path} holds {len(names)} class names{f', some of them twice: {twice}' if twice else ''}; "
-            f"it needs 1 to {IGNORE_INDEX} different ones, one a line"
-        )
-    return tuple(names)
-
-
 def _read_list(root: Path, split: str) -> list[str]:
     folder = root / "ImageSets" / "Segmentation"
     lists = sorted(path.stem for path in folder.glob("*.txt"))
@@ -267,46 +226,14 @@ def _read_list(root: Path, split: str) -> list[str]:
         raise FileNotFoundError(
             f"there is no list of the split {split!r} in {folder}; there are: {', '.join(lists) or 'none'}"
         )
-    ids = _read_names(folder / f"{split}.txt")
+    ids = read_lines(folder / f"{split}.txt")
     if not ids:
         raise ValueError(f"{folder / f'{split}.txt'} is empty; it must name the images, one a line, without .jpg")
     return ids
 
 
 def _sample_paths(root: Path, folder: str, ids: list[str], suffix: str, split: str) -> list[Path]:
-    """The file of every sample; the folder itself may be a link to elsewhere, a sample may not."""
-    allowed = (root.resolve(), (root / folder).resolve())
-    paths = [root / folder / f"{name}{suffix}" for name in ids]
-    for path, name in zip(paths, ids, strict=True):
-        if not any(path.resolve().is_relative_to(place) for place in allowed):
-            raise ValueError(f"the list of the split {split!r} names {name!r}, a file outside {root}; remove that line")
-    missing = [path for path in paths if not path.is_file()]
-    if missing:
-        raise FileNotFoundError(
-            f"{missing[0]} is missing ({len(missing)} of the {len(ids)} files of the split {split!r} in {folder}); "
-            "add the file or remove its line from the list"
-        )
+    listed_in = f"the list of the split {split!r}"
+    paths = [sample_path(root, folder, name, suffix, listed_in) for name in ids]
+    check_files(paths, f"the split {split!r} in {folder}")
     return paths
-
-
-def _read_palette(path: Path) -> list[tuple[int, int, int]]:
-    """The 256 colours of a palette mask; VOC's stand in for those that the file lacks."""
-    with _open(path) as mask:
-        levels = mask.getpalette() or []
-    colours = list(zip(levels[::3], levels[1::3], levels[2::3], strict=True))
-    return colours + voc_palette()[len(colours) :]
-
-
-def _open(path: Path) -> PIL.Image.Image:
-    try:
-        return PIL.Image.open(path)
-    except (OSError, PIL.Image.DecompressionBombError) as error:
-        raise OSError(f"{path} cannot be opened as an image ({error}); replace the file") from error
-
-
-def _load(image: PIL.Image.Image, path: Path) -> PIL.Image.Image:
-    try:
-        image.load()
-    except (OSError, SyntaxError, ValueError) as error:
-        raise OSError(f"{path} is a damaged image ({error}); replace the file") from error
-    return image

@@ -1,0 +1,150 @@
+"""CamVid in the layout of the SegNet tutorial: lists of image and mask pairs."""
+
+import os
+from pathlib import Path
+
+import torch
+from torchvision.tv_tensors import Image, Mask
+
+from rfield.data.dataset import IGNORE_INDEX, ParsingDataset, voc_palette
+from rfield.data.files import (
+    check_files,
+    check_labels,
+    fingerprint_of,
+    image_sizes,
+    read_class_names,
+    read_image,
+    read_lines,
+    read_mask,
+    sample_path,
+)
+
+CAMVID_CLASSES = (
+    "sky",
+    "building",
+    "pole",
+    "road",
+    "pavement",
+    "tree",
+    "sign",
+    "fence",
+    "car",
+    "pedestrian",
+    "bicyclist",
+)
+
+_VOID = len(CAMVID_CLASSES)
+_PREFIX = "/SegNet/CamVid/"
+_COLOURS = [
+    (128, 128, 128),
+    (128, 0, 0),
+    (192, 192, 128),
+    (128, 64, 128),
+    (60, 40, 222),
+    (128, 128, 0),
+    (192, 128, 128),
+    (64, 64, 128),
+    (64, 0, 128),
+    (64, 64, 0),
+    (0, 128, 192),
+    (0, 0, 0),
+]
+
+
+class CamVidDataset(ParsingDataset):
+    """Street scenes of CamVid (Brostow et al., PRL 2009) with the 11 classes of SegNet (Badrinarayanan et al., 2017).
+
+    Each line of the list `SPLIT.txt` names an image and its mask, as `train/ID.png trainannot/ID.png`, relative to
+    the root; the leading `/SegNet/CamVid/` of the tutorial's own lists is left out. The mask value 11, void, becomes
+    255. The class names stand in `classes.txt`, one a line, or are SegNet's where there is no such file.
+
+    Args:
+        root: the folder that holds the lists.
+        split: the name of a list, without ".txt".
+
+    Raises:
+        FileNotFoundError: if the root, the list, an image or a mask is missing.
+        ValueError: if the list is empty, a line is no pair or names a file outside the root, or `classes.txt` does
+            not hold 11 names.
+
+    Reading a sample raises `OSError` for a damaged file and `ValueError` for a mask of another size than its image,
+    of another kind than palette or 8-bit grey, or with a value above 11 that is not 255; both name the file.
+
+    Example:
+        >>> import tempfile, numpy as np, PIL.Image
+        >>> scratch = tempfile.TemporaryDirectory()
+        >>> root = Path(scratch.name)
+        >>> for folder in ("train", "trainannot"):
+        ...     (root / folder).mkdir()
+        >>> PIL.Image.new("RGB", (16, 12)).save(root / "train/one.png")
+        >>> PIL.Image.fromarray(np.array([[8, 11] * 8] * 12, np.uint8)).save(root / "trainannot/one.png")
+        >>> _ = (root / "train.txt").write_text("/SegNet/CamVid/train/one.png /SegNet/CamVid/trainannot/one.png")
+        >>> dataset = CamVidDataset(root, "train")
+        >>> image, mask = dataset[0]
+        >>> tuple(image.shape), dataset.class_names[mask[0, 0]], mask[0, 1].item()
+        ((3, 12, 16), 'car', 255)
+        >>> scratch.cleanup()
+    """
+
+    def __init__(self, root: str | os.PathLike[str], split: str = "train") -> None:
+        self.root = Path(root)
+        if not self.root.is_dir():
+            raise FileNotFoundError(f"{self.root} is not a folder; name the one that holds train.txt and val.txt")
+        self.class_names = read_class_names(self.root / "classes.txt", CAMVID_CLASSES)
+        if len(self.class_names) != _VOID:
+            raise ValueError(
+                f"{self.root / 'classes.txt'} holds {len(self.class_names)} class names, but the masks of the SegNet "
+                f"tutorial have {_VOID} classes and the value {_VOID} for void; name the {_VOID}, without void"
+            )
+        pairs = _read_pairs(self.root, split)
+        self.image_paths = [image for image, _ in pairs]
+        self.mask_paths = [mask for _, mask in pairs]
+        check_files([*self.image_paths, *self.mask_paths], f"the split {split!r}")
+        self.ids = [path.stem for path in self.image_paths]
+        self.palette = _COLOURS + voc_palette()[len(_COLOURS) : IGNORE_INDEX] + [(0, 0, 0)]
+
+    def __getitem__(self, index: int) -> tuple[Image, Mask]:
+        image = read_image(self.image_paths[index])
+        path = self.mask_paths[index]
+        mask = read_mask(path, (image.shape[1], image.shape[2]))
+        mask[mask == _VOID] = IGNORE_INDEX
+        check_labels(mask, _VOID, path, f"correct the mask; {_VOID} stands for no label too")
+        return image, Mask(torch.from_numpy(mask))
+
+    def fingerprint(self) -> str:
+        """A hexadecimal hash of the class names, and every file's name, size and time of change."""
+        return fingerprint_of(self.root, [*self.image_paths, *self.mask_paths], "CamVid", self.class_names)
+
+    def sizes(self) -> list[tuple[int, int]]:
+        """The (height, width) in px of every image, read from the files' headers.
+
+        Raises:
+            OSError: if a file is not an image; the message names it.
+        """
+        return image_sizes(self.image_paths)
+
+
+def _read_pairs(root: Path, split: str) -> list[tuple[Path, Path]]:
+    lists = sorted(path.stem for path in root.glob("*.txt") if path.name != "classes.txt")
+    if split not in lists:
+        raise FileNotFoundError(
+            f"there is no list {split}.txt in {root}; there are lists of: {', '.join(lists) or 'none'}"
+        )
+    path = root / f"{split}.txt"
+    pairs = []
+    for line in read_lines(path):
+        names = [name.removeprefix(_PREFIX) for name in line.split()]
+        if len(names) != 2:
+            raise ValueError(f"{path} has the line {line!r}; a line names an image and its mask, with a blank between")
+        image, mask = (_entry(root, name, path) for name in names)
+        pairs.append((image, mask))
+    if not pairs:
+        raise ValueError(f"{path} is empty; each of its lines must name an image and its mask")
+    return pairs
+
+
+def _entry(root: Path, name: str, listed_in: Path) -> Path:
+    folder, _, file = name.partition("/")
+    if not file or folder in ("", ".", ".."):  # in the root itself, or a path from elsewhere
+        folder, file = "", name
+    return sample_path(root, folder, file, "", str(listed_in))

@@ -1,0 +1,162 @@
+"""Reading the files of a data set, with errors that name the file and say what to do."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import PIL.Image
+import torch
+from torchvision.tv_tensors import Image
+
+from rfield.data.dataset import IGNORE_INDEX
+
+
+def read_image(path: Path) -> Image:
+    """A photograph as uint8 [3, H, W].
+
+    Raises:
+        OSError: if the file is not an image or a damaged one.
+    """
+    with _open(path) as file:
+        pixels = np.array(_load(file, path).convert("RGB"))
+    return Image(torch.from_numpy(pixels).permute(2, 0, 1).contiguous())
+
+
+def read_mask(path: Path, size: tuple[int, int]) -> npt.NDArray[np.uint8]:
+    """The class indices in a palette or 8-bit grey image, uint8 [H, W].
+
+    Args:
+        path: the file.
+        size: the (height, width) in px that it must have, its photograph's.
+
+    Raises:
+        OSError: if the file is not an image or a damaged one.
+        ValueError: if it is of another kind or size.
+    """
+    wanted = "a mask must be a palette image ('P') or 8-bit grey ('L') whose values are class indices"
+    return _read_values(path, size, ("P", "L"), wanted)
+
+
+def read_grey(path: Path, size: tuple[int, int]) -> npt.NDArray[np.uint8]:
+    """The values of an 8-bit grey image, uint8 [H, W]; arguments and errors as of `read_mask`."""
+    return _read_values(path, size, ("L",), "a map must be 8-bit grey ('L')")
+
+
+def check_labels(mask: npt.NDArray[np.uint8], num_classes: int, path: Path, advice: str) -> None:
+    """Raises ValueError where a mask holds a value that is neither a class nor 255; `advice` says what to do."""
+    wrong = mask[(mask >= num_classes) & (mask != IGNORE_INDEX)]
+    if wrong.size:
+        raise ValueError(
+            f"{path} holds {wrong.size} px of the values {np.unique(wrong).tolist()}, but there are "
+            f"{num_classes} classes, 0..{num_classes - 1}, and 255 for no label; {advice}"
+        )
+
+
+def image_sizes(paths: Sequence[Path]) -> list[tuple[int, int]]:
+    """The (height, width) in px of every image, read from the files' headers.
+
+    Raises:
+        OSError: if a file is not an image; the message names it.
+    """
+    sizes = []
+    for path in paths:
+        with _open(path) as image:
+            sizes.append((image.height, image.width))
+    return sizes
+
+
+def palette_of(path: Path) -> list[tuple[int, int, int]]:
+    """The colours in a palette image's file; none in that of a grey one."""
+    with _open(path) as image:
+        levels = image.getpalette() or []
+    return list(zip(levels[::3], levels[1::3], levels[2::3], strict=True))
+
+
+def fingerprint_of(root: Path, paths: Sequence[Path], *facts: object) -> str:
+    """A hexadecimal hash of the facts, and of every file's name in the root, its size and time of change."""
+    digest = hashlib.sha256(repr(facts).encode())
+    for path in paths:
+        state = path.stat()
+        digest.update(repr((str(path.relative_to(root)), state.st_size, state.st_mtime_ns)).encode())
+    return digest.hexdigest()
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file that hold something, without the blanks around them."""
+    lines = path.read_text(encoding="utf-8-sig").splitlines()
+    return [line.strip() for line in lines if line.strip()]
+
+
+def read_class_names(path: Path, default: tuple[str, ...]) -> tuple[str, ...]:
+    """The class names in a file, one a line; `default` where there is no such file.
+
+    Raises:
+        ValueError: if there are none, more than 255, or one stands there twice.
+    """
+    if not path.is_file():
+        return default
+    names = read_lines(path)
+    if len(set(names)) != len(names) or not 1 <= len(names) <= IGNORE_INDEX:
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise ValueError(
+            f"{path} holds {len(names)} class names{f', some of them twice: {twice}' if twice else ''}; "
+            f"it needs 1 to {IGNORE_INDEX} different ones, one a line"
+        )
+    return tuple(names)
+
+
+def sample_path(root: Path, folder: str, name: str, suffix: str, listed_in: str) -> Path:
+    """`root/folder/name` with the suffix; the folder itself may be a link to elsewhere, a sample may not.
+
+    Raises:
+        ValueError: if the file would lie elsewhere; names `listed_in`, where the name was read.
+    """
+    path = root / folder / f"{name}{suffix}"
+    resolved = path.resolve()
+    if not any(resolved.is_relative_to(place.resolve()) for place in (root, root / folder)):
+        raise ValueError(f"{listed_in} names {name!r}, a file outside {root}; remove that line")
+    return path
+
+
+def check_files(paths: Sequence[Path], what: str) -> None:
+    """Raises FileNotFoundError for the first that is missing; `what` says whose files they are."""
+    missing = [path for path in paths if not path.is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"{missing[0]} is missing ({len(missing)} of the {len(paths)} files of {what}); "
+            "add the file or remove its line from the list"
+        )
+
+
+def _read_values(path: Path, size: tuple[int, int], modes: tuple[str, ...], wanted: str) -> npt.NDArray[np.uint8]:
+    with _open(path) as file:
+        # Pillow spreads the values of 1, 2 and 4-bit grey over 0..255, which would make other classes of them.
+        few_bits = file.mode == "L" and file.format == "PNG" and file.tile[0][3] != "L"
+        if file.mode not in modes or few_bits:
+            raise ValueError(
+                f"{path} is of Pillow mode {file.mode!r}{' with less than 8 bits' if few_bits else ''}; {wanted}"
+            )
+        values: npt.NDArray[np.uint8] = np.array(_load(file, path))
+    if values.shape != size:
+        raise ValueError(
+            f"{path} is {values.shape[0]}x{values.shape[1]} px (height x width) but its image is {size[0]}x{size[1]}; "
+            "both must have one size"
+        )
+    return values
+
+
+def _open(path: Path) -> PIL.Image.Image:
+    try:
+        return PIL.Image.open(path)
+    except (OSError, PIL.Image.DecompressionBombError) as error:
+        raise OSError(f"{path} cannot be opened as an image ({error}); replace the file") from error
+
+
+def _load(image: PIL.Image.Image, path: Path) -> PIL.Image.Image:
+    try:
+        image.load()
+    except (OSError, SyntaxError, ValueError) as error:
+        raise OSError(f"{path} is a damaged image ({error}); replace the file") from error
+    return image

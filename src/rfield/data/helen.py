@@ -1,0 +1,143 @@
+"""Faces in the layout of the Helen face-parsing data set: one map for each class of each photograph."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from torchvision.tv_tensors import Image, Mask
+
+from rfield.data.dataset import ParsingDataset, voc_palette
+from rfield.data.files import (
+    check_files,
+    fingerprint_of,
+    image_sizes,
+    read_grey,
+    read_image,
+    read_lines,
+    sample_path,
+)
+
+HELEN_CLASSES = (
+    "background",
+    "face skin",
+    "left brow",
+    "right brow",
+    "left eye",
+    "right eye",
+    "nose",
+    "upper lip",
+    "inner mouth",
+    "lower lip",
+    "hair",
+)
+
+_LISTS = {"train": "exemplars.txt", "val": "tuning.txt", "test": "testing.txt"}
+_COLOURS = [
+    (0, 0, 0),
+    (243, 201, 165),
+    (121, 85, 61),
+    (184, 134, 72),
+    (38, 139, 210),
+    (102, 204, 238),
+    (84, 160, 84),
+    (220, 50, 60),
+    (255, 255, 255),
+    (240, 128, 150),
+    (106, 76, 147),
+]
+
+
+class HelenDataset(ParsingDataset):
+    """Faces with 11 classes in the layout of Helen face parsing (Smith et al., CVPR 2013).
+
+    The list of a split, `exemplars.txt` for train, `tuning.txt` for val and `testing.txt` for test, has the lines
+    `number , ID`. `images/ID.jpg` is a photograph, `labels/ID/ID_lbl00.png` to `ID_lbl10.png` are 8-bit maps of how
+    surely a pixel belongs to each class; its label is the surest one, of equally sure ones the first. "Left" is
+    what the data set calls left. A mirrored photograph has left and right exchanged: `mirrored_classes`.
+
+    Args:
+        root: the folder that holds `images`, `labels` and the lists.
+        split: "train", "val" or "test".
+
+    Raises:
+        FileNotFoundError: if the root, the list, a photograph or a map is missing.
+        ValueError: if the split has another name, the list is empty, or a line is not understood or names a file
+            outside the root.
+
+    Reading a sample raises `OSError` for a damaged file and `ValueError` for a map of another size than its
+    photograph or of another kind than 8-bit grey; both name the file.
+
+    Example:
+        >>> import tempfile, PIL.Image
+        >>> scratch = tempfile.TemporaryDirectory()
+        >>> root = Path(scratch.name)
+        >>> for folder in ("images", "labels/one"):
+        ...     (root / folder).mkdir(parents=True)
+        >>> PIL.Image.new("RGB", (16, 12)).save(root / "images/one.jpg")
+        >>> for label in range(11):
+        ...     PIL.Image.new("L", (16, 12), 200 * (label == 6)).save(root / f"labels/one/one_lbl{label:02d}.png")
+        >>> _ = (root / "exemplars.txt").write_text("1 , one")
+        >>> dataset = HelenDataset(root, "train")
+        >>> image, mask = dataset[0]
+        >>> tuple(image.shape), dataset.class_names[mask[0, 0]]
+        ((3, 12, 16), 'nose')
+        >>> scratch.cleanup()
+    """
+
+    class_names = HELEN_CLASSES
+    mirrored_classes = ((2, 3), (4, 5))
+
+    def __init__(self, root: str | os.PathLike[str], split: str = "train") -> None:
+        self.root = Path(root)
+        if split not in _LISTS:
+            raise ValueError(f"Helen has no split {split!r}; it has {', '.join(_LISTS)}")
+        if not self.root.is_dir():
+            raise FileNotFoundError(f"{self.root} is not a folder; name the one that holds images and labels")
+        listed_in = self.root / _LISTS[split]
+        self.ids = _read_ids(listed_in)
+        self.image_paths = [sample_path(self.root, "images", name, ".jpg", str(listed_in)) for name in self.ids]
+        self.map_paths = [
+            [
+                sample_path(self.root, "labels", f"{name}/{Path(name).name}", f"_lbl{label:02d}.png", str(listed_in))
+                for label in range(self.num_classes)
+            ]
+            for name in self.ids
+        ]
+        check_files(self._files(), f"the split {split!r}")
+        self.palette = _COLOURS + voc_palette()[len(_COLOURS) :]
+
+    def __getitem__(self, index: int) -> tuple[Image, Mask]:
+        image = read_image(self.image_paths[index])
+        size = (image.shape[1], image.shape[2])
+        maps = np.stack([read_grey(path, size) for path in self.map_paths[index]])
+        return image, Mask(torch.from_numpy(maps.argmax(0).astype(np.uint8)))
+
+    def fingerprint(self) -> str:
+        """A hexadecimal hash of every file's name, size and time of change."""
+        return fingerprint_of(self.root, self._files(), "Helen")
+
+    def sizes(self) -> list[tuple[int, int]]:
+        """The (height, width) in px of every photograph, read from the files' headers.
+
+        Raises:
+            OSError: if a file is not an image; the message names it.
+        """
+        return image_sizes(self.image_paths)
+
+    def _files(self) -> list[Path]:
+        return [*self.image_paths, *(path for maps in self.map_paths for path in maps)]
+
+
+def _read_ids(path: Path) -> list[str]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; it must hold a line `number , ID` for each photograph")
+    ids = []
+    for line in read_lines(path):
+        _, comma, name = line.partition(",")
+        if not comma or not name.strip():
+            raise ValueError(f"{path} has the line {line!r}; a line reads `number , ID`")
+        ids.append(name.strip())
+    if not ids:
+        raise ValueError(f"{path} is empty; it must hold a line `number , ID` for each photograph")
+    return ids
