@@ -39,7 +39,6 @@ def make(tmp_path: Path) -> Make:
             "out": str(tmp_path / out),
             "model": "small_cnn",
             "dilation": 3,
-            "search": "gradient",
             "head_channels": 8,
             "search": "gradient",
             "factor_lr": 0.05,
@@ -378,7 +377,7 @@ def test_the_factor_waits_for_its_start(make: Make, optimizer: str) -> None:
     assert state["param_groups"][1]["params"][0] not in state["state"], "no momentum is collected"
     assert len(state["state"]) == 12
 
-    started = make("started", optimizer=optimizer, factor_start=4, max_steps=5)
+    started = make("started", optimizer=optimizer, factor_start=4)
     train(started)
     factors = [row[1] for row in rows_of(started)[1:]]
     assert factors[:4] == ["1"] * 4
@@ -479,9 +478,12 @@ def test_two_processes_are_one_run(make: Make) -> None:
     assert "Traceback" not in done.stderr
     assert done.stdout.count("mIoU") == 1, "the first process alone reports"
     assert len(rows_of(both)) == 1 + 2 * STEPS_AN_EPOCH
-    weights = checkpoint_of(both)["state_dict"]
-    for key, weight in checkpoint_of(alone)["state_dict"].items():
-        torch.testing.assert_close(weights[key], weight, rtol=1e-4, atol=1e-6)
+    torch.manual_seed(alone.seed)
+    start = build_network(alone.resolved(), 4).state_dict()
+    ends = [checkpoint_of(config)["state_dict"] for config in (alone, both)]
+    for key in (key for key, weight in start.items() if weight.dim() == 4):
+        one, two = (end[f"network.{key}"] - start[key] for end in ends)
+        assert (one - two).norm() < 0.01 * one.norm(), key
     assert metrics_of(both)["miou"] == pytest.approx(metrics_of(alone)["miou"], abs=1e-3)
 
 

@@ -5,7 +5,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-Search = Literal["none", "gradient"]
+Search = Literal["none", "gradient", "spsa", "sampled"]
+Mechanism = Literal["regulator", "dilation"]
 Optimizer = Literal["sgd", "adamw"]
 
 
@@ -64,10 +65,14 @@ class TrainConfig:
     """Dilation of the head's 3x3 convolution, where the receptive field starts."""
     head_channels: int = 1024
     """Width of the head."""
-    dropout: float = 0.5
-    """Dropout in the head."""
-    search: Search = "gradient"
-    """How the receptive field is learned: none (fixed), or gradient (the factor by its exact gradient)."""
+    dropout: float | None = None
+    """Dropout in the head. Default: 0 with freeze_backbone, else 0.5, as DeepLab."""
+    search: Search = "sampled"
+    """How the receptive field is learned: none (fixed), gradient (the paper's), spsa, or sampled (from any start)."""
+    search_share: float | None = None
+    """Share of the steps that the search takes. Default: 0.8 for gradient, 0.6 for spsa, 0.25 for sampled."""
+    mechanism: Mechanism | None = None
+    """What realises the receptive field. Default: regulator (resampling) for gradient, else dilation."""
     factor: float = 1.0
     """Where the factor starts; larger factor, smaller receptive field."""
     factor_lr: float | None = None
@@ -88,12 +93,12 @@ class TrainConfig:
     """Passes over the training split."""
     max_steps: int | None = None
     """Stop after this many steps, whatever the epochs say."""
-    batch_size: int = 8
-    """Images a step, dealt evenly to the devices."""
+    batch_size: int | None = None
+    """Images a step, dealt evenly to the devices. Default: 4 a device with freeze_backbone, else 8."""
     optimizer: Optimizer | None = None
     """sgd (momentum 0.9) or adamw. Default: adamw with freeze_backbone, else sgd, as DeepLab."""
     lr: float | None = None
-    """Learning rate of the backbone; poly decay with power 0.9. Default: 0.001 for sgd, 0.0001 for adamw."""
+    """Learning rate of the backbone; poly decay with power 0.9. Default: 0.001 for sgd, 0.0002 for adamw."""
     head_lr_scale: float = 10.0
     """Learning rate of the head over the backbone's."""
     weight_decay: float = 5e-4
@@ -122,8 +127,8 @@ class TrainConfig:
     """Continue the run in `out` from its last epoch."""
 
     def __post_init__(self) -> None:
-        positive = ("dilation", "head_channels", "factor", "epochs", "batch_size", "head_lr_scale", "devices")
-        optional = ("factor_lr", "lr", "max_steps", "val_every")
+        positive = ("dilation", "head_channels", "factor", "epochs", "head_lr_scale", "devices")
+        optional = ("batch_size", "search_share", "factor_lr", "lr", "max_steps", "val_every")
         for name in (*positive, *optional):
             value = getattr(self, name)
             if not (value is None and name in optional) and not (math.isfinite(value) and value > 0):
@@ -131,9 +136,11 @@ class TrainConfig:
         for name in ("weight_decay", "colour_jitter", "workers", "factor_start", "seed"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        if self.batch_size % self.devices:
+        if self.search_share is not None and self.search_share > 1:
+            raise ValueError(f"search_share must be at most 1, got {self.search_share}")
+        if (self.batch_size or 0) % self.devices:
             raise ValueError(f"batch_size {self.batch_size} cannot be dealt evenly to {self.devices} devices")
-        if not 0 <= self.dropout < 1:
+        if not 0 <= (self.dropout or 0.0) < 1:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
         self.crop_size = parse_size(self.crop_size)
         self.canvas = None if self.canvas is None else parse_size(self.canvas)
@@ -149,10 +156,15 @@ class TrainConfig:
         """
         optimizer = self.optimizer or ("adamw" if self.freeze_backbone else "sgd")
         adaptive = optimizer == "adamw"
+        shares = {"none": None, "gradient": 0.8, "spsa": 0.6, "sampled": 0.25}
         return dataclasses.replace(
             self,
+            search_share=self.search_share or shares[self.search],
+            mechanism=self.mechanism or ("regulator" if self.search == "gradient" else "dilation"),
+            dropout=(0.0 if self.freeze_backbone else 0.5) if self.dropout is None else self.dropout,
+            batch_size=self.batch_size or (4 * self.devices if self.freeze_backbone else 8 * self.devices),
             optimizer=optimizer,
-            lr=self.lr or (1e-4 if adaptive else 1e-3),
+            lr=self.lr or (2e-4 if adaptive else 1e-3),
             factor_lr=self.factor_lr or (0.02 if adaptive else 1e-3),
             val_every=self.val_every or max(1, self.epochs // 5),
         )

@@ -20,7 +20,7 @@ from rfield import plots
 from rfield.config import TrainConfig
 from rfield.data import ParsingDataset, evaluation_transform
 from rfield.data.cache import CachedFeatures, find_features, image_features
-from rfield.layers import ReceptiveFieldRegulator
+from rfield.layers import LearnedFactor
 from rfield.metrics import confusion_matrix, segmentation_scores
 from rfield.models import MODELS, ParsingNetwork
 
@@ -72,11 +72,12 @@ def build_network(config: TrainConfig, num_classes: int, weights: str | None = N
         head_channels=config.head_channels,
         regulate=config.search != "none",
         weights=weights,
-        dropout=config.dropout,
+        dropout=config.dropout or 0.0,
         min_size=config.canvas,
+        mechanism=config.mechanism or "regulator",
     )
     for module in network.modules():
-        if isinstance(module, ReceptiveFieldRegulator):
+        if isinstance(module, LearnedFactor):
             module.set_factor(config.factor)
     return network.to(memory_format=torch.channels_last)
 

@@ -116,7 +116,12 @@ class Search:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain types and tensors, for a checkpoint beside the model's."""
-        return {"step_index": self.step_index, "done": self.done, "trajectory": self.trajectory}
+        return {
+            "steps": self.steps,
+            "step_index": self.step_index,
+            "done": self.done,
+            "trajectory": self.trajectory,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues where `state_dict` was taken; load the model's state first."""

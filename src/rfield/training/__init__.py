@@ -1,0 +1,18 @@
+"""Training a parsing network with a learned receptive field; Lightning runs the loop."""
+
+from rfield.training.callbacks import FACTOR_COLUMNS, FactorLog, LastValidation, LineProgress, read_factor_csv
+from rfield.training.module import ParsingModule, present_field
+from rfield.training.run import clear_run_folder, train, write_json
+
+__all__ = [
+    "FACTOR_COLUMNS",
+    "FactorLog",
+    "LastValidation",
+    "LineProgress",
+    "ParsingModule",
+    "clear_run_folder",
+    "present_field",
+    "read_factor_csv",
+    "train",
+    "write_json",
+]

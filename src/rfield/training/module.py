@@ -1,0 +1,195 @@
+"""The training step of a parsing network, for Lightning."""
+
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+
+from rfield.config import TrainConfig
+from rfield.data import IGNORE_INDEX
+from rfield.inference import feature_logits, predict_logits
+from rfield.layers import ReceptiveFieldRegulator
+from rfield.metrics import confusion_matrix, segmentation_scores
+from rfield.models import ParsingNetwork
+from rfield.receptive_field import receptive_field_px
+from rfield.search import GradientSearch, SampledSearch, Search, SpsaSearch, factor_parameters, learned_layers
+
+Batch = tuple[Tensor, Tensor]
+
+# Where a sampled search reads its curve before its end, and how far to either side of the minimum it looks then.
+_READINGS = ((0.25, 4.0), (0.5, 2.5), (0.75, 1.6))
+# Steps from one probe of an SPSA search to the next.
+_PROBE_EVERY = 2
+
+
+class ParsingModule(L.LightningModule):
+    """The training step of a parsing network: pixel-wise cross-entropy, poly schedule, a factor with its own rate.
+
+    Args:
+        network: what to train.
+        config: resolved.
+        class_names: the classes' names.
+        held_out: gives the batches that a sampled search reads its curve on.
+    """
+
+    def __init__(
+        self,
+        network: ParsingNetwork,
+        config: TrainConfig,
+        class_names: tuple[str, ...],
+        held_out: Iterable[Batch] = (),
+    ) -> None:
+        super().__init__()
+        # Plain types only, so that a checkpoint loads with weights_only.
+        self.save_hyperparameters({"config": config.plain(), "class_names": list(class_names)})
+        self.network = network
+        self.config = config
+        self.class_names = class_names
+        self.confusion = confusion_matrix(len(class_names))
+        self.regulators = [module for module in network.modules() if isinstance(module, ReceptiveFieldRegulator)]
+        self.factor_gradients: tuple[float, float] | None = None
+        self.held_out = held_out
+        self.search: Search | None = None
+        self.search_seconds = 0.0
+        self._search_state: dict[str, Any] | None = None
+        if config.freeze_backbone:
+            network.backbone.requires_grad_(False)
+
+    def on_fit_start(self) -> None:
+        for regulator in self.regulators:
+            regulator.record_gradients = True
+
+    def on_train_epoch_start(self) -> None:
+        if self.config.freeze_backbone:
+            self.network.backbone.eval()
+
+    def on_train_batch_start(self, batch: Any, batch_index: int) -> None:
+        # Dropout depends on seed, step and process alone, so that a resumed epoch repeats itself. Not an epoch's
+        # affair: whether its loader draws before or after the hook is another matter in a resumed run.
+        seeds = np.random.SeedSequence([self.config.seed, self.global_step, self.global_rank])
+        torch.manual_seed(int(seeds.generate_state(1)[0]))
+
+    def training_step(self, batch: Batch, batch_index: int) -> Tensor:
+        """The loss of a batch, at the dilations that the search wants to see."""
+        self.factor_gradients = None
+        loss = self._loss(self.network, batch) if self.search is None else self.search.loss(batch)
+        self.log("loss", loss.detach(), prog_bar=True)
+        return loss
+
+    def _loss(self, network: nn.Module, batch: Batch) -> Tensor:
+        """Mean cross-entropy over the batch's labelled pixels."""
+        assert isinstance(network, ParsingNetwork)
+        input, mask = (part.to(self.device) for part in batch)
+        input = input.contiguous(memory_format=torch.channels_last)
+        features = input.float() if self.config.freeze_backbone else network.backbone(network.pad(input))
+        height, width = ((size - 1) * network.stride + 1 for size in features.shape[2:])
+        mask = F.pad(mask, (0, width - mask.shape[2], 0, height - mask.shape[1]), value=IGNORE_INDEX)
+        if self.config.loss_resolution == "features":
+            logits = network.head(features)
+            mask = mask[:, :: network.stride, :: network.stride]
+        else:
+            logits = network.head(features, output_size=(mask.shape[1], mask.shape[2]))
+        total = F.cross_entropy(logits.float(), mask, ignore_index=IGNORE_INDEX, reduction="sum")
+        return total / (mask != IGNORE_INDEX).sum().clamp(min=1)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        learned = [regulator for regulator in self.regulators if regulator.log_factor.requires_grad]
+        if learned:
+            scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+            scale = scaler.get_scale() if scaler is not None else 1.0
+            terms = [regulator.pop_factor_gradients() for regulator in learned]
+            self.factor_gradients = (
+                sum(float(inflation.sum()) for inflation, _ in terms) / scale,
+                sum(float(interpolation.sum()) for _, interpolation in terms) / scale,
+            )
+        if self.global_step < self.config.factor_start:
+            for factor in factor_parameters(self.network):
+                factor.grad = None
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_index: int) -> None:
+        factor, _, field = present_field(self.network)
+        self.log_dict({"factor": factor, "rf_px": field}, prog_bar=True)
+        if self.search is not None and not self.search.done:
+            started = time.monotonic()
+            self.search.step()
+            self.search_seconds += time.monotonic() - started
+
+    def on_train_start(self) -> None:
+        # Not earlier: the optimizer's state has been loaded by now, so its groups may change their gradients' needs.
+        if self.search is not None and self._search_state is not None:
+            self.search.load_state_dict(self._search_state["search"])
+            self.search_seconds = self._search_state["seconds"]
+
+    def on_train_epoch_end(self) -> None:
+        if self.search is not None and self.search.done:
+            # The held-out images come back.
+            self.trainer.train_dataloader.sampler.held_out = frozenset()  # type: ignore[union-attr]
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.search is not None:
+            checkpoint["search"] = {"search": self.search.state_dict(), "seconds": self.search_seconds}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._search_state = checkpoint.get("search")
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
+        """Scores one image, or one image's cached features, at the image's own size."""
+        input, mask = batch[0][0], batch[1][0]
+        if self.config.freeze_backbone:
+            logits = feature_logits(self.network, input, (mask.shape[0], mask.shape[1]))
+        else:
+            logits = predict_logits(self.network, input)
+        self.confusion.update(logits.argmax(0), mask)
+
+    def on_validation_epoch_end(self) -> None:
+        scores = segmentation_scores(self.confusion.compute(), self.class_names)
+        # Every process scores all images and needs the score, to agree on the best checkpoint.
+        self.log("miou", scores["miou"] or 0.0, prog_bar=True, sync_dist=True)
+        self.confusion.reset()
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        config = self.config
+        lr, factor_lr = config.lr or 0.0, config.factor_lr or 0.0
+        steps = int(self.trainer.estimated_stepping_batches)
+        self.search = self._make_search(max(1, round((config.search_share or 1.0) * steps)))
+        factors = factor_parameters(self.network)
+        known = {id(factor) for factor in factors}
+        head = [weight for weight in self.network.head.parameters() if id(weight) not in known]
+        groups: list[dict[str, Any]] = [{"params": head, "lr": lr * config.head_lr_scale}]
+        if factors:
+            groups.append({"params": factors, "lr": factor_lr, "weight_decay": 0.0})
+        if not config.freeze_backbone:
+            groups.append({"params": list(self.network.backbone.parameters()), "lr": lr})
+        optimizer: torch.optim.Optimizer
+        if config.optimizer == "sgd":
+            optimizer = torch.optim.SGD(groups, lr=lr, momentum=0.9, weight_decay=config.weight_decay)
+        else:
+            optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=config.weight_decay)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.0, 1 - step / steps) ** 0.9)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _make_search(self, steps: int) -> Search | None:
+        kind, seed = self.config.search, self.config.seed
+        if kind == "none":
+            return None
+        if kind == "gradient":
+            return GradientSearch(self.network, self._loss, steps, seed)
+        if kind == "spsa":
+            return SpsaSearch(self.network, self._loss, steps, seed, every=_PROBE_EVERY)
+        return SampledSearch(self.network, self._loss, steps, self.held_out, seed, _READINGS)
+
+
+def present_field(network: ParsingNetwork) -> tuple[float, float, float]:
+    """Factor, dilation and receptive field in px that the network runs at now, along the height."""
+    field = receptive_field_px(network)[0]
+    groups = learned_layers(network)
+    if not groups:
+        return 1.0, float(network.head.dilation), field
+    layer = groups[0][0]
+    return layer.base_dilation[0] / layer.realised_dilation[0], layer.realised_dilation[0], field

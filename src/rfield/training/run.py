@@ -1,0 +1,335 @@
+"""One training run, from its config to its run folder."""
+
+import dataclasses
+import json
+import logging
+import os
+import platform
+import random
+import shutil
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+import yaml
+from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar, Timer
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from rfield import plots
+from rfield.config import TrainConfig, differences
+from rfield.data import (
+    AugmentedDataset,
+    EpochSampler,
+    ParsingDataset,
+    evaluation_transform,
+    load_dataset,
+    training_transform,
+)
+from rfield.data.cache import CachedFeatures, cache_features
+from rfield.inference import Progress, build_network, compute_device, evaluate, load_config, load_run
+from rfield.training.callbacks import FactorLog, LastValidation, LineProgress, read_factor_csv
+from rfield.training.module import ParsingModule, present_field
+
+# Share of the training images that a sampled search reads its curve on.
+_HELD_OUT = 0.1
+_RUN_FILES = ("config.yaml", "classes.json", "metrics.json", "factor.csv", "factor.png", "checkpoints", "logs")
+
+
+class _WholeImages(Dataset[tuple[Tensor, Tensor]]):
+    """Validation samples at their own size: normalised images, or cached features, with their masks."""
+
+    def __init__(self, dataset: ParsingDataset, features: CachedFeatures | None) -> None:
+        self.dataset = dataset
+        self.features = features
+        self.transform = evaluation_transform()
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        if self.features is not None:
+            return self.features.plain(index)
+        image, mask = self.transform(*self.dataset[index])
+        return image, mask
+
+
+class _Loaders(L.LightningDataModule):
+    """Asked for its loaders when the processes are there, so that the sampler deals the samples to them."""
+
+    def __init__(
+        self,
+        train_samples: Dataset[tuple[Tensor, Tensor]],
+        val_samples: Dataset[tuple[Tensor, Tensor]],
+        config: TrainConfig,
+        first_epoch: int,
+        held_out: frozenset[int],
+    ) -> None:
+        super().__init__()
+        self.train_samples = train_samples
+        self.val_samples = val_samples
+        self.config = config
+        # Cached features come from the page cache; a worker process would only copy them once more.
+        self.workers = 0 if config.freeze_backbone else config.workers
+        self.first_epoch = first_epoch
+        self.held_out = held_out
+
+    def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
+        sampler = EpochSampler(self.train_samples, seed=self.config.seed)
+        # Workers fetch the first batches before Lightning tells the sampler its epoch.
+        sampler.set_epoch(self.first_epoch)
+        sampler.held_out = self.held_out
+        share = (self.config.batch_size or 1) // self.config.devices
+        return DataLoader(self.train_samples, share, sampler=sampler, num_workers=self.workers)
+
+    def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
+        return DataLoader(self.val_samples, batch_size=1, num_workers=self.workers)
+
+
+class _HeldOut:
+    """Batches of one held-out training image, whole and not augmented, dealt to the processes."""
+
+    def __init__(self, samples: Dataset[tuple[Tensor, Tensor]], indices: list[int]) -> None:
+        self.samples = samples
+        self.indices = indices
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        rank, processes = 0, 1
+        if torch.distributed.is_initialized():
+            rank, processes = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        for index in self.indices[rank::processes]:
+            input, mask = self.samples[index]
+            yield input[None], mask[None]
+
+
+def train(config: TrainConfig, progress: Progress | None = None) -> dict[str, Any]:
+    """Trains a network and leaves a run folder.
+
+    Args:
+        config: what to train, on what, and how.
+        progress: called with (images done, images in all) while features are computed and the result is scored.
+
+    Returns:
+        What the run's `metrics.json` holds; nothing in the second and further processes.
+
+    Raises:
+        ValueError: if the config does not fit the data, the weights, or the run that is resumed.
+        FileExistsError: if the run folder holds a run already and `resume` is not set.
+        FileNotFoundError: if data or weights are missing.
+    """
+    progress = progress or (lambda done, total: None)
+    if torch.cuda.is_available() and config.devices > torch.cuda.device_count():
+        raise ValueError(f"devices is {config.devices}, but there are {torch.cuda.device_count()} GPUs")
+    torch.manual_seed(config.seed)
+    train_set = load_dataset(config.data, config.train_split)
+    val_set = load_dataset(config.data, config.val_split)
+    config = config.resolved()
+    if config.freeze_backbone:
+        config = dataclasses.replace(config, canvas=config.canvas or _canvas([train_set, val_set]))
+    out = Path(config.out)
+    if _is_first_process():
+        _check_run_folder(out, config)
+    network = build_network(config, train_set.num_classes, config.weights)
+    train_samples: Dataset[tuple[Tensor, Tensor]]
+    train_features = val_features = None
+    if config.freeze_backbone:
+        network.to(compute_device()).backbone.eval()
+        folder = Path(config.cache) if config.cache else None
+        train_features = cache_features(network, train_set, folder, config.flip, config.seed, progress)
+        val_features = cache_features(network, val_set, folder, mirrored=False, progress=progress)
+        train_samples = train_features
+    else:
+        transform = training_transform(
+            config.crop_size, config.scale_range, config.flip, config.colour_jitter, train_set.mirrored_classes
+        )
+        train_samples = AugmentedDataset(train_set, transform, config.seed)
+    if _is_first_process():
+        _start_run_folder(out, config, train_set)
+
+    held_out = _draw_held_out(train_set, config)
+    module = ParsingModule(
+        network, config, train_set.class_names, _HeldOut(_WholeImages(train_set, train_features), held_out)
+    )
+    timer = Timer(verbose=False)
+    last = out / "checkpoints" / "last.ckpt"
+    checkpoint = last if config.resume and last.is_file() else None
+    first_epoch = 0
+    if checkpoint is not None:
+        load_run(out)  # A damaged checkpoint is named here, and not by Lightning.
+        saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        first_epoch = saved["epoch"] + 1
+        if saved.get("search", {}).get("search", {}).get("done"):
+            held_out = []
+    val_samples = _WholeImages(val_set, val_features)
+    loaders = _Loaders(train_samples, val_samples, config, first_epoch, frozenset(held_out))
+    with _quiet():
+        trainer = _trainer(config, out, timer)
+        try:
+            trainer.fit(module, datamodule=loaders, ckpt_path=checkpoint, weights_only=True)
+        except SystemExit:  # Lightning's answer to Ctrl-C
+            raise KeyboardInterrupt from None
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()  # The first process scores the network alone.
+    if not trainer.is_global_zero:
+        return {}
+    return _finish(out, config, timer.time_elapsed("train"), val_set, val_features, progress)
+
+
+def _finish(
+    out: Path,
+    config: TrainConfig,
+    seconds: float,
+    val_set: ParsingDataset,
+    val_features: CachedFeatures | None,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Scores the last checkpoint, just as `rfield evaluate` does, and writes the run's results."""
+    network = load_run(out).network.to(compute_device())
+    scores = evaluate(network, val_set, config.freeze_backbone, val_features, progress)
+    factor, dilation, field = present_field(network)
+    saved = torch.load(out / "checkpoints" / "last.ckpt", map_location="cpu", weights_only=True)
+    metrics = {
+        **scores,
+        "factor": factor,
+        "effective_dilation": dilation,
+        "receptive_field_px": field,
+        **({"search": _describe_search(config, saved["search"])} if "search" in saved else {}),
+        "train_seconds": seconds,
+        "seed": config.seed,
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("rfield", "torch", "torchvision", "lightning")},
+        },
+    }
+    write_json(out / "metrics.json", metrics)
+    columns = read_factor_csv(out / "factor.csv")
+    figure = plots.factor_curve(
+        columns["step"], columns["effective_dilation"], columns["receptive_field_px"], columns["loss"]
+    )
+    plots.save(figure, out / "factor.png")
+    return metrics
+
+
+def _describe_search(config: TrainConfig, saved: dict[str, Any]) -> dict[str, Any]:
+    """A saved search in plain numbers: the curve that it read, or the way that it went (at most 200 points)."""
+    search = saved["search"]
+    described = {"kind": config.search, "steps": search["steps"], "seconds": saved["seconds"]}
+    if config.search == "sampled":
+        return {**described, "curve": [list(point) for point in search["curves"][0, 0].items()]}
+    every = -(-len(search["trajectory"]) // 200) or 1
+    return {**described, "trajectory": [[step, dilations[0]] for step, dilations in search["trajectory"][::every]]}
+
+
+def _draw_held_out(dataset: ParsingDataset, config: TrainConfig) -> list[int]:
+    if config.search != "sampled":
+        return []
+    if len(dataset) < 2:
+        raise ValueError(f"a sampled search holds images out, but {config.data} has {len(dataset)} to train on")
+    count = max(1, round(_HELD_OUT * len(dataset)))
+    return sorted(random.Random(config.seed).sample(range(len(dataset)), count))
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes a whole file or none."""
+    _write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def _write_text(path: Path, text: str) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
+def _is_first_process() -> bool:
+    return int(os.environ.get("LOCAL_RANK", 0)) == int(os.environ.get("NODE_RANK", 0)) == 0
+
+
+def _canvas(datasets: list[ParsingDataset]) -> tuple[int, int]:
+    sizes = [size for dataset in datasets for size in dataset.sizes()]
+    return max(height for height, _ in sizes), max(width for _, width in sizes)
+
+
+def _check_run_folder(out: Path, config: TrainConfig) -> None:
+    """Refuses what would overwrite a run, or continue one with other settings."""
+    if not (out / "config.yaml").is_file():
+        return
+    if not config.resume:
+        raise FileExistsError(f"{out} holds a run already: give --resume to continue it, or another --out")
+    changed = differences(load_config(out / "config.yaml").plain(), config.plain(), ignored=("out", "workers", "cache"))
+    if changed:
+        raise ValueError(f"{out} cannot be resumed with other settings: {'; '.join(changed)}")
+
+
+def _start_run_folder(out: Path, config: TrainConfig, dataset: ParsingDataset) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "classes.json", {"class_names": dataset.class_names, "palette": dataset.palette})
+    _write_text(out / "config.yaml", yaml.safe_dump(config.plain(), sort_keys=False))
+
+
+def clear_run_folder(out: Path) -> None:
+    """Removes an earlier run's files, and nothing else, from a folder."""
+    for name in _RUN_FILES:
+        path = out / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _trainer(config: TrainConfig, out: Path, timer: Timer) -> L.Trainer:
+    checkpoints = out / "checkpoints"
+    return L.Trainer(
+        accelerator=compute_device().type,
+        devices=config.devices,
+        precision=config.precision,
+        max_epochs=config.epochs,
+        max_steps=config.max_steps or -1,
+        check_val_every_n_epoch=config.val_every,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        enable_model_summary=False,
+        log_every_n_steps=10,
+        logger=[TensorBoardLogger(out / "logs", name="", version="tensorboard"), CSVLogger(out / "logs", name="csv")],
+        callbacks=[
+            timer,
+            FactorLog(out / "factor.csv"),
+            ModelCheckpoint(
+                checkpoints,
+                "best",
+                monitor="miou",
+                mode="max",
+                save_on_train_epoch_end=False,
+                enable_version_counter=False,
+                auto_insert_metric_name=False,
+            ),
+            ModelCheckpoint(checkpoints, "last", save_on_train_epoch_end=True, enable_version_counter=False),
+            LastValidation(),
+            RichProgressBar() if sys.stdout.isatty() else LineProgress(),
+        ],
+        enable_progress_bar=sys.stdout.isatty(),
+    )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps Lightning's advice, which is for those who wrote the loop, from those who run it."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*does not have many workers.*")
+        warnings.filterwarnings("ignore", ".*in eval mode at the start of training.*")
+        warnings.filterwarnings("ignore", ".*smaller than the logging interval.*")
+        warnings.filterwarnings("ignore", ".*isinstance.treespec, LeafSpec.*")
+        warnings.filterwarnings("ignore", ".*Checkpoint directory .* exists and is not empty.*")
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
