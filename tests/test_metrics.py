@@ -3,7 +3,8 @@ import math
 import pytest
 import torch
 
-from rfield.metrics import confusion_matrix, segmentation_scores
+from rfield.data import HELEN_CLASSES
+from rfield.metrics import confusion_matrix, helen_scores, segmentation_scores
 
 
 def test_scores_equal_a_hand_computed_table() -> None:
@@ -58,6 +59,81 @@ def test_pixels_of_truth_255_do_not_count_whatever_is_predicted() -> None:
     matrix.reset()
     matrix.update(torch.tensor([[0, 1]]), torch.tensor([[255, 255]]))
     assert matrix.compute().sum() == 0
+
+
+def helen_confusion(counts: dict[tuple[str, str], int]) -> torch.Tensor:
+    confusion = torch.zeros(11, 11, dtype=torch.int64)
+    for (truth, pred), count in counts.items():
+        confusion[HELEN_CLASSES.index(truth), HELEN_CLASSES.index(pred)] = count
+    return confusion
+
+
+def test_helen_scores_equal_a_hand_computed_table() -> None:
+    scores = helen_scores(
+        helen_confusion(
+            {
+                ("background", "background"): 1000,
+                ("background", "hair"): 30,
+                ("face skin", "face skin"): 90,
+                ("face skin", "left brow"): 6,
+                ("face skin", "nose"): 4,
+                ("left brow", "left brow"): 5,
+                ("left brow", "right brow"): 3,  # the other side is a hit
+                ("left brow", "face skin"): 2,
+                ("right brow", "right brow"): 4,
+                ("left eye", "right eye"): 7,
+                ("right eye", "right eye"): 8,
+                ("right eye", "hair"): 1,
+                ("nose", "nose"): 20,
+                ("nose", "upper lip"): 2,
+                ("upper lip", "upper lip"): 9,
+                ("upper lip", "inner mouth"): 1,  # within the mouth is a hit of the mouth
+                ("lower lip", "upper lip"): 4,
+                ("lower lip", "lower lip"): 6,
+                ("lower lip", "face skin"): 5,
+                ("hair", "hair"): 70,
+            }
+        )
+    )
+    assert scores["f1"] == pytest.approx(
+        {
+            "brows": 24 / (24 + 6 + 2),  # TP 12, FP 6, FN 2
+            "eyes": 30 / (30 + 0 + 1),  # TP 15
+            "nose": 40 / (40 + 4 + 2),  # TP 20
+            "inner mouth": 0.0,  # only predicted
+            "upper lip": 18 / (18 + 6 + 1),  # TP 9; 2 of the nose, 4 of the lower lip
+            "lower lip": 12 / (12 + 0 + 9),
+            "mouth": 40 / (40 + 2 + 5),  # TP 20
+            "face skin": 180 / (180 + 7 + 10),
+            "hair": 140 / (140 + 31 + 0),
+        }
+    )
+    assert scores["f1_overall"] == pytest.approx(134 / (134 + 12 + 10))  # TP 67, FP 6 + 0 + 4 + 2, FN 2 + 1 + 2 + 5
+
+
+def test_a_part_of_the_face_that_is_nowhere_has_no_score() -> None:
+    scores = helen_scores(helen_confusion({("nose", "nose"): 3, ("nose", "face skin"): 1, ("hair", "hair"): 5}))
+    assert [part for part, value in scores["f1"].items() if value is None] == [
+        "eyes",
+        "brows",
+        "inner mouth",
+        "upper lip",
+        "lower lip",
+        "mouth",
+    ]
+    assert scores["f1_overall"] == scores["f1"]["nose"] == pytest.approx(6 / 7)
+    nothing = helen_scores(torch.zeros(11, 11))
+    assert nothing["f1_overall"] is None
+    assert set(nothing["f1"].values()) == {None}
+
+
+def test_helen_scores_are_plain_numbers_of_eleven_classes() -> None:
+    scores = helen_scores(torch.eye(11, dtype=torch.int64))
+    assert {type(scores["f1_overall"]), *map(type, scores["f1"].values())} == {float}
+    with pytest.raises(ValueError, match=r"confusion must be \[11, 11\] for 11 class names, got \[21, 21\]"):
+        helen_scores(torch.eye(21))
+    with pytest.raises(ValueError, match="negative count"):
+        helen_scores(-torch.eye(11))
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64])

@@ -7,7 +7,20 @@ import torch
 from torch import Tensor
 from torchmetrics.classification import MulticlassConfusionMatrix
 
+from rfield.data import HELEN_CLASSES
+
 _IGNORE_INDEX = 255
+_HELEN_PARTS = {
+    "eyes": ("left eye", "right eye"),
+    "brows": ("left brow", "right brow"),
+    "nose": ("nose",),
+    "inner mouth": ("inner mouth",),
+    "upper lip": ("upper lip",),
+    "lower lip": ("lower lip",),
+    "mouth": ("upper lip", "inner mouth", "lower lip"),
+    "face skin": ("face skin",),
+    "hair": ("hair",),
+}
 
 
 def confusion_matrix(num_classes: int) -> MulticlassConfusionMatrix:
@@ -94,16 +107,7 @@ def segmentation_scores(confusion: Tensor, class_names: Sequence[str]) -> dict[s
         >>> round(scores["miou"], 3), scores["pixel_accuracy"]
         (0.775, 0.875)
     """
-    if confusion.numel() == 1:
-        confusion = confusion.reshape(1, 1)  # torchmetrics makes a bare number of it
-    if confusion.shape != (len(class_names), len(class_names)):
-        raise ValueError(
-            f"confusion must be [{len(class_names)}, {len(class_names)}] for {len(class_names)} class names, got "
-            f"{list(confusion.shape)}"
-        )
-    if (confusion < 0).any():
-        raise ValueError("confusion holds a negative count; give a sum of counts, not a difference")
-    counts = confusion.detach().cpu().double()
+    counts = _counts(confusion, len(class_names))
     hits = counts.diagonal()
     union = counts.sum(0) + counts.sum(1) - hits
     total = counts.sum().item()
@@ -114,3 +118,59 @@ def segmentation_scores(confusion: Tensor, class_names: Sequence[str]) -> dict[s
         "per_class": dict(zip(class_names, iou, strict=True)),
         "pixel_accuracy": hits.sum().item() / total if total > 0 else None,
     }
+
+
+def helen_scores(confusion: Tensor) -> dict[str, Any]:
+    """F1 of the parts of faces, as the field reports them for Helen (Smith et al., CVPR 2013).
+
+    All are pixel counts over the whole data set, not means over images. Left and right are merged, so that a pixel
+    of the left eye that is taken for the right one counts as found; the mouth is upper lip, inner mouth and lower
+    lip merged in the same way. Papers differ here: compare with those that count like this.
+
+    Args:
+        confusion: Tensor[11, 11], pixels of true class (row) taken for a class (column), in the order of
+            `rfield.data.HELEN_CLASSES`.
+
+    Returns:
+        Plain numbers, 0..1: `f1`, part to 2 TP / (2 TP + FP + FN), None for a part that is absent from truth and
+        prediction; `f1_overall`, the same of the summed TP, FP and FN of brows, eyes, nose and mouth.
+
+    Raises:
+        ValueError: if `confusion` is not [11, 11] or has a negative count.
+
+    Example:
+        >>> confusion = torch.zeros(11, 11, dtype=torch.int64)
+        >>> confusion[4, 5], confusion[5, 0], confusion[6, 6] = 2, 1, 4
+        >>> scores = helen_scores(confusion)
+        >>> scores["f1"]["eyes"], scores["f1"]["nose"], scores["f1"]["hair"], round(scores["f1_overall"], 3)
+        (0.8, 1.0, None, 0.923)
+    """
+    counts = _counts(confusion, len(HELEN_CLASSES))
+    tallies = {}
+    for part, members in _HELEN_PARTS.items():
+        indices = [HELEN_CLASSES.index(name) for name in members]
+        hits = counts[indices][:, indices].sum()
+        tallies[part] = (hits, counts[indices].sum() + counts[:, indices].sum())
+    overall = [tallies[part] for part in ("brows", "eyes", "nose", "mouth")]
+    return {
+        "f1": {part: _f1(hits, area) for part, (hits, area) in tallies.items()},
+        "f1_overall": _f1(*(torch.stack(column).sum() for column in zip(*overall, strict=True))),
+    }
+
+
+def _f1(hits: Tensor, area: Tensor) -> float | None:
+    """`area`: true and predicted pixels together, 2 TP + FP + FN."""
+    return (2 * hits / area).item() if area > 0 else None
+
+
+def _counts(confusion: Tensor, num_classes: int) -> Tensor:
+    if confusion.numel() == 1:
+        confusion = confusion.reshape(1, 1)  # torchmetrics makes a bare number of it
+    if confusion.shape != (num_classes, num_classes):
+        raise ValueError(
+            f"confusion must be [{num_classes}, {num_classes}] for {num_classes} class names, got "
+            f"{list(confusion.shape)}"
+        )
+    if (confusion < 0).any():
+        raise ValueError("confusion holds a negative count; give a sum of counts, not a difference")
+    return confusion.detach().cpu().double()
