@@ -467,7 +467,14 @@ def test_runs_repeat_themselves_and_seeds_differ(make: Make) -> None:
 
 
 def test_two_processes_are_one_run(make: Make) -> None:
-    values: dict[str, Any] = {"dropout": 0.0, "scale_range": (1, 1), "crop_size": (36, 41), "epochs": 2}
+    values: dict[str, Any] = {
+        "dropout": 0.0,
+        "scale_range": (1, 1),
+        "crop_size": (36, 41),
+        "epochs": 2,
+        "lr": 0.1,
+        "head_lr_scale": 1.0,
+    }
     alone, both = make("alone", **values), make("both", devices=2, **values)
     train(alone)
     config = Path(both.out).with_suffix(".yaml")

@@ -230,9 +230,9 @@ def _describe_search(config: TrainConfig, saved: dict[str, Any]) -> dict[str, An
 def _draw_held_out(dataset: ParsingDataset, config: TrainConfig) -> list[int]:
     if config.search != "sampled":
         return []
-    if len(dataset) < 2:
+    if len(dataset) <= config.devices:
         raise ValueError(f"a sampled search holds images out, but {config.data} has {len(dataset)} to train on")
-    count = max(1, round(_HELD_OUT * len(dataset)))
+    count = max(config.devices, round(_HELD_OUT * len(dataset)))
     return sorted(random.Random(config.seed).sample(range(len(dataset)), count))
 
 
@@ -288,6 +288,8 @@ def _trainer(config: TrainConfig, out: Path, timer: Timer) -> L.Trainer:
     return L.Trainer(
         accelerator=compute_device().type,
         devices=config.devices,
+        # A factor takes no part in the loss before and after its search.
+        strategy="ddp_find_unused_parameters_true" if config.devices > 1 else "auto",
         precision=config.precision,
         max_epochs=config.epochs,
         max_steps=config.max_steps or -1,
