@@ -1,5 +1,6 @@
 """Scoring and labelling with networks that need no training for it."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ import yaml
 
 from rfield.cli import main
 from rfield.config import TrainConfig
-from rfield.data import SyntheticCues, evaluation_transform, voc_palette
+from rfield.data import HelenDataset, ParsingDataset, ResizedDataset, SyntheticCues, evaluation_transform, voc_palette
 from rfield.data.cache import cache_features
 from rfield.inference import (
     build_network,
@@ -263,3 +264,37 @@ def test_the_command(make_run: MakeRun, photos: Path, tmp_path: Path, capsys: py
         main(["predict", str(tmp_path / "run"), str(photos / "grey.png"), "--out", str(out)])
     assert exit_.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("size", [None, (12, 9)])
+def test_faces_are_scored_by_their_parts_too(tmp_path: Path, size: tuple[int, int] | None) -> None:
+    """Also at a working size; the counts behind both kinds of scores are the same."""
+    random = np.random.default_rng(0)
+    for folder in ("images", "labels/a"):
+        (tmp_path / folder).mkdir(parents=True)
+    PIL.Image.fromarray(random.integers(0, 256, (20, 16, 3), dtype=np.uint8)).save(tmp_path / "images/a.jpg")
+    labels = random.integers(0, 7, (20, 16))  # no mouth, no hair
+    for label in range(11):
+        PIL.Image.fromarray(np.uint8(255 * (labels == label))).save(tmp_path / f"labels/a/a_lbl{label:02d}.png")
+    (tmp_path / "tuning.txt").write_text("1 , a")
+    faces: ParsingDataset = HelenDataset(tmp_path, "val")
+    faces = faces if size is None else ResizedDataset(faces, size)
+    torch.manual_seed(0)
+    network = build_network(TrainConfig(data="synthetic", out="x", model="small_cnn"), 11).eval()
+    scores = evaluate(network, faces)
+    assert set(scores) == {"miou", "per_class", "pixel_accuracy", "f1", "f1_overall"}
+    image, mask = evaluation_transform()(*faces[0])
+    pred = predict_logits(network, image).argmax(0)
+    assert pred.shape == (size or (20, 16))
+    eyes, found = (mask == 4) | (mask == 5), (pred == 4) | (pred == 5)
+    assert scores["f1"]["eyes"] == pytest.approx(2 * (eyes & found).sum().item() / (eyes.sum() + found.sum()).item())
+    nose = (mask == 6).sum() + (pred == 6).sum()
+    assert scores["f1"]["nose"] == pytest.approx(2 * ((mask == 6) & (pred == 6)).sum().item() / nose.item())
+
+
+def test_output_stride() -> None:
+    config = TrainConfig(data="synthetic", out="x", model="efficientnet_lite0", head_channels=4)
+    assert build_network(config, 2).stride == 8
+    assert build_network(dataclasses.replace(config, output_stride=16), 2).stride == 16
+    with pytest.raises(ValueError, match="largefov_vgg16 has an output_stride of 8, got 16; leave it out"):
+        build_network(dataclasses.replace(config, model="largefov_vgg16", output_stride=16), 2)

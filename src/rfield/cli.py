@@ -184,6 +184,9 @@ def _print_scores(scores: dict[str, Any]) -> None:
     console.print(table)
     miou, accuracy = (math.nan if scores[name] is None else scores[name] for name in ("miou", "pixel_accuracy"))
     print(f"mIoU {miou:.4f}   pixel accuracy {accuracy:.4f}")
+    if "f1" in scores:
+        parts = ", ".join(f"{part} {percent(value)}" for part, value in scores["f1"].items())
+        print(f"F1 % of {parts}; overall {percent(scores['f1_overall'])}")
 
 
 @contextmanager

@@ -54,13 +54,15 @@ class TrainConfig:
     """One training run. A default of null is filled in by `resolved`."""
 
     data: str
-    """What to train on: voc:ROOT, synthetic, or a data config (a .yaml file)."""
+    """What to train on: voc:ROOT, camvid:ROOT, helen:ROOT, synthetic, or a data config (a .yaml file)."""
     out: str
     """The run folder."""
     model: str = "largefov_vgg16"
-    """The network: largefov_vgg16 or small_cnn."""
+    """The network: largefov_vgg16, efficientnet_lite0 or small_cnn."""
     weights: str | None = None
     """Pretrained weights of the backbone: imagenet (downloaded), or a local .pth or .safetensors file."""
+    output_stride: int | None = None
+    """Input px between neighbouring features: 8 or 16 for efficientnet_lite0. Default: the model's own."""
     dilation: int = 12
     """Dilation of the head's 3x3 convolution, where the receptive field starts."""
     head_channels: int = 1024

