@@ -88,17 +88,21 @@ class TestKnownAnswer:
         run(search, model, cue_batches(80))
         assert search.done
         assert learned_layers(model)[0][0].effective_dilation[0] == pytest.approx(BEST)
-        curve = search.curves[0, 0]
+        curve = search.curve()
         assert len(curve) >= 8
         assert curve[min(curve)] > min(curve.values()) < curve[max(curve)]
 
-    def test_narrowing_readings_find_it_too(self) -> None:
+    def test_candidates_are_halved(self) -> None:
         model = cue_model(20)
-        readings = [(0.4, 2.0), (0.7, 1.5)]
-        search = SampledSearch(model, cue_loss, steps=80, held_out=cue_batches(2, seed=1), readings=readings)
+        search = SampledSearch(model, cue_loss, steps=80, held_out=cue_batches(2, seed=1))
         run(search, model, cue_batches(80))
-        assert learned_layers(model)[0][0].effective_dilation[0] == pytest.approx(BEST)
-        assert max(search.curves[0, 0]) <= BEST * 2.5
+        readings = search.readings[0, 0]
+        assert [step for step, _ in readings] == [40, 54, 66, 80]
+        sizes = [len(curve) for _, curve in readings]
+        assert sizes[1:3] == [-(-sizes[0] // 2), -(-sizes[0] // 4)]
+        drawn = {dilations[0] for step, dilations in search.trajectory if step > 66}
+        assert drawn <= set(readings[2][1])
+        assert BEST in range(round(min(drawn)), round(max(drawn)) + 1)
 
     def test_sampled_search_in_a_regulator(self) -> None:
         model = cue_model(16, "regulator")
@@ -129,7 +133,7 @@ class TestKnownAnswer:
         search = SampledSearch(model, cue_loss, steps=120, held_out=cue_batches(2, seed=1))
         run(search, model, cue_batches(120))
         assert conv.effective_dilation[1] == pytest.approx(BEST)
-        assert set(search.curves) == {(0, 0), (0, 1)}
+        assert set(search.readings) == {(0, 0), (0, 1)}
 
     def test_two_factors_at_once(self) -> None:
         """Two layers side by side on channels whose cues lie at different distances."""
@@ -171,7 +175,7 @@ class TestRules:
                 return GradientSearch(model, cue_loss, steps=20)
             if kind == "spsa":
                 return SpsaSearch(model, cue_loss, steps=20)
-            return SampledSearch(model, cue_loss, steps=20, held_out=held_out, readings=[(0.5, 2.0)])
+            return SampledSearch(model, cue_loss, steps=20, held_out=held_out)
 
         def fit(model: nn.Module, search: Search, optimizer: torch.optim.Optimizer, part: list[Any]) -> None:
             for batch in part:

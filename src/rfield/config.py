@@ -44,6 +44,28 @@ def parse_range(value: Any) -> tuple[float, float]:
     return low, high
 
 
+def parse_ints(value: Any) -> tuple[int, ...]:
+    """Whole numbers, none of them twice, from `2,6,14`, one number or a list.
+
+    >>> parse_ints("2,6,14"), parse_ints(3), parse_ints([0, 1])
+    ((2, 6, 14), (3,), (0, 1))
+    """
+    parts = value.split(",") if isinstance(value, str) else [value] if isinstance(value, int) else value
+    try:
+        numbers = [int(part) for part in parts]
+        whole = all(number == float(part) for number, part in zip(numbers, parts, strict=True))
+    except (TypeError, ValueError, OverflowError):
+        numbers, whole = [], False
+    if not whole or not numbers or len(set(numbers)) < len(numbers):
+        raise ValueError(f"a list is whole numbers with commas, none of them twice, such as 2,6,14, got {value!r}")
+    return tuple(numbers)
+
+
+def _fixed(default: Any) -> Any:
+    """A field that a derived config decides by itself: no flag of its command line."""
+    return dataclasses.field(default=default, metadata={"fixed": True})
+
+
 def _parsed(default: Any, parse: Callable[[Any], Any]) -> Any:
     """A field whose text on the command line goes through `parse`."""
     return dataclasses.field(default=default, metadata={"parse": parse})
@@ -72,7 +94,9 @@ class TrainConfig:
     search: Search = "sampled"
     """How the receptive field is learned: none (fixed), gradient (the paper's), spsa, or sampled (from any start)."""
     search_share: float | None = None
-    """Share of the steps that the search takes. Default: 0.8 for gradient, 0.6 for spsa, 0.25 for sampled."""
+    """Share of the steps that the search takes. Default: 0.8 for gradient, 0.6 for spsa, 0.3 for sampled."""
+    search_narrowing: bool = True
+    """Whether a sampled search narrows its draw around the best dilation; without it the whole curve is read at once."""
     mechanism: Mechanism | None = None
     """What realises the receptive field. Default: regulator (resampling) for gradient, else dilation."""
     factor: float = 1.0
@@ -158,7 +182,7 @@ class TrainConfig:
         """
         optimizer = self.optimizer or ("adamw" if self.freeze_backbone else "sgd")
         adaptive = optimizer == "adamw"
-        shares = {"none": None, "gradient": 0.8, "spsa": 0.6, "sampled": 0.25}
+        shares = {"none": None, "gradient": 0.8, "spsa": 0.6, "sampled": 0.3}
         return dataclasses.replace(
             self,
             search_share=self.search_share or shares[self.search],
@@ -178,6 +202,92 @@ class TrainConfig:
             for name, value in dataclasses.asdict(self).items()
             if name != "resume"
         }
+
+
+@dataclasses.dataclass
+class SweepConfig(TrainConfig):
+    """One training run for every dilation and seed; whatever is no list here is the same in all of them."""
+
+    out: str
+    """The folder for the run folders and the results."""
+    dilations: tuple[int, ...] = _parsed((1, 2, 4, 6, 8, 10, 12, 14, 18, 24), parse_ints)
+    """Dilations to train at, such as 2,6,14."""
+    seeds: tuple[int, ...] = _parsed((0,), parse_ints)
+    """Seeds to train each of them with, such as 0,1,2."""
+    jobs: int = 1
+    """Runs at a time, each with its share of the processor's cores."""
+    storage: str | None = None
+    """Where the trials are kept: the URL of a database, such as sqlite:///sweep.db, that several machines may share
+    (the study is named after the last part of `out`). Default: the file study.journal in `out`."""
+    search: Search = "none"
+    """How the receptive field is learned: none, for a grid of fixed ones; a search, to compare starts."""
+    dilation: int = _fixed(TrainConfig.dilation)
+    seed: int = _fixed(TrainConfig.seed)
+    devices: int = _fixed(TrainConfig.devices)
+    resume: bool = _fixed(TrainConfig.resume)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.dilations, self.seeds = parse_ints(self.dilations), parse_ints(self.seeds)
+        if min(self.dilations) < 1:
+            raise ValueError(f"dilations must be positive, got {min(self.dilations)}")
+        if min(self.seeds) < 0:
+            raise ValueError(f"seeds must not be negative, got {min(self.seeds)}")
+        if self.jobs < 1:
+            raise ValueError(f"jobs must be positive, got {self.jobs}")
+
+    def run_config(self, out: str, dilation: int, seed: int, search: Search) -> TrainConfig:
+        """One of the runs; resumed if its folder holds a part of it."""
+        shared = {field.name: getattr(self, field.name) for field in dataclasses.fields(TrainConfig)}
+        own = {"out": out, "dilation": dilation, "seed": seed, "search": search, "resume": True}
+        return TrainConfig(**shared | own)
+
+
+@dataclasses.dataclass
+class TuneConfig(SweepConfig):
+    """What receptive field should a network have? Backbone frozen, start-free search, one page of answer."""
+
+    epochs: int = 10
+    """Passes over the training split."""
+    seeds: tuple[int, ...] = _parsed((0, 1, 2), parse_ints)
+    """Seeds to repeat the search with; the answer's spread is over them."""
+    present_dilation: int | None = None
+    """The network's dilation now, which the gain is reckoned from. Default: the model's own."""
+    verify: bool = False
+    """Train a grid of fixed dilations too, and compare."""
+    dilations: tuple[int, ...] = _parsed((1, 2, 4, 6, 8, 10, 12, 14, 18, 24), parse_ints)
+    """With verify: the dilations of the grid; the recommended and the present one are added."""
+    search_share: float | None = 1.0
+    """Share of the steps that the search takes; only its curve is wanted, so all of them."""
+    search_narrowing: bool = False
+    """Narrow the search's draw around its best; without it the whole curve is read with equal care."""
+    freeze_backbone: bool = _fixed(True)
+    search: Search = _fixed("sampled")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.present_dilation is not None and self.present_dilation < 1:
+            raise ValueError(f"present_dilation must be positive, got {self.present_dilation}")
+
+
+@dataclasses.dataclass
+class ReproduceConfig(SweepConfig):
+    """The experiments of Wei et al. (CVPR 2017): the grid by hand, and learning from two bad starts."""
+
+    epochs: int = 10
+    """Passes over the training split."""
+    dilations: tuple[int, ...] = _parsed((2, 4, 6, 8, 10, 12, 14, 18, 24), parse_ints)
+    """Dilations of the grid; those of the bad starts, 14 (436 px) and 6 (308 px), are added."""
+    freeze_backbone: bool = True
+    """Train the head alone, on backbone features computed once; the paper trains the backbone too."""
+    images: int = 4
+    """Photographs of the validation split in the panels."""
+    search: Search = _fixed("none")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.images < 1:
+            raise ValueError(f"images must be positive, got {self.images}")
 
 
 def _positional(**kwargs: Any) -> Any:

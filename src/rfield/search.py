@@ -258,22 +258,24 @@ class SpsaSearch(Search):
 class SampledSearch(Search):
     """Start-free: train at dilations drawn at random, read the loss curve on held-out images, keep the best.
 
-    While every step runs at a dilation drawn log-uniformly from the range, the weights learn to work at all of them;
-    the loss on held-out training images, read at many dilations with these shared weights, is then the whole
-    receptive-field curve. After each reading the range narrows around the curve's minimum, so that little training
-    is spent where the answer is not; the last reading is kept and snapped. Give the held-out images back to training
-    when `done`. With several factors all are drawn independently; a reading moves one at a time, the others at their
-    best, and goes round until none moves.
+    Every step runs at a dilation drawn from a set of candidates, evenly spaced in their logarithm, so that the weights
+    learn to work at all of them. The loss on held-out training images, read at every candidate with these shared
+    weights, is then a receptive-field curve. Half of the candidates go at each reading (successive halving, Jamieson
+    and Talwalkar, AISTATS 2016): what is left trains on without the others, and is read again, until the least of the
+    last reading is kept and snapped. Give the held-out images back to training when `done`.
+
+    With several factors all are drawn independently; a reading takes one factor and axis at a time, the others at
+    their best, and goes round until none moves.
 
     Args:
         model, loss_fn, steps, seed: see `Search`.
         held_out: batches of training images that the search does not train on; gone through at every reading.
-        readings: (share of the steps, width): when to read before the end, and by what factor to either side of the
-            minimum the range then reaches.
-        candidates: dilations a reading tries.
+        halvings: when to read before the end, as shares of the steps. Not too early: weights that have learned little
+            favour dilations at which the kernel's outer taps leave the map.
+        candidates: dilations to begin with.
 
     Attributes:
-        curves: for each (factor, axis), the last reading as {dilation: held-out loss}.
+        readings: for each (factor, axis), all (step, {dilation: held-out loss}) read so far.
     """
 
     def __init__(
@@ -283,31 +285,32 @@ class SampledSearch(Search):
         steps: int,
         held_out: Iterable[Any],
         seed: int = 0,
-        readings: Sequence[tuple[float, float]] = (),
+        halvings: Sequence[float] = (0.5, 0.67, 0.83),
         candidates: int = 14,
     ) -> None:
         super().__init__(model, loss_fn, steps, seed)
         self.held_out = held_out
-        self.readings = [(max(1, round(share * steps)), width) for share, width in readings]
+        self.halvings = {max(1, round(share * steps)) for share in halvings}
         self.candidates = candidates
-        self.curves: dict[tuple[int, int], dict[float, float]] = {
-            (index, axis): {} for index, group in enumerate(self.groups) for axis in range(group[0].log_factor.numel())
+        self.readings: dict[tuple[int, int], list[tuple[int, dict[float, float]]]] = {
+            (index, axis): [] for index, group in enumerate(self.groups) for axis in range(group[0].log_factor.numel())
         }
-        self._ranges: dict[tuple[int, int], tuple[float, float]] | None = None
+        self._kept: dict[tuple[int, int], list[float]] = {}
         for group in self.groups:
             group[0].freeze_factor()
 
     def loss(self, batch: Any) -> Tensor:
         if self.done:
             return self.loss_fn(self.model, batch)
-        if self._ranges is None:
+        if not self._kept:
             with torch.no_grad():
                 self.loss_fn(self.model, batch)  # Shows the layers how large their maps are.
-            self._ranges = {(index, axis): dilation_range(self.groups[index][0]) for index, axis in self.curves}
+            for index, axis in self.readings:
+                low, high = dilation_range(self.groups[index][0])
+                self._kept[index, axis] = dilation_grid(low, high, self.candidates, _whole(self.groups[index]))
         for index, group in enumerate(self.groups):
             draw = self._random("dilation", index)
-            ranges = [self._ranges[index, axis] for axis in range(group[0].log_factor.numel())]
-            _hold(group, [math.exp(draw.uniform(math.log(low), math.log(high))) for low, high in ranges], draw)
+            _hold(group, [draw.choice(self._kept[index, axis]) for axis in range(group[0].log_factor.numel())])
         return self.loss_fn(self.model, batch)
 
     def step(self) -> None:
@@ -315,33 +318,39 @@ class SampledSearch(Search):
             return
         self._record()
         last = self.step_index >= self.steps
-        widths = [width for step, width in self.readings if step == self.step_index]
-        if not (last or widths) or self._ranges is None:
-            return
-        self._read()
+        if last or self.step_index in self.halvings:
+            self._read(refine=last)
         if last:
             self._finish()
-            return
-        for (index, axis), (low, high) in self._ranges.items():
-            best = self.groups[index][0].effective_dilation[axis]
-            self._ranges[index, axis] = (max(low, best / widths[0]), min(high, best * widths[0]))
 
-    def _read(self) -> None:
-        """Moves every factor, axis by axis, to the minimum of its curve."""
+    def curve(self, index: int = 0, axis: int = 0) -> dict[float, float]:
+        """The held-out loss over the dilations of one factor and axis, from each candidate's last reading."""
+        merged: dict[float, float] = {}
+        for _, reading in self.readings[index, axis]:
+            merged |= reading
+        return dict(sorted(merged.items()))
+
+    def _read(self, refine: bool) -> None:
+        """Reads every factor and axis, moves it to its minimum, and drops the worse half of its candidates."""
         modes = [(module, module.training) for module in self.model.modules()]
         self.model.eval()
         try:
+            curves: dict[tuple[int, int], dict[float, float]] = {}
             moved = True
-            for _ in range(3 if len(self.curves) > 1 else 1):
+            for _ in range(3 if len(self.readings) > 1 else 1):
                 if not moved:
                     break
                 moved = False
-                for index, axis in self.curves:
+                for index, axis in self.readings:
                     before = self.groups[index][0].effective_dilation[axis]
-                    self.curves[index, axis] = self._curve(index, axis)
-                    best = curve_minimum(self.curves[index, axis])
+                    curves[index, axis] = self._curve(index, axis, refine)
+                    best = curve_minimum(curves[index, axis])
                     self._move(index, axis, best)
                     moved |= abs(math.log(best / before)) > 0.1
+            for key, curve in curves.items():
+                self.readings[key].append((self.step_index, curve))
+                least = sorted(curve, key=lambda dilation: curve[dilation])
+                self._kept[key] = sorted(least[: -(-len(least) // 2)])
         finally:
             for module, training in modes:
                 module.training = training
@@ -353,20 +362,20 @@ class SampledSearch(Search):
         _set_dilation(self.groups[index], values)
 
     @torch.no_grad()
-    def _curve(self, index: int, axis: int) -> dict[float, float]:
-        """The held-out loss over the dilations of one factor along one axis, all else at its present best."""
-        assert self._ranges is not None
+    def _curve(self, index: int, axis: int, refine: bool) -> dict[float, float]:
+        """The held-out loss over the candidates of one factor along one axis, all else at its present best."""
         for group in self.groups:
             _hold(group, _present(group))
-        low, high = self._ranges[index, axis]
-        whole = all(layer.rounds for layer in self.groups[index])
-        curve = self._losses(index, axis, dilation_grid(low, high, self.candidates, whole))
-        # Between the neighbours of the lowest there may be dilations that the grid has skipped.
-        lowest = min(curve, key=lambda dilation: curve[dilation])
-        below = max((dilation for dilation in curve if dilation < lowest), default=lowest)
-        above = min((dilation for dilation in curve if dilation > lowest), default=lowest)
-        finer = [dilation for dilation in dilation_grid(below, above, 7, whole) if dilation not in curve]
-        curve.update(self._losses(index, axis, finer))
+        kept = self._kept[index, axis]
+        curve = self._losses(index, axis, kept)
+        if refine:
+            # Between the lowest and its neighbours there are dilations that were no candidates.
+            group = self.groups[index]
+            low, high = dilation_range(group[0])
+            step = (high / low) ** (1 / max(1, self.candidates - 1))
+            lowest = min(curve, key=lambda dilation: curve[dilation])
+            finer = dilation_grid(max(low, lowest / step), min(high, lowest * step), 7, _whole(group))
+            curve |= self._losses(index, axis, [dilation for dilation in finer if dilation not in curve])
         return dict(sorted(curve.items()))
 
     def _losses(self, index: int, axis: int, dilations: list[float]) -> dict[float, float]:
@@ -386,12 +395,12 @@ class SampledSearch(Search):
         return dict(zip(dilations, totals.tolist(), strict=True))
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "curves": self.curves, "ranges": self._ranges}
+        return {**super().state_dict(), "readings": self.readings, "kept": self._kept}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self.curves = state["curves"]
-        self._ranges = state["ranges"]
+        self.readings = state["readings"]
+        self._kept = state["kept"]
 
 
 def dilation_grid(low: float, high: float, count: int, whole: bool) -> list[float]:
@@ -451,6 +460,10 @@ def _set_dilation(group: Sequence[LearnedFactor], dilation: Sequence[float]) -> 
     """Sets a group's factor so that its first layer has this effective dilation, one number or (height, width)."""
     first = group[0]
     first.set_factor([base / value for base, value in zip(first.base_dilation, dilation, strict=False)])
+
+
+def _whole(group: Sequence[LearnedFactor]) -> bool:
+    return all(layer.rounds for layer in group)
 
 
 def _present(group: Sequence[LearnedFactor]) -> list[float]:

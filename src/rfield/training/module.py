@@ -22,8 +22,6 @@ from rfield.search import GradientSearch, SampledSearch, Search, SpsaSearch, fac
 
 Batch = tuple[Tensor, Tensor]
 
-# Where a sampled search reads its curve before its end, and how far to either side of the minimum it looks then.
-_READINGS = ((0.25, 4.0), (0.5, 2.5), (0.75, 1.6))
 # Steps from one probe of an SPSA search to the next.
 _PROBE_EVERY = 2
 
@@ -182,7 +180,7 @@ class ParsingModule(L.LightningModule):
             return GradientSearch(self.network, self._loss, steps, seed)
         if kind == "spsa":
             return SpsaSearch(self.network, self._loss, steps, seed, every=_PROBE_EVERY)
-        return SampledSearch(self.network, self._loss, steps, self.held_out, seed, _READINGS)
+        return SampledSearch(self.network, self._loss, steps, self.held_out, seed)
 
 
 def present_field(network: ParsingNetwork) -> tuple[float, float, float]:

@@ -40,6 +40,7 @@ from rfield.training.module import ParsingModule, present_field
 
 # Share of the training images that a sampled search reads its curve on.
 _HELD_OUT = 0.1
+_MOST_HELD_OUT = 64
 _RUN_FILES = ("config.yaml", "classes.json", "metrics.json", "factor.csv", "factor.png", "checkpoints", "logs")
 
 
@@ -222,7 +223,11 @@ def _describe_search(config: TrainConfig, saved: dict[str, Any]) -> dict[str, An
     search = saved["search"]
     described = {"kind": config.search, "steps": search["steps"], "seconds": saved["seconds"]}
     if config.search == "sampled":
-        return {**described, "curve": [list(point) for point in search["curves"][0, 0].items()]}
+        readings = [
+            {"step": step, "curve": [list(point) for point in curve.items()]}
+            for step, curve in search["readings"][0, 0]
+        ]
+        return {**described, "curve": readings[-1]["curve"], "readings": readings}
     every = -(-len(search["trajectory"]) // 200) or 1
     return {**described, "trajectory": [[step, dilations[0]] for step, dilations in search["trajectory"][::every]]}
 
@@ -232,7 +237,7 @@ def _draw_held_out(dataset: ParsingDataset, config: TrainConfig) -> list[int]:
         return []
     if len(dataset) <= config.devices:
         raise ValueError(f"a sampled search holds images out, but {config.data} has {len(dataset)} to train on")
-    count = max(config.devices, round(_HELD_OUT * len(dataset)))
+    count = max(config.devices, min(round(_HELD_OUT * len(dataset)), _MOST_HELD_OUT))
     return sorted(random.Random(config.seed).sample(range(len(dataset)), count))
 
 
