@@ -18,7 +18,15 @@ import docstring_parser
 from jsonargparse import ActionYesNo, ArgumentParser
 
 from rfield import __version__
-from rfield.config import DemoConfig, EvaluateConfig, PredictConfig, TrainConfig
+from rfield.config import (
+    DemoConfig,
+    EvaluateConfig,
+    PredictConfig,
+    ReproduceConfig,
+    SweepConfig,
+    TrainConfig,
+    TuneConfig,
+)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -102,11 +110,38 @@ def demo(config: DemoConfig) -> None:
     print(run_demo(config))
 
 
+def sweep(config: SweepConfig) -> None:
+    """Train once for every dilation and seed; finished runs are never repeated."""
+    from rfield.experiments import run_sweep
+
+    with _progress("preparing") as progress:
+        print(run_sweep(config, progress))
+
+
+def tune(config: TuneConfig) -> None:
+    """Find the receptive field that a network should have, with the whole curve."""
+    from rfield.experiments import run_tune
+
+    with _progress("preparing") as progress:
+        print(run_tune(config, progress))
+
+
+def reproduce(config: ReproduceConfig) -> None:
+    """Repeat the experiments of the paper: the grid, and learning from two bad starts."""
+    from rfield.experiments import run_reproduce
+
+    with _progress("preparing") as progress:
+        print(run_reproduce(config, progress))
+
+
 COMMANDS: dict[str, tuple[Any, Any]] = {
     "demo": (DemoConfig, demo),
     "train": (TrainConfig, train),
     "evaluate": (EvaluateConfig, evaluate),
     "predict": (PredictConfig, predict),
+    "sweep": (SweepConfig, sweep),
+    "tune": (TuneConfig, tune),
+    "reproduce": (ReproduceConfig, reproduce),
 }
 
 
@@ -126,11 +161,13 @@ def _one_line(text: str) -> str:
 
 
 def _parser() -> ArgumentParser:
-    parser = _Parser(prog="rfield", description="Image-parsing networks that learn how far they should see.")
+    parser = _Parser(
+        prog="rfield", allow_abbrev=False, description="Image-parsing networks that learn how far they should see."
+    )
     parser.add_argument("--version", action="version", version=f"rfield {__version__}")
     commands = parser.add_subcommands()
     for name, (config_class, run) in COMMANDS.items():
-        command = _Parser(description=run.__doc__)
+        command = _Parser(allow_abbrev=False, description=run.__doc__)
         command.add_argument("--config", action="config", help="A .yaml file with any of these values.")
         _add_fields(command, config_class)
         commands.add_subcommand(name, command, help=run.__doc__)
@@ -139,9 +176,12 @@ def _parser() -> ArgumentParser:
 
 def _add_fields(parser: ArgumentParser, config_class: Any) -> None:
     """One flag for each field; its help is the field's docstring."""
-    documented = docstring_parser.parse_from_object(config_class)
-    texts = {param.arg_name: param.description for param in documented.params}
+    texts: dict[str, str | None] = {}
+    for base in reversed(config_class.__mro__[:-1]):
+        texts |= {param.arg_name: param.description for param in docstring_parser.parse_from_object(base).params}
     for field in dataclasses.fields(config_class):
+        if field.metadata.get("fixed"):
+            continue
         parse = field.metadata.get("parse")
         options: dict[str, Any] = {"help": texts[field.name], "type": _worded(parse) if parse else field.type}
         required = field.default is dataclasses.MISSING

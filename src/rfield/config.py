@@ -9,6 +9,9 @@ Search = Literal["none", "gradient", "spsa", "sampled"]
 Mechanism = Literal["regulator", "dilation"]
 Optimizer = Literal["sgd", "adamw"]
 
+# Marks a field that a derived config decides by itself: it has no flag.
+_FIXED = {"fixed": True}
+
 
 def parse_size(value: Any) -> tuple[int, int]:
     """(height, width) from `520x640`, `520` or a list of two.
@@ -61,11 +64,6 @@ def parse_ints(value: Any) -> tuple[int, ...]:
     return tuple(numbers)
 
 
-def _fixed(default: Any) -> Any:
-    """A field that a derived config decides by itself: no flag of its command line."""
-    return dataclasses.field(default=default, metadata={"fixed": True})
-
-
 def _parsed(default: Any, parse: Callable[[Any], Any]) -> Any:
     """A field whose text on the command line goes through `parse`."""
     return dataclasses.field(default=default, metadata={"parse": parse})
@@ -95,8 +93,8 @@ class TrainConfig:
     """How the receptive field is learned: none (fixed), gradient (the paper's), spsa, or sampled (from any start)."""
     search_share: float | None = None
     """Share of the steps that the search takes. Default: 0.8 for gradient, 0.6 for spsa, 0.3 for sampled."""
-    search_narrowing: bool = True
-    """Whether a sampled search narrows its draw around the best dilation; without it the whole curve is read at once."""
+    search_halving: bool = True
+    """Drop the worse half of a sampled search's dilations at each reading; without it, all are kept to its end."""
     mechanism: Mechanism | None = None
     """What realises the receptive field. Default: regulator (resampling) for gradient, else dilation."""
     factor: float = 1.0
@@ -221,10 +219,10 @@ class SweepConfig(TrainConfig):
     (the study is named after the last part of `out`). Default: the file study.journal in `out`."""
     search: Search = "none"
     """How the receptive field is learned: none, for a grid of fixed ones; a search, to compare starts."""
-    dilation: int = _fixed(TrainConfig.dilation)
-    seed: int = _fixed(TrainConfig.seed)
-    devices: int = _fixed(TrainConfig.devices)
-    resume: bool = _fixed(TrainConfig.resume)
+    dilation: int = dataclasses.field(default=TrainConfig.dilation, metadata=_FIXED)
+    seed: int = dataclasses.field(default=TrainConfig.seed, metadata=_FIXED)
+    devices: int = dataclasses.field(default=TrainConfig.devices, metadata=_FIXED)
+    resume: bool = dataclasses.field(default=TrainConfig.resume, metadata=_FIXED)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -259,10 +257,9 @@ class TuneConfig(SweepConfig):
     """With verify: the dilations of the grid; the recommended and the present one are added."""
     search_share: float | None = 1.0
     """Share of the steps that the search takes; only its curve is wanted, so all of them."""
-    search_narrowing: bool = False
-    """Narrow the search's draw around its best; without it the whole curve is read with equal care."""
-    freeze_backbone: bool = _fixed(True)
-    search: Search = _fixed("sampled")
+    search_halving: bool = dataclasses.field(default=False, metadata=_FIXED)
+    freeze_backbone: bool = dataclasses.field(default=True, metadata=_FIXED)
+    search: Search = dataclasses.field(default="sampled", metadata=_FIXED)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -282,7 +279,7 @@ class ReproduceConfig(SweepConfig):
     """Train the head alone, on backbone features computed once; the paper trains the backbone too."""
     images: int = 4
     """Photographs of the validation split in the panels."""
-    search: Search = _fixed("none")
+    search: Search = dataclasses.field(default="none", metadata=_FIXED)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -2,7 +2,7 @@
 
 from rfield.training.callbacks import FACTOR_COLUMNS, FactorLog, LastValidation, LineProgress, read_factor_csv
 from rfield.training.module import ParsingModule, present_field
-from rfield.training.run import clear_run_folder, train, write_json
+from rfield.training.run import clear_run_folder, prepare, train, write_json
 
 __all__ = [
     "FACTOR_COLUMNS",
@@ -11,6 +11,7 @@ __all__ = [
     "LineProgress",
     "ParsingModule",
     "clear_run_folder",
+    "prepare",
     "present_field",
     "read_factor_csv",
     "train",

@@ -180,6 +180,8 @@ class ParsingModule(L.LightningModule):
             return GradientSearch(self.network, self._loss, steps, seed)
         if kind == "spsa":
             return SpsaSearch(self.network, self._loss, steps, seed, every=_PROBE_EVERY)
+        if not self.config.search_halving:
+            return SampledSearch(self.network, self._loss, steps, self.held_out, seed, halvings=())
         return SampledSearch(self.network, self._loss, steps, self.held_out, seed)
 
 

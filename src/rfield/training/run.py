@@ -35,13 +35,23 @@ from rfield.data import (
 )
 from rfield.data.cache import CachedFeatures, cache_features
 from rfield.inference import Progress, build_network, compute_device, evaluate, load_config, load_run
+from rfield.models import ParsingNetwork
 from rfield.training.callbacks import FactorLog, LastValidation, LineProgress, read_factor_csv
 from rfield.training.module import ParsingModule, present_field
 
 # Share of the training images that a sampled search reads its curve on.
 _HELD_OUT = 0.1
 _MOST_HELD_OUT = 64
-_RUN_FILES = ("config.yaml", "classes.json", "metrics.json", "factor.csv", "factor.png", "checkpoints", "logs")
+_RUN_FILES = (
+    "config.yaml",
+    "classes.json",
+    "metrics.json",
+    "factor.csv",
+    "factor.png",
+    "curve.png",
+    "checkpoints",
+    "logs",
+)
 
 
 class _WholeImages(Dataset[tuple[Tensor, Tensor]]):
@@ -129,11 +139,7 @@ def train(config: TrainConfig, progress: Progress | None = None) -> dict[str, An
     if torch.cuda.is_available() and config.devices > torch.cuda.device_count():
         raise ValueError(f"devices is {config.devices}, but there are {torch.cuda.device_count()} GPUs")
     torch.manual_seed(config.seed)
-    train_set = load_dataset(config.data, config.train_split)
-    val_set = load_dataset(config.data, config.val_split)
-    config = config.resolved()
-    if config.freeze_backbone:
-        config = dataclasses.replace(config, canvas=config.canvas or _canvas([train_set, val_set]))
+    config, train_set, val_set = _open_data(config)
     out = Path(config.out)
     if _is_first_process():
         _check_run_folder(out, config)
@@ -141,10 +147,7 @@ def train(config: TrainConfig, progress: Progress | None = None) -> dict[str, An
     train_samples: Dataset[tuple[Tensor, Tensor]]
     train_features = val_features = None
     if config.freeze_backbone:
-        network.to(compute_device()).backbone.eval()
-        folder = Path(config.cache) if config.cache else None
-        train_features = cache_features(network, train_set, folder, config.flip, config.seed, progress)
-        val_features = cache_features(network, val_set, folder, mirrored=False, progress=progress)
+        train_features, val_features = _features(network, config, train_set, val_set, progress)
         train_samples = train_features
     else:
         transform = training_transform(
@@ -183,6 +186,41 @@ def train(config: TrainConfig, progress: Progress | None = None) -> dict[str, An
     return _finish(out, config, timer.time_elapsed("train"), val_set, val_features, progress)
 
 
+def prepare(config: TrainConfig, progress: Progress | None = None) -> None:
+    """Finds out whether a run can start, and computes the features that a frozen one will find in the cache.
+
+    Args, Raises: as in `train`, but nothing is written to the run folder.
+    """
+    torch.manual_seed(config.seed)
+    config, train_set, val_set = _open_data(config)
+    network = build_network(config, train_set.num_classes, config.weights)
+    if config.freeze_backbone:
+        _features(network, config, train_set, val_set, progress or (lambda done, total: None))
+
+
+def _open_data(config: TrainConfig) -> tuple[TrainConfig, ParsingDataset, ParsingDataset]:
+    """The resolved config, the training and the validation split."""
+    train_set = load_dataset(config.data, config.train_split)
+    val_set = load_dataset(config.data, config.val_split)
+    config = config.resolved()
+    if config.freeze_backbone:
+        config = dataclasses.replace(config, canvas=config.canvas or _canvas([train_set, val_set]))
+    return config, train_set, val_set
+
+
+def _features(
+    network: ParsingNetwork,
+    config: TrainConfig,
+    train_set: ParsingDataset,
+    val_set: ParsingDataset,
+    progress: Progress,
+) -> tuple[CachedFeatures, CachedFeatures]:
+    network.to(compute_device()).backbone.eval()
+    folder = Path(config.cache) if config.cache else None
+    train_features = cache_features(network, train_set, folder, config.flip, config.seed, progress)
+    return train_features, cache_features(network, val_set, folder, mirrored=False, progress=progress)
+
+
 def _finish(
     out: Path,
     config: TrainConfig,
@@ -215,6 +253,12 @@ def _finish(
         columns["step"], columns["effective_dilation"], columns["receptive_field_px"], columns["loss"]
     )
     plots.save(figure, out / "factor.png")
+    if config.search == "sampled":
+        curves = {
+            f"step {reading['step']}": {at: [loss] for at, loss in reading["curve"]}
+            for reading in metrics["search"]["readings"][-5:]
+        }
+        plots.save(plots.rf_curve(curves, "held-out loss", {"delivered": dilation}), out / "curve.png")
     return metrics
 
 

@@ -1,4 +1,4 @@
-"""Experiments made of training runs, with their tables and pictures."""
+"""The known-answer test as a demonstration: a receptive field whose best value is known is learned."""
 
 from pathlib import Path
 

@@ -1,0 +1,56 @@
+"""The honest baseline: every dilation with every seed, once."""
+
+import dataclasses
+from pathlib import Path
+
+from rfield import plots
+from rfield.config import SweepConfig
+from rfield.experiments.tables import curve_of, field_of, runs_of, summarise, sweep_table, write_csv, write_text
+from rfield.experiments.trials import Point, run_trials
+from rfield.inference import Progress
+from rfield.training import write_json
+
+
+def run_sweep(config: SweepConfig, progress: Progress | None = None) -> str:
+    """Trains once for every dilation and seed, and writes the results into `out`.
+
+    They are `results.json`, `results.csv` (a row a run), `table.md` (a row a dilation) and `sweep.png`; each run has
+    an ordinary run folder beside them. Call again to go on after an interruption, or with more dilations or seeds.
+
+    Args:
+        config: what to train.
+        progress: as in `run_trials`.
+
+    Returns:
+        The table, and where the rest is.
+
+    Raises:
+        ValueError, OSError: as in `run_trials`.
+    """
+    out = Path(config.out)
+    points = [Point(config.search, dilation, seed) for dilation in config.dilations for seed in config.seeds]
+    trials, unfinished = run_trials(config, points, progress)
+    rows = summarise(trials)
+    table = sweep_table(rows)
+    runs = runs_of(trials)
+    write_json(
+        out / "results.json",
+        {
+            "config": config.plain(),
+            "runs": runs,
+            "table": [dataclasses.asdict(row) for row in rows],
+            "unfinished": [point.name for point in unfinished],
+        },
+    )
+    write_csv(out / "results.csv", runs)
+    write_text(out / "table.md", table)
+    lines = [table]
+    if rows:
+        best = max(rows, key=lambda row: row.miou)
+        figure = plots.rf_curve(curve_of(trials), "mIoU", {"best": best.dilation}, field_of(config))
+        plots.save(figure, out / "sweep.png")
+        lines.append(f"the runs, results.json, results.csv, table.md and sweep.png are in {out}")
+    if unfinished:
+        names = ", ".join(point.name for point in unfinished)
+        lines.append(f"still being run elsewhere: {names}; call again when they are done")
+    return "\n".join(lines)

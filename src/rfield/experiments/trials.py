@@ -1,0 +1,278 @@
+"""Training runs as trials of an Optuna study: each exactly once, by several processes or machines, resumable."""
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import multiprocessing
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import optuna
+import torch
+from optuna.distributions import CategoricalDistribution, IntDistribution
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import TrialState
+
+from rfield.config import Search, SweepConfig, TrainConfig, differences
+from rfield.inference import Progress, load_config
+from rfield.training import prepare, train
+
+# What may differ between the calls that share a study.
+_OWN = ("dilation", "seed", "search", "out", "workers", "cache", "resume")
+_DISTRIBUTIONS = {
+    "dilation": IntDistribution(1, 2**20),
+    "seed": IntDistribution(0, 2**32 - 1),
+    "search": CategoricalDistribution(["none", "gradient", "spsa", "sampled"]),
+}
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Point:
+    """What tells the runs of one study apart."""
+
+    search: Search
+    dilation: int
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """The run folder's.
+
+        >>> Point("none", 6, 0).name, Point("sampled", 14, 2).name
+        ('d06-seed0', 'd14-seed2-sampled')
+        """
+        return f"d{self.dilation:02d}-seed{self.seed}" + ("" if self.search == "none" else f"-{self.search}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """A finished run and what its `metrics.json` holds."""
+
+    point: Point
+    metrics: dict[str, Any]
+
+
+def run_trials(
+    config: SweepConfig, points: Sequence[Point], progress: Progress | None = None
+) -> tuple[list[Trial], list[Point]]:
+    """Trains what is not trained yet.
+
+    Every point is a trial of the study that all processes with one storage share: whoever is free takes the next.
+    A trial whose process has died is run again, from its last epoch where its folder is still there; one that is
+    finished never. A trial belongs to the folder `out` that it was begun in; machines may share that folder or have
+    each their own.
+
+    Args:
+        config: the settings of all runs, the folder, the storage, and how many runs at a time.
+        points: what to train.
+        progress: called with (images done, images in all) while features are computed, before the first run.
+
+    Returns:
+        The finished trials among the points, sorted, and the points that another process is still at.
+
+    Raises:
+        ValueError: if a run cannot be trained, if the study or a folder holds runs with other settings, or if the
+            storage cannot be opened.
+        OSError: if files are missing or a worker has died.
+    """
+    out = Path(config.out)
+    if any(not (out / point.name / "metrics.json").is_file() for point in points):
+        # Frozen random backbones differ from seed to seed, pretrained ones do not.
+        for seed in sorted({point.seed for point in points})[: 1 if config.weights else None]:
+            prepare(config.run_config(config.out, points[0].dilation, seed, points[0].search), progress)
+    out.mkdir(parents=True, exist_ok=True)
+    study = _open_study(config)
+    _fail_dead(study, out)
+    first = _enqueue(study, points)
+    waiting = len(study.get_trials(deepcopy=False, states=(TrialState.WAITING,)))
+    jobs = min(config.jobs, waiting)
+    if jobs == 1:
+        _work(config)
+    elif jobs > 1:
+        _work_in_processes(config, jobs)
+        _raise_failures(study, first)
+    finished = [trial for trial in _finished(study) if trial.point in points]
+    return finished, sorted(set(points) - {trial.point for trial in finished})
+
+
+def finish_run(config: TrainConfig) -> dict[str, Any]:
+    """What a run's `metrics.json` holds: read if it is finished, trained to its end otherwise.
+
+    What training prints goes to `train.log` in the run folder.
+
+    Raises:
+        ValueError: if the folder holds a run with other settings.
+    """
+    out = Path(config.out)
+    if (out / "metrics.json").is_file():
+        chosen = () if config.canvas else ("canvas",)
+        changed = differences(load_config(out / "config.yaml").plain(), config.resolved().plain(), (*_OWN[3:], *chosen))
+        if changed:
+            raise ValueError(f"{out} holds a run with other settings ({'; '.join(changed)}): give another --out")
+        metrics: dict[str, Any] = json.loads((out / "metrics.json").read_text())
+        return metrics
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / "train.log").open("a") as log, contextlib.redirect_stdout(log):
+        return train(dataclasses.replace(config, resume=True))
+
+
+def _open_study(config: SweepConfig) -> optuna.Study:
+    """The study of a folder; checks that what it holds was trained with the same settings."""
+    out = Path(config.out)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        storage: BaseStorage
+        if config.storage is None:
+            storage = JournalStorage(JournalFileBackend(str(out / "study.journal")))
+        else:
+            storage = RDBStorage(config.storage)
+        study = optuna.create_study(
+            storage=storage,
+            sampler=optuna.samplers.RandomSampler(),
+            study_name=out.resolve().name,
+            direction="maximize",
+            load_if_exists=True,
+        )
+    except Exception as error:  # Every database and its driver has errors of its own.
+        raise ValueError(f"storage {config.storage or out / 'study.journal'} cannot be used: {error}") from error
+    settings = {key: value for key, value in config.run_config("", 1, 0, "none").plain().items() if key not in _OWN}
+    if "settings" not in study.user_attrs:
+        study.set_user_attr("settings", settings)
+    changed = differences(study.user_attrs["settings"], settings)
+    if changed:
+        raise ValueError(f"{out} holds trials with other settings ({'; '.join(changed)}): give another --out")
+    return study
+
+
+def _enqueue(study: optuna.Study, points: Sequence[Point]) -> int:
+    """Queues what is neither finished nor running nor queued; returns the number of the next trial before that."""
+    trials = study.get_trials(deepcopy=False)
+    known = {_point(trial) for trial in trials if trial.state != TrialState.FAIL}
+    for point in points:
+        if point not in known:
+            study.enqueue_trial(dataclasses.asdict(point), user_attrs={"point": dataclasses.asdict(point)})
+    return len(trials)
+
+
+def _point(trial: optuna.trial.FrozenTrial) -> Point | None:
+    return Point(**trial.user_attrs["point"]) if "point" in trial.user_attrs else None
+
+
+def _finished(study: optuna.Study) -> list[Trial]:
+    trials = {_point(trial): trial for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))}
+    found = [Trial(point, trial.user_attrs["metrics"]) for point, trial in trials.items() if point is not None]
+    return sorted(found, key=lambda trial: trial.point)
+
+
+def _claim(study: optuna.Study) -> optuna.Trial | None:
+    """The next trial of the queue, which is now this process's; None if the queue is empty."""
+    while study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+        trial = study.ask(_DISTRIBUTIONS)
+        # Where another process has taken the last one, Optuna has made up a new trial. And two processes that
+        # start at once may both have queued a point: the earlier trial counts.
+        mine = study.get_trials(deepcopy=False)[trial.number]
+        if _point(mine) is not None and not any(
+            _point(other) == _point(mine)
+            and (other.state == TrialState.COMPLETE or (other.number < trial.number and not other.state.is_finished()))
+            for other in study.get_trials(deepcopy=False)
+        ):
+            return trial
+        study.tell(trial, state=TrialState.FAIL)
+    return None
+
+
+def _work(config: SweepConfig) -> None:
+    """Runs trials until none is left."""
+    study = _open_study(config)
+    parent = multiprocessing.parent_process()
+    while (parent is None or parent.is_alive()) and (trial := _claim(study)) is not None:
+        point = Point(**trial.user_attrs["point"])
+        folder = Path(config.out) / point.name
+        with _owned(Path(config.out), trial.number):
+            print(f"{point.name}: training, see {folder}/train.log", flush=True)
+            try:
+                metrics = finish_run(config.run_config(str(folder), point.dilation, point.seed, point.search))
+                if metrics["miou"] is None:
+                    raise ValueError(f"the split {config.val_split} has no labelled pixel to score")
+            except BaseException as error:
+                trial.set_user_attr("error", str(error))
+                study.tell(trial, state=TrialState.FAIL)
+                raise
+            trial.set_user_attr("metrics", metrics)
+            study.tell(trial, metrics["miou"])
+        done = len(_finished(study))
+        seconds = f"{metrics['train_seconds']:.0f} s"
+        print(f"{point.name}: mIoU {metrics['miou']:.4f}, {seconds} ({done} finished)", flush=True)
+
+
+def _work_in_processes(config: SweepConfig, jobs: int) -> None:
+    """Several workers at once, each with its share of the cores."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = max(1, min(torch.get_num_threads(), cores // jobs))
+    context = multiprocessing.get_context("spawn")
+    workers = [context.Process(target=_worker, args=(config, threads)) for _ in range(jobs)]
+    try:
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+    finally:
+        for worker in workers:
+            if worker.is_alive():
+                worker.terminate()
+    statuses = [worker.exitcode for worker in workers]
+    if any(status not in (0, 2) for status in statuses):
+        raise ChildProcessError(
+            f"the workers ended with status {statuses}; call again to go on (-9 is what a lack of memory looks like: "
+            "then with fewer --jobs)"
+        )
+
+
+def _worker(config: SweepConfig, threads: int) -> None:
+    """One of several processes; a failure is told by the trial that failed."""
+    torch.set_num_threads(threads)
+    try:
+        _work(config)
+    except (ValueError, OSError):
+        if os.environ.get("RFIELD_DEBUG"):
+            raise
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _raise_failures(study: optuna.Study, first: int) -> None:
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.FAIL,)):
+        point = _point(trial)
+        if trial.number >= first and point is not None and "error" in trial.user_attrs:
+            raise ValueError(f"{point.name}: {trial.user_attrs['error']}")
+
+
+@contextmanager
+def _owned(out: Path, number: int) -> Iterator[None]:
+    """A file that is locked while this process runs a trial; the lock goes with the process."""
+    path = out / "locks" / f"trial-{number}.lock"
+    path.parent.mkdir(exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}")
+    with partial.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        os.replace(partial, path)  # It is never seen unlocked.
+        yield
+        path.unlink(missing_ok=True)
+
+
+def _fail_dead(study: optuna.Study, out: Path) -> None:
+    """Frees the trials whose processes have died in this folder."""
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        try:
+            with (out / "locks" / f"trial-{trial.number}.lock").open() as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
+        except (FileNotFoundError, BlockingIOError):
+            continue  # It was begun in another folder, or is being run.
