@@ -58,7 +58,7 @@ def test_an_earlier_demo_is_replaced_and_nothing_else(tmp_path: Path, monkeypatc
     def start(config: TrainConfig, progress: object) -> None:
         raise StartedError
 
-    monkeypatch.setattr("rfield.experiments.train", start)
+    monkeypatch.setattr("rfield.experiments.demo.train", start)
     (tmp_path / "checkpoints").mkdir()
     mine = [tmp_path / "checkpoints/mine.ckpt", tmp_path / "factor.png"]
     for path in mine:

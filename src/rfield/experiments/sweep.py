@@ -52,5 +52,5 @@ def run_sweep(config: SweepConfig, progress: Progress | None = None) -> str:
         lines.append(f"the runs, results.json, results.csv, table.md and sweep.png are in {out}")
     if unfinished:
         names = ", ".join(point.name for point in unfinished)
-        lines.append(f"still being run elsewhere: {names}; call again when they are done")
+        lines.append(f"not finished, another process has them: {names}; call again when it is done")
     return "\n".join(lines)

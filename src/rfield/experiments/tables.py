@@ -37,9 +37,9 @@ class Row:
 
 
 def summarise(trials: Sequence[Trial]) -> list[Row]:
-    """One row for each (search, dilation) that occurs, sorted."""
+    """One row for each (search, dilation), in the order in which they occur."""
     rows = []
-    for search, dilation in sorted({(trial.point.search, trial.point.dilation) for trial in trials}):
+    for search, dilation in dict.fromkeys((trial.point.search, trial.point.dilation) for trial in trials):
         same = [trial for trial in trials if (trial.point.search, trial.point.dilation) == (search, dilation)]
         means = {name: float(np.mean([trial.metrics[name] for trial in same])) for name in RUN_COLUMNS}
         del means["pixel_accuracy"]
@@ -73,7 +73,7 @@ def sweep_table(rows: Sequence[Row]) -> str:
                 str(len(row.seeds)),
                 f"{row.effective_dilation:.3g}",
                 f"{row.receptive_field_px:.4g}",
-                f"{row.train_seconds:.0f}",
+                f"{row.train_seconds:.1f}",
             )
             for row in rows
         ],

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import optuna
 import torch
@@ -28,11 +28,11 @@ _OWN = ("dilation", "seed", "search", "out", "workers", "cache", "resume")
 _DISTRIBUTIONS = {
     "dilation": IntDistribution(1, 2**20),
     "seed": IntDistribution(0, 2**32 - 1),
-    "search": CategoricalDistribution(["none", "gradient", "spsa", "sampled"]),
+    "search": CategoricalDistribution(get_args(Search)),
 }
 
 
-@dataclasses.dataclass(frozen=True, order=True)
+@dataclasses.dataclass(frozen=True)
 class Point:
     """What tells the runs of one study apart."""
 
@@ -48,6 +48,11 @@ class Point:
         ('d06-seed0', 'd14-seed2-sampled')
         """
         return f"d{self.dilation:02d}-seed{self.seed}" + ("" if self.search == "none" else f"-{self.search}")
+
+    @property
+    def place(self) -> tuple[int, int, int]:
+        """For sorting: the grid first, then search by search."""
+        return get_args(Search).index(self.search), self.dilation, self.seed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,19 +91,23 @@ def run_trials(
         # Frozen random backbones differ from seed to seed, pretrained ones do not.
         for seed in sorted({point.seed for point in points})[: 1 if config.weights else None]:
             prepare(config.run_config(config.out, points[0].dilation, seed, points[0].search), progress)
-    out.mkdir(parents=True, exist_ok=True)
     study = _open_study(config)
+    out.mkdir(parents=True, exist_ok=True)
     _fail_dead(study, out)
-    first = _enqueue(study, points)
+    _enqueue(study, points)
     waiting = len(study.get_trials(deepcopy=False, states=(TrialState.WAITING,)))
     jobs = min(config.jobs, waiting)
     if jobs == 1:
         _work(config)
     elif jobs > 1:
+        earlier = _failures(study)
         _work_in_processes(config, jobs)
-        _raise_failures(study, first)
+        for number, message in _failures(study).items():
+            if number not in earlier:
+                raise ValueError(message)
     finished = [trial for trial in _finished(study) if trial.point in points]
-    return finished, sorted(set(points) - {trial.point for trial in finished})
+    done = {trial.point for trial in finished}
+    return finished, [point for point in points if point not in done]
 
 
 def finish_run(config: TrainConfig) -> dict[str, Any]:
@@ -129,6 +138,7 @@ def _open_study(config: SweepConfig) -> optuna.Study:
     try:
         storage: BaseStorage
         if config.storage is None:
+            out.mkdir(parents=True, exist_ok=True)
             storage = JournalStorage(JournalFileBackend(str(out / "study.journal")))
         else:
             storage = RDBStorage(config.storage)
@@ -150,14 +160,12 @@ def _open_study(config: SweepConfig) -> optuna.Study:
     return study
 
 
-def _enqueue(study: optuna.Study, points: Sequence[Point]) -> int:
-    """Queues what is neither finished nor running nor queued; returns the number of the next trial before that."""
-    trials = study.get_trials(deepcopy=False)
-    known = {_point(trial) for trial in trials if trial.state != TrialState.FAIL}
+def _enqueue(study: optuna.Study, points: Sequence[Point]) -> None:
+    """Queues what is neither finished nor running nor queued."""
+    known = {_point(trial) for trial in study.get_trials(deepcopy=False) if trial.state != TrialState.FAIL}
     for point in points:
         if point not in known:
             study.enqueue_trial(dataclasses.asdict(point), user_attrs={"point": dataclasses.asdict(point)})
-    return len(trials)
 
 
 def _point(trial: optuna.trial.FrozenTrial) -> Point | None:
@@ -167,7 +175,7 @@ def _point(trial: optuna.trial.FrozenTrial) -> Point | None:
 def _finished(study: optuna.Study) -> list[Trial]:
     trials = {_point(trial): trial for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))}
     found = [Trial(point, trial.user_attrs["metrics"]) for point, trial in trials.items() if point is not None]
-    return sorted(found, key=lambda trial: trial.point)
+    return sorted(found, key=lambda trial: trial.point.place)
 
 
 def _claim(study: optuna.Study) -> optuna.Trial | None:
@@ -207,8 +215,8 @@ def _work(config: SweepConfig) -> None:
             trial.set_user_attr("metrics", metrics)
             study.tell(trial, metrics["miou"])
         done = len(_finished(study))
-        seconds = f"{metrics['train_seconds']:.0f} s"
-        print(f"{point.name}: mIoU {metrics['miou']:.4f}, {seconds} ({done} finished)", flush=True)
+        seconds = metrics["train_seconds"]
+        print(f"{point.name}: mIoU {metrics['miou']:.4f}, {seconds:.3g} s ({done} finished)", flush=True)
 
 
 def _work_in_processes(config: SweepConfig, jobs: int) -> None:
@@ -247,11 +255,14 @@ def _worker(config: SweepConfig, threads: int) -> None:
         sys.exit(130)
 
 
-def _raise_failures(study: optuna.Study, first: int) -> None:
-    for trial in study.get_trials(deepcopy=False, states=(TrialState.FAIL,)):
-        point = _point(trial)
-        if trial.number >= first and point is not None and "error" in trial.user_attrs:
-            raise ValueError(f"{point.name}: {trial.user_attrs['error']}")
+def _failures(study: optuna.Study) -> dict[int, str]:
+    """What went wrong, by the number of the trial."""
+    trials = study.get_trials(deepcopy=False, states=(TrialState.FAIL,))
+    return {
+        trial.number: f"{point.name}: {trial.user_attrs['error']}"
+        for trial in trials
+        if "error" in trial.user_attrs and (point := _point(trial)) is not None
+    }
 
 
 @contextmanager
@@ -270,9 +281,10 @@ def _owned(out: Path, number: int) -> Iterator[None]:
 def _fail_dead(study: optuna.Study, out: Path) -> None:
     """Frees the trials whose processes have died in this folder."""
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        try:
-            with (out / "locks" / f"trial-{trial.number}.lock").open() as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
-        except (FileNotFoundError, BlockingIOError):
-            continue  # It was begun in another folder, or is being run.
+        # Not those that were begun in another folder, nor those that are being run.
+        with (
+            contextlib.suppress(FileNotFoundError, BlockingIOError),
+            (out / "locks" / f"trial-{trial.number}.lock").open() as file,
+        ):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)

@@ -1,0 +1,186 @@
+"""What receptive field should a network have? One page of answer."""
+
+import dataclasses
+import inspect
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rfield import plots
+from rfield.config import TuneConfig
+from rfield.experiments.tables import deviation, field_of, markdown, summarise, sweep_table, write_text
+from rfield.experiments.trials import Point, Trial, run_trials
+from rfield.inference import Progress
+from rfield.models import MODELS
+from rfield.training import write_json
+
+
+def run_tune(config: TuneConfig, progress: Progress | None = None) -> str:
+    """Reads the whole receptive-field curve of a network and recommends a dilation; writes the answer into `out`.
+
+    For each seed one network is trained at dilations drawn at random, so that it works at all of them, and its loss
+    on held-out training images is read at each (`SampledSearch`). The answer is the least of the mean curve. It is
+    `answer.md`, `answer.json` and `curve.png`; the runs are beside them, and a further call only adds what is missing.
+
+    Args:
+        config: what to tune.
+        progress: as in `run_trials`.
+
+    Returns:
+        The page.
+
+    Raises:
+        ValueError, OSError: as in `run_trials`; also if another process is still at one of the runs.
+    """
+    out = Path(config.out)
+    own = _own_dilation(config.model)
+    present = config.present_dilation or own
+    # Where a sampled search starts makes no difference: another present dilation needs no other runs.
+    searches = _finish(config, [Point("sampled", own, seed) for seed in config.seeds], progress)
+    curves = [dict(trial.metrics["search"]["curve"]) for trial in searches]
+    losses = common_curve(curves)
+    means = {dilation: float(np.mean(values)) for dilation, values in losses.items()}
+    recommended = min(means, key=lambda dilation: means[dilation])
+    slope, offset = field_of(config)
+    gains = [curve_at(curve, present) - curve_at(curve, recommended) for curve in curves]
+    relative = [gain / curve_at(curve, present) for gain, curve in zip(gains, curves, strict=True)]
+    answer: dict[str, Any] = {
+        "recommended_dilation": recommended,
+        "recommended_receptive_field_px": slope * recommended + offset,
+        "present_dilation": present,
+        "present_receptive_field_px": slope * present + offset,
+        "gain": {"loss": float(np.mean(gains)), "spread": deviation(gains)},
+        "relative_gain": {"loss": float(np.mean(relative)), "spread": deviation(relative)},
+        "minimum_of_each_seed": {
+            str(trial.point.seed): min(curve, key=lambda dilation: curve[dilation])
+            for trial, curve in zip(searches, curves, strict=True)
+        },
+        "curve": [
+            {
+                "dilation": dilation,
+                "receptive_field_px": slope * dilation + offset,
+                "loss": means[dilation],
+                "spread": deviation(values),
+            }
+            for dilation, values in losses.items()
+        ],
+        "seconds": sum(trial.metrics["train_seconds"] for trial in searches),
+        "config": config.plain(),
+    }
+    page = _page(config, answer)
+    if config.verify:
+        answer["verified"], section = _verify(config, max(1, round(recommended)), present, progress)
+        page += section
+    marked = {"recommended": recommended, "present": present}
+    plots.save(plots.rf_curve({"held-out": losses}, "held-out loss", marked, (slope, offset)), out / "curve.png")
+    write_json(out / "answer.json", answer)
+    write_text(out / "answer.md", page)
+    return page + f"\nthis page, answer.json and curve.png are in {out}"
+
+
+def common_curve(curves: Sequence[Mapping[float, float]]) -> dict[float, list[float]]:
+    """Several curves at all dilations of any, one value a curve; interpolated where a curve has none.
+
+    >>> common_curve([{1.0: 3.0, 4.0: 1.0}, {1.0: 5.0, 2.0: 3.0, 4.0: 2.0}])
+    {1.0: [3.0, 5.0], 2.0: [2.0, 3.0], 4.0: [1.0, 2.0]}
+    """
+    dilations = sorted({dilation for curve in curves for dilation in curve})
+    return {dilation: [curve_at(curve, dilation) for curve in curves] for dilation in dilations}
+
+
+def curve_at(curve: Mapping[float, float], dilation: float) -> float:
+    """A curve's value, linear in the logarithm of the dilation between its points, constant beyond its ends."""
+    if dilation in curve:
+        return curve[dilation]
+    places = sorted(curve)
+    return float(np.interp(np.log(dilation), np.log(places), [curve[place] for place in places]))
+
+
+def _own_dilation(model: str) -> int:
+    if model not in MODELS:
+        raise ValueError(f"model {model!r} is not known; the known ones are {', '.join(MODELS)}")
+    dilation: int = inspect.signature(MODELS[model]).parameters["dilation"].default
+    return dilation
+
+
+def _finish(config: TuneConfig, points: Sequence[Point], progress: Progress | None) -> list[Trial]:
+    trials, unfinished = run_trials(config, points, progress)
+    if unfinished:
+        names = ", ".join(point.name for point in unfinished)
+        raise ValueError(f"not finished, another process has them: {names}; call again when it is done")
+    return trials
+
+
+def _verify(
+    config: TuneConfig, recommended: int, present: int, progress: Progress | None
+) -> tuple[dict[str, Any], str]:
+    """The grid of fixed dilations: as data, and as a section of the page."""
+    dilations = sorted({*config.dilations, recommended, present})
+    points = [Point("none", dilation, seed) for dilation in dilations for seed in config.seeds]
+    rows = summarise(_finish(config, points, progress))
+    best = max(rows, key=lambda row: row.miou)
+    chosen, now = (next(row for row in rows if row.dilation == dilation) for dilation in (recommended, present))
+    verified = {
+        "best_dilation": best.dilation,
+        "gap_to_best": best.miou - chosen.miou,
+        "gain_over_present": chosen.miou - now.miou,
+        "grid": [dataclasses.asdict(row) for row in rows],
+    }
+    section = (
+        "\n## Verified by a grid\n\n"
+        f"Networks of fixed dilation, scored on {config.val_split}: mIoU {chosen.miou:.4f} at the recommended "
+        f"{recommended},\n{now.miou:.4f} at the present {present}, {best.miou:.4f} at the grid's best "
+        f"{best.dilation}.\n"
+        f"The recommendation is {100 * (best.miou - chosen.miou):.2f} points from the best of the grid"
+        f"{_plus_minus(best.miou_spread)}.\n\n{sweep_table(rows)}\n"
+    )
+    return verified, section
+
+
+def _plus_minus(spread: float | None) -> str:
+    return "" if spread is None else f",\nwhose own spread over the seeds is {100 * spread:.2f} points"
+
+
+def _page(config: TuneConfig, answer: dict[str, Any]) -> str:
+    recommended, present = answer["recommended_dilation"], answer["present_dilation"]
+    points = {point["dilation"]: point["loss"] for point in answer["curve"]}
+    gain, relative, seeds = answer["gain"], answer["relative_gain"], len(config.seeds)
+    spread, relative_spread = (
+        "" if each["spread"] is None else f" (spread {unit * each['spread']:.3g})"
+        for each, unit in ((gain, 1), (relative, 100))
+    )
+    minima = ", ".join(f"{dilation:.3g}" for dilation in answer["minimum_of_each_seed"].values())
+    beyond = ""
+    if not min(points) <= present <= max(points):
+        beyond = f" (read at the curve's nearest end: {config.model}'s map holds dilations up to {max(points):.3g})"
+    table = markdown(
+        ("dilation", "RF [px]", "held-out loss", "spread"),
+        [
+            (
+                f"**{point['dilation']:.3g}**" if point["dilation"] == recommended else f"{point['dilation']:.3g}",
+                f"{point['receptive_field_px']:.4g}",
+                f"{point['loss']:.4f}",
+                "-" if point["spread"] is None else f"{point['spread']:.4f}",
+            )
+            for point in answer["curve"]
+        ],
+    )
+    return f"""# What receptive field should this network have?
+
+{config.model} on {config.data}, backbone frozen, {config.epochs} epochs, {seeds} seed{"s" * (seeds > 1)}.
+
+**Recommended: dilation {recommended:.3g}, a receptive field of {answer["recommended_receptive_field_px"]:.4g} px.**
+Now: dilation {present:.3g}, {answer["present_receptive_field_px"]:.4g} px. Minima of the single seeds: {minima}.
+
+Expected gain: the held-out loss falls by {gain["loss"]:.3g}{spread}, or {100 * relative["loss"]:.3g} %\
+{relative_spread}: from {curve_at(points, present):.4g}{beyond} to {points[recommended]:.4g}.
+
+What this is: for each seed one network was trained at all dilations by turns, and its loss (cross-entropy a pixel) was
+read at each dilation on training images that it had not seen. The gain is the difference between two points of that
+curve, averaged over the seeds; a spread is the standard deviation over them. A network trained at one dilation alone
+has a lower loss at it, and the gain in mIoU is another number: --verify measures it.
+
+{table}
+"""
