@@ -1,16 +1,27 @@
 """What the command line understands, and how it answers a mistake. `test_training` holds what it then does."""
 
+import dataclasses
 import re
 import shlex
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from rfield.cli import COMMANDS, main, parse
-from rfield.config import DemoConfig, EvaluateConfig, PredictConfig, TrainConfig
+from rfield.config import (
+    DemoConfig,
+    EvaluateConfig,
+    PredictConfig,
+    ReproduceConfig,
+    SweepConfig,
+    TrainConfig,
+    TuneConfig,
+)
 
+DECIDED = {field.name for field in dataclasses.fields(SweepConfig) if field.metadata.get("fixed")}
 TRAIN = ["train", "--data", "synthetic", "--out", "runs/x"]
 
 
@@ -60,6 +71,55 @@ def test_the_issue_s_commands() -> None:
     words = "predict runs/msrc-d6 ../shared/data/msrc21_voc/JPEGImages --out out"
     expected_prediction = PredictConfig("runs/msrc-d6", "../shared/data/msrc21_voc/JPEGImages", out="out")
     assert parse(shlex.split(words)) == ("predict", expected_prediction)
+
+
+def test_the_issue_s_experiments() -> None:
+    msrc = "--data voc:../shared/data/msrc21_voc --weights ../shared/weights/vgg16_features_imagenet_fp16.pth"
+    shared: dict[str, Any] = {
+        "data": "voc:../shared/data/msrc21_voc",
+        "weights": "../shared/weights/vgg16_features_imagenet_fp16.pth",
+        "head_channels": 128,
+    }
+    words = (
+        f"sweep {msrc} --model largefov_vgg16 --freeze-backbone --head-channels 128 --dilations 2,6,14 --seeds 0,1 "
+        "--epochs 10 --out runs/sweep"
+    )
+    swept = SweepConfig(**shared, out="runs/sweep", freeze_backbone=True, epochs=10, dilations=(2, 6, 14), seeds=(0, 1))
+    assert parse(shlex.split(words)) == ("sweep", swept)
+    assert (swept.search, swept.jobs, swept.storage) == ("none", 1, None)
+    run = swept.run_config("runs/sweep/d06-seed1", 6, 1, "none")
+    expected = TrainConfig(
+        **shared,
+        out="runs/sweep/d06-seed1",
+        freeze_backbone=True,
+        epochs=10,
+        dilation=6,
+        seed=1,
+        search="none",
+        resume=True,
+    )
+    assert run == expected
+
+    command, tuned = parse(shlex.split(f"tune {msrc} --model largefov_vgg16 --head-channels 128 --out runs/tune"))
+    assert (command, tuned) == ("tune", TuneConfig(**shared, out="runs/tune"))
+    assert (tuned.freeze_backbone, tuned.search, tuned.epochs, tuned.seeds) == (True, "sampled", 10, (0, 1, 2))
+    _, tuned = parse(shlex.split(f"tune {msrc} --out runs/tune --verify --seeds 3 --dilations 2,4"))
+    assert (tuned.verify, tuned.seeds, tuned.dilations) == (True, (3,), (2, 4))
+
+    command, reproduced = parse(shlex.split(f"reproduce {msrc} --head-channels 128 --out runs/paper"))
+    assert (command, reproduced) == ("reproduce", ReproduceConfig(**shared, out="runs/paper"))
+    assert (reproduced.freeze_backbone, reproduced.dilations) == (True, (2, 4, 6, 8, 10, 12, 14, 18, 24))
+    assert not parse(shlex.split(f"reproduce {msrc} --out x --no-freeze-backbone"))[1].freeze_backbone
+
+
+@pytest.mark.parametrize("text", ["2,6,14", "[2, 6, 14]", '"2,6,14"'])
+def test_lists_in_a_config(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(f"data: synthetic\nout: x\ndilations: {text}\nseeds: 3\n")
+    config = parse(["sweep", "--config", str(file)])[1]
+    assert (config.dilations, config.seeds) == ((2, 6, 14), (3,))
+    file.write_text(yaml.safe_dump({key: value for key, value in config.plain().items() if key not in DECIDED}))
+    assert parse(["sweep", "--config", str(file)])[1] == config
 
 
 def test_defaults_are_the_dataclass_s() -> None:
@@ -121,14 +181,16 @@ def test_every_field_has_a_flag_and_a_text(capsys: pytest.CaptureFixture[str]) -
         assert exit_.value.code == 0
         shown = capsys.readouterr().out
         for field in COMMANDS[command][0].__dataclass_fields__.values():
-            assert field.name.replace("_", "-") in shown
+            flag = re.search(rf"--{field.name.replace('_', '-')}[\s,\]]", shown)
+            decided = field.metadata.get("fixed", False)
+            assert (flag is not None or field.metadata.get("positional", False)) != decided, (command, field.name)
     assert "None" not in shown.split("options:")[1].split("--checkpoint")[0]
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("", "expected .* one of {demo,train,evaluate,predict}"),
+        ("", "expected .* one of {demo,train,evaluate,predict,sweep"),
         ("dance", "invalid choice: 'dance'"),
         ("train", "required: data, out"),
         ("train --out x", "required: data"),
@@ -151,6 +213,20 @@ def test_every_field_has_a_flag_and_a_text(capsys: pytest.CaptureFixture[str]) -
         ("train --data synthetic --out x --colour-jitter 3", "colour_jitter must be from 0 to 1"),
         ("evaluate nowhere", r"nowhere is not a run folder: it has no config\.yaml"),
         ("predict nowhere image.jpg", "nowhere is not a run folder"),
+        ("sweep --data synthetic --out x --dilations 2,2", "such as 2,6,14, got '2,2'"),
+        ("sweep --data synthetic --out x --dilations 2,x", "such as 2,6,14, got '2,x'"),
+        ("sweep --data synthetic --out x --dilations 0,1", "dilations must be positive, got 0"),
+        ("sweep --data synthetic --out x --seeds -1", "seeds must not be negative, got -1"),
+        ("sweep --data synthetic --out x --jobs 0", "jobs must be positive, got 0"),
+        ("sweep --data synthetic --out x --seed 3", "unrecognized arguments: --seed 3"),
+        ("sweep --data synthetic --out x --model resnet", "'resnet' is not known"),
+        ("sweep --data synthetic --out x --model small_cnn --storage nonsense", "storage nonsense cannot be used"),
+        ("sweep --data voc:nowhere --out x", "nowhere is not a folder"),
+        ("tune --data synthetic --out x --search none", "unrecognized arguments: --search none"),
+        ("tune --data synthetic --out x --model resnet", "'resnet' is not known"),
+        ("tune --data synthetic --out x --present-dilation 0", "present_dilation must be positive, got 0"),
+        ("reproduce --data voc:nowhere --out x", "nowhere is not a folder"),
+        ("reproduce --data voc:nowhere --out x --images 0", "images must be positive, got 0"),
         ("evaluate nowhere --checkpoint first", "last.*best.*first"),
     ],
 )

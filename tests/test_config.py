@@ -10,8 +10,12 @@ from rfield.config import (
     DemoConfig,
     EvaluateConfig,
     PredictConfig,
+    ReproduceConfig,
+    SweepConfig,
     TrainConfig,
+    TuneConfig,
     differences,
+    parse_ints,
     parse_range,
     parse_size,
 )
@@ -37,6 +41,19 @@ def test_wrong_sizes_say_what_a_size_is(value: Any) -> None:
 def test_wrong_ranges_say_what_a_range_is(value: Any) -> None:
     with pytest.raises(ValueError, match=r"a range is LOW,HIGH, such as 0\.5,2, got"):
         parse_range(value)
+
+
+@pytest.mark.parametrize("value", ["2,6", [2, 6], (2, 6), ["2", "6"], " 2, 6"])
+def test_lists(value: Any) -> None:
+    assert parse_ints(value) == (2, 6)
+
+
+@pytest.mark.parametrize("value", ["", "2,", "2;6", "2,2", [], [1, 1], 2.5, [2.5], "2.5", None, {"a": 1}, [None]])
+def test_wrong_lists_say_what_a_list_is(value: Any) -> None:
+    with pytest.raises(
+        ValueError, match="a list is whole numbers with commas, none of them twice, such as 2,6,14, got"
+    ):
+        parse_ints(value)
 
 
 @pytest.mark.parametrize(
@@ -102,10 +119,18 @@ def test_a_damaged_run_config_is_named(tmp_path: Path, text: str) -> None:
         load_config(tmp_path / "config.yaml")
 
 
-@pytest.mark.parametrize("config_class", [TrainConfig, EvaluateConfig, PredictConfig, DemoConfig])
+@pytest.mark.parametrize(
+    "config_class",
+    [TrainConfig, EvaluateConfig, PredictConfig, DemoConfig, SweepConfig, TuneConfig, ReproduceConfig],
+)
 def test_every_field_is_documented(config_class: Any) -> None:
-    documented = {param.arg_name: param.description for param in parse_from_object(config_class).params}
-    assert all(documented.get(field.name) for field in dataclasses.fields(config_class))
+    documented = {
+        param.arg_name: param.description
+        for base in config_class.__mro__[:-1]
+        for param in parse_from_object(base).params
+        if param.description
+    }
+    assert {field.name for field in dataclasses.fields(config_class)} <= documented.keys()
 
 
 def test_differences() -> None:

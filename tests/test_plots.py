@@ -279,3 +279,41 @@ def test_a_save_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
 def test_no_global_state_is_touched() -> None:
     code = "import sys, rfield.plots; sys.exit('matplotlib.pyplot' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_rf_curve_shows_values_means_spread_and_marks() -> None:
+    curves = {"fixed": {2: [0.6, 0.7], 6.0: [0.8, 0.9], 24: [0.5, 0.5]}, "sampled": {6: [0.8]}}
+    figure = plots.rf_curve(curves, "mIoU", {"best": 6}, field=(16, 212))
+    axes = figure.axes[0]
+    assert axes.get_xscale() == "log"
+    means = {line.get_label(): list(line.get_ydata()) for line in axes.lines}
+    assert means["fixed"] == pytest.approx([0.65, 0.85, 0.5])
+    assert means["sampled"] == [0.8]
+    assert len(axes.collections) == 1, "a spread needs two values"
+    assert [text.get_text() for text in axes.texts] == [" best  6"]
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["2", "6", "24"]
+    (top,) = axes.child_axes
+    assert [text.get_text() for text in top.get_xticklabels()] == ["244", "308", "596"]
+
+
+@pytest.mark.parametrize(
+    ("curves", "marked"),
+    [
+        ({}, {}),
+        ({str(n): {1: [1.0]} for n in range(6)}, {}),
+        ({"a": {}}, {}),
+        ({"a": {1: []}}, {}),
+        ({"a": {1: [np.nan]}}, {}),
+        ({"a": {0: [1.0]}}, {}),
+        ({"a": {1: [1.0]}}, {"best": 0}),
+    ],
+)
+def test_rf_curve_refuses(curves: dict[str, dict[float, list[float]]], marked: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=r"curves can be drawn|finite values|above 0"):
+        plots.rf_curve(curves, "loss", marked)
+
+
+@pytest.mark.parametrize("runs", [{}, {"a": ([1, 2], [1.0])}, {"a": ([1], [0.0])}, {"a": ([2, 1], [1.0, 1.0])}])
+def test_factor_paths_refuse(runs: dict[str, tuple[list[int], list[float]]]) -> None:
+    with pytest.raises(ValueError, match=r"1 to 5 runs|one length|above 0|must rise"):
+        plots.factor_paths({"group": runs})

@@ -23,7 +23,7 @@ from rfield.experiments.tables import (
     write_csv,
     write_text,
 )
-from rfield.experiments.trials import Point, run_trials
+from rfield.experiments.trials import Point, finish_trials
 from rfield.inference import Progress, compute_device, load_run, predict_logits
 from rfield.search import curve_minimum
 from rfield.training import read_factor_csv, write_json
@@ -51,15 +51,12 @@ def run_reproduce(config: ReproduceConfig, progress: Progress | None = None) -> 
         The report, and where the rest is.
 
     Raises:
-        ValueError, OSError: as in `run_trials`; also if another process is still at one of the runs.
+        ValueError, OSError: as in `finish_trials`.
     """
     out = Path(config.out)
     fixed = [Point("none", d, seed) for d in sorted({*config.dilations, *PAPER_ENDS_PX}) for seed in config.seeds]
     learned = [Point(kind, d, seed) for kind in _SEARCHES for d in PAPER_ENDS_PX for seed in config.seeds]
-    trials, unfinished = run_trials(config, [*fixed, *learned], progress)
-    if unfinished:
-        names = ", ".join(point.name for point in unfinished)
-        raise ValueError(f"not finished, another process has them: {names}; call again when it is done")
+    trials = finish_trials(config, [*fixed, *learned], progress)
     rows = summarise(trials)
     grid = [row for row in rows if row.search == "none"]
     best = max(grid, key=lambda row: row.miou)
@@ -70,7 +67,7 @@ def run_reproduce(config: ReproduceConfig, progress: Progress | None = None) -> 
     ends: dict[tuple[str, int], list[float]] = {}
     for trial in trials:
         if trial.point.search != "none":
-            field = slope * _dilation_before_snap(trial.metrics["search"]) + offset
+            field = slope * _dilation_before_snap(trial.metrics) + offset
             ends.setdefault((trial.point.search, trial.point.dilation), []).append(field)
     report = _report(config, rows, best, starts, ends)
     runs = runs_of(trials)
@@ -109,11 +106,12 @@ def run_reproduce(config: ReproduceConfig, progress: Progress | None = None) -> 
     return report + f"\nthe runs, report.md, results.json, results.csv and the pictures are in {out}"
 
 
-def _dilation_before_snap(search: dict[str, Any]) -> float:
-    """Where a run's search ended, in feature px, as its `metrics.json` tells."""
+def _dilation_before_snap(metrics: dict[str, Any]) -> float:
+    """Where a run's search ended, in feature px; of SPSA, which runs at integers, the one that it delivered."""
+    search = metrics["search"]
     if search["kind"] == "sampled":
         return curve_minimum(dict(search["curve"]))
-    return float(search["trajectory"][-1][1])
+    return float(search["trajectory"][-1][1] if search["kind"] == "gradient" else metrics["effective_dilation"])
 
 
 def _save_panel(config: ReproduceConfig, pictured: dict[str, Point], path: Path) -> None:
@@ -172,8 +170,9 @@ nominal, 212 px + 16 px a dilation. Figures are means over the seeds; a spread i
 
 {markdown(header, table)}
 
-`factor.png` shows the factor of the first seed over training; `panel-SEARCH.png`: image, ground truth, best manual rf,
-improper rf, improper rf + learned, on validation images spaced evenly through the list.
+`factor.png` shows the factor of the first seed over training, of SPSA and the sampled search as it was drawn;
+`panel-SEARCH.png`: image, ground truth, best manual rf, improper rf, improper rf + learned, on validation images that
+are spaced evenly through the list.
 
 ## The grid, and all runs
 

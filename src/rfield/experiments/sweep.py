@@ -14,8 +14,9 @@ from rfield.training import write_json
 def run_sweep(config: SweepConfig, progress: Progress | None = None) -> str:
     """Trains once for every dilation and seed, and writes the results into `out`.
 
-    They are `results.json`, `results.csv` (a row a run), `table.md` (a row a dilation) and `sweep.png`; each run has
-    an ordinary run folder beside them. Call again to go on after an interruption, or with more dilations or seeds.
+    The results are those of all calls with one `out`: `results.json`, `results.csv` (a row a run), `table.md` (a row a
+    dilation) and `sweep.png`; each run has an ordinary run folder beside them. Call again to go on after an
+    interruption, or with more dilations or seeds, or with a search, whose starts the dilations then are.
 
     Args:
         config: what to train.
@@ -46,8 +47,9 @@ def run_sweep(config: SweepConfig, progress: Progress | None = None) -> str:
     write_text(out / "table.md", table)
     lines = [table]
     if rows:
-        best = max(rows, key=lambda row: row.miou)
-        figure = plots.rf_curve(curve_of(trials), "mIoU", {"best": best.dilation}, field_of(config))
+        fixed = [row for row in rows if row.search == "none"]
+        marked = {"best": max(fixed, key=lambda row: row.miou).dilation} if fixed else {}
+        figure = plots.rf_curve(curve_of(trials), "mIoU", marked, field_of(config))
         plots.save(figure, out / "sweep.png")
         lines.append(f"the runs, results.json, results.csv, table.md and sweep.png are in {out}")
     if unfinished:

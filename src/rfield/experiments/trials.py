@@ -79,7 +79,7 @@ def run_trials(
         progress: called with (images done, images in all) while features are computed, before the first run.
 
     Returns:
-        The finished trials among the points, sorted, and the points that another process is still at.
+        All finished trials of the study, sorted, and those of the points that another process is still at.
 
     Raises:
         ValueError: if a run cannot be trained, if the study or a folder holds runs with other settings, or if the
@@ -105,9 +105,22 @@ def run_trials(
         for number, message in _failures(study).items():
             if number not in earlier:
                 raise ValueError(message)
-    finished = [trial for trial in _finished(study) if trial.point in points]
+    finished = _finished(study)
     done = {trial.point for trial in finished}
     return finished, [point for point in points if point not in done]
+
+
+def finish_trials(config: SweepConfig, points: Sequence[Point], progress: Progress | None = None) -> list[Trial]:
+    """As `run_trials`, but only the points' trials are returned, and all of them.
+
+    Raises:
+        ValueError: also if another process is still at one of the points.
+    """
+    trials, unfinished = run_trials(config, points, progress)
+    if unfinished:
+        names = ", ".join(point.name for point in unfinished)
+        raise ValueError(f"not finished, another process has them: {names}; call again when it is done")
+    return [trial for trial in trials if trial.point in points]
 
 
 def finish_run(config: TrainConfig) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import numpy as np
 from rfield import plots
 from rfield.config import TuneConfig
 from rfield.experiments.tables import deviation, field_of, markdown, summarise, sweep_table, write_text
-from rfield.experiments.trials import Point, Trial, run_trials
+from rfield.experiments.trials import Point, finish_trials
 from rfield.inference import Progress
 from rfield.models import MODELS
 from rfield.training import write_json
@@ -32,13 +32,13 @@ def run_tune(config: TuneConfig, progress: Progress | None = None) -> str:
         The page.
 
     Raises:
-        ValueError, OSError: as in `run_trials`; also if another process is still at one of the runs.
+        ValueError, OSError: as in `finish_trials`.
     """
     out = Path(config.out)
     own = _own_dilation(config.model)
     present = config.present_dilation or own
     # Where a sampled search starts makes no difference: another present dilation needs no other runs.
-    searches = _finish(config, [Point("sampled", own, seed) for seed in config.seeds], progress)
+    searches = finish_trials(config, [Point("sampled", own, seed) for seed in config.seeds], progress)
     curves = [dict(trial.metrics["search"]["curve"]) for trial in searches]
     losses = common_curve(curves)
     means = {dilation: float(np.mean(values)) for dilation, values in losses.items()}
@@ -105,21 +105,13 @@ def _own_dilation(model: str) -> int:
     return dilation
 
 
-def _finish(config: TuneConfig, points: Sequence[Point], progress: Progress | None) -> list[Trial]:
-    trials, unfinished = run_trials(config, points, progress)
-    if unfinished:
-        names = ", ".join(point.name for point in unfinished)
-        raise ValueError(f"not finished, another process has them: {names}; call again when it is done")
-    return trials
-
-
 def _verify(
     config: TuneConfig, recommended: int, present: int, progress: Progress | None
 ) -> tuple[dict[str, Any], str]:
     """The grid of fixed dilations: as data, and as a section of the page."""
     dilations = sorted({*config.dilations, recommended, present})
     points = [Point("none", dilation, seed) for dilation in dilations for seed in config.seeds]
-    rows = summarise(_finish(config, points, progress))
+    rows = summarise(finish_trials(config, points, progress))
     best = max(rows, key=lambda row: row.miou)
     chosen, now = (next(row for row in rows if row.dilation == dilation) for dilation in (recommended, present))
     verified = {
