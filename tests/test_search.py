@@ -101,8 +101,7 @@ class TestKnownAnswer:
         sizes = [len(curve) for _, curve in readings]
         assert sizes[1:3] == [-(-sizes[0] // 2), -(-sizes[0] // 4)]
         drawn = {dilations[0] for step, dilations in search.trajectory if step > 66}
-        assert drawn <= set(readings[2][1])
-        assert BEST in range(round(min(drawn)), round(max(drawn)) + 1)
+        assert min(readings[2][1]) / 1.4 < min(drawn) <= BEST <= max(drawn) < max(readings[2][1]) * 1.4
 
     def test_sampled_search_in_a_regulator(self) -> None:
         model = cue_model(16, "regulator")

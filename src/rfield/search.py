@@ -258,8 +258,8 @@ class SpsaSearch(Search):
 class SampledSearch(Search):
     """Start-free: train at dilations drawn at random, read the loss curve on held-out images, keep the best.
 
-    Every step runs at a dilation drawn from a set of candidates, evenly spaced in their logarithm, so that the weights
-    learn to work at all of them. The loss on held-out training images, read at every candidate with these shared
+    Every step runs at a dilation drawn around one of a set of candidates, evenly spaced in their logarithm, so that
+    the weights learn to work at all of them. The loss on held-out training images, read at every candidate with these shared
     weights, is then a receptive-field curve. Half of the candidates go at each reading (successive halving, Jamieson
     and Talwalkar, AISTATS 2016): what is left trains on without the others, and is read again, until the least of the
     last reading is kept and snapped. Give the held-out images back to training when `done`.
@@ -310,8 +310,20 @@ class SampledSearch(Search):
                 self._kept[index, axis] = dilation_grid(low, high, self.candidates, _whole(self.groups[index]))
         for index, group in enumerate(self.groups):
             draw = self._random("dilation", index)
-            _hold(group, [draw.choice(self._kept[index, axis]) for axis in range(group[0].log_factor.numel())])
+            _hold(group, [self._draw(index, axis, draw) for axis in range(group[0].log_factor.numel())], draw)
         return self.loss_fn(self.model, batch)
+
+    def _draw(self, index: int, axis: int, draw: random.Random) -> float:
+        """A dilation from the cell of a candidate that is left: halfway to its neighbours, in the logarithm."""
+        low, high = dilation_range(self.groups[index][0])
+        candidate = draw.choice(self._kept[index, axis])
+        exponent = draw.uniform(-0.5, 0.5)
+        return min(max(candidate * math.pow(self._ratio(index), exponent), low), high)
+
+    def _ratio(self, index: int) -> float:
+        """From one candidate to the next."""
+        low, high = dilation_range(self.groups[index][0])
+        return math.pow(high / low, 1 / max(1, self.candidates - 1))
 
     def step(self) -> None:
         if self.done:
@@ -372,9 +384,9 @@ class SampledSearch(Search):
             # Between the lowest and its neighbours there are dilations that were no candidates.
             group = self.groups[index]
             low, high = dilation_range(group[0])
-            step = (high / low) ** (1 / max(1, self.candidates - 1))
+            ratio = self._ratio(index)
             lowest = min(curve, key=lambda dilation: curve[dilation])
-            finer = dilation_grid(max(low, lowest / step), min(high, lowest * step), 7, _whole(group))
+            finer = dilation_grid(max(low, lowest / ratio), min(high, lowest * ratio), 7, _whole(group))
             curve |= self._losses(index, axis, [dilation for dilation in finer if dilation not in curve])
         return dict(sorted(curve.items()))
 
