@@ -21,12 +21,11 @@ from rfield.experiments.tables import (
     summarise,
     sweep_table,
     write_csv,
-    write_text,
 )
 from rfield.experiments.trials import Point, finish_trials
 from rfield.inference import Progress, compute_device, load_run, predict_logits
 from rfield.search import curve_minimum
-from rfield.training import read_factor_csv, write_json
+from rfield.training import read_factor_csv, write_json, write_text
 
 # The paper's bad starts on VOC, as dilations of fc6, and where its learned receptive fields ended, in px (nominal).
 PAPER_BEST_PX = 404

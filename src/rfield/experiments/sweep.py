@@ -5,10 +5,10 @@ from pathlib import Path
 
 from rfield import plots
 from rfield.config import SweepConfig
-from rfield.experiments.tables import curve_of, field_of, runs_of, summarise, sweep_table, write_csv, write_text
+from rfield.experiments.tables import curve_of, field_of, runs_of, summarise, sweep_table, write_csv
 from rfield.experiments.trials import Point, run_trials
 from rfield.inference import Progress
-from rfield.training import write_json
+from rfield.training import write_json, write_text
 
 
 def run_sweep(config: SweepConfig, progress: Progress | None = None) -> str:
@@ -44,7 +44,7 @@ def run_sweep(config: SweepConfig, progress: Progress | None = None) -> str:
         },
     )
     write_csv(out / "results.csv", runs)
-    write_text(out / "table.md", table)
+    write_text(out / "table.md", table + "\n")
     lines = [table]
     if rows:
         fixed = [row for row in rows if row.search == "none"]

@@ -118,13 +118,6 @@ def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     os.replace(partial, path)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a whole file or none."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(text.rstrip() + "\n")
-    os.replace(partial, path)
-
-
 def curve_of(trials: Sequence[Trial]) -> dict[str, dict[float, list[float]]]:
     """mIoU for `plots.rf_curve`: {search: {dilation: one value a seed}}."""
     curves: dict[str, dict[float, list[float]]] = {}

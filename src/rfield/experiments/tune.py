@@ -10,11 +10,11 @@ import numpy as np
 
 from rfield import plots
 from rfield.config import TuneConfig
-from rfield.experiments.tables import deviation, field_of, markdown, summarise, sweep_table, write_text
+from rfield.experiments.tables import deviation, field_of, markdown, summarise, sweep_table
 from rfield.experiments.trials import Point, finish_trials
 from rfield.inference import Progress
 from rfield.models import MODELS
-from rfield.training import write_json
+from rfield.training import write_json, write_text
 
 
 def run_tune(config: TuneConfig, progress: Progress | None = None) -> str:

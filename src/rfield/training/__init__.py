@@ -2,7 +2,7 @@
 
 from rfield.training.callbacks import FACTOR_COLUMNS, FactorLog, LastValidation, LineProgress, read_factor_csv
 from rfield.training.module import ParsingModule, present_field
-from rfield.training.run import clear_run_folder, prepare, train, write_json
+from rfield.training.run import clear_run_folder, prepare, train, write_json, write_text
 
 __all__ = [
     "FACTOR_COLUMNS",
@@ -16,4 +16,5 @@ __all__ = [
     "read_factor_csv",
     "train",
     "write_json",
+    "write_text",
 ]

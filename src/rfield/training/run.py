@@ -287,10 +287,11 @@ def _draw_held_out(dataset: ParsingDataset, config: TrainConfig) -> list[int]:
 
 def write_json(path: Path, content: Any) -> None:
     """Writes a whole file or none."""
-    _write_text(path, json.dumps(content, indent=2) + "\n")
+    write_text(path, json.dumps(content, indent=2) + "\n")
 
 
-def _write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Writes a whole file or none."""
     partial = path.with_suffix(".partial")
     partial.write_text(text)
     os.replace(partial, path)
@@ -319,7 +320,7 @@ def _check_run_folder(out: Path, config: TrainConfig) -> None:
 def _start_run_folder(out: Path, config: TrainConfig, dataset: ParsingDataset) -> None:
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "classes.json", {"class_names": dataset.class_names, "palette": dataset.palette})
-    _write_text(out / "config.yaml", yaml.safe_dump(config.plain(), sort_keys=False))
+    write_text(out / "config.yaml", yaml.safe_dump(config.plain(), sort_keys=False))
 
 
 def clear_run_folder(out: Path) -> None:
