@@ -495,20 +495,14 @@ def test_two_processes_are_one_run(make: Make) -> None:
 
 
 @pytest.mark.shared
-def test_real_photographs_and_weights(shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    source, root = shared / "data/msrc21_voc", tmp_path / "msrc"
-    for split, count in (("train", 8), ("val", 4)):
-        names = (source / f"ImageSets/Segmentation/{split}.txt").read_text().split()[:count]
-        for folder, suffix in (("JPEGImages", ".jpg"), ("SegmentationClass", ".png")):
-            (root / folder).mkdir(parents=True, exist_ok=True)
-            for name in names:
-                shutil.copy(source / folder / f"{name}{suffix}", root / folder)
-        (root / "ImageSets/Segmentation").mkdir(parents=True, exist_ok=True)
-        (root / f"ImageSets/Segmentation/{split}.txt").write_text("\n".join(names))
-    shutil.copy(source / "classes.txt", root)
+def test_real_photographs_and_weights(
+    shared: Path, small_msrc: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     weights = shared / "weights/vgg16_features_imagenet_fp16.pth"
     out = tmp_path / "run"
-    command = f"train --data voc:{root} --model largefov_vgg16 --weights {weights} --freeze-backbone --head-channels 16"
+    command = (
+        f"train --data voc:{small_msrc} --model largefov_vgg16 --weights {weights} --freeze-backbone --head-channels 16"
+    )
     command += f" --dilation 6 --search none --epochs 2 --seed 0 --out {out} --cache {tmp_path / 'cache'}"
     main(command.split())
     metrics = json.loads((out / "metrics.json").read_text())
@@ -523,7 +517,7 @@ def test_real_photographs_and_weights(shared: Path, tmp_path: Path, capsys: pyte
     assert {key: scores[key] for key in ("miou", "per_class", "pixel_accuracy")} == {
         key: metrics[key] for key in ("miou", "per_class", "pixel_accuracy")
     }
-    main(["predict", str(out), f"{root}/JPEGImages", "--out", str(tmp_path / "out")])
+    main(["predict", str(out), f"{small_msrc}/JPEGImages", "--out", str(tmp_path / "out")])
     assert len(list((tmp_path / "out").glob("*.png"))) == 12
     assert "308 px" in capsys.readouterr().out
 

@@ -9,9 +9,14 @@ from typing import Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "AdaptiveConv2d": "rfield.layers",
+    "GradientSearch": "rfield.search",
     "Inflation2d": "rfield.layers",
     "Interpolation2d": "rfield.layers",
     "ReceptiveFieldRegulator": "rfield.layers",
+    "SampledSearch": "rfield.search",
+    "SpsaSearch": "rfield.search",
+    "fractional_conv2d": "rfield.ops",
     "largefov_vgg16": "rfield.models",
     "parameter_groups": "rfield.search",
     "resize_bilinear": "rfield.ops",

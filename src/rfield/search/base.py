@@ -1,0 +1,97 @@
+"""What the searches share, and the paper's own: the exact gradient."""
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from rfield.search.factors import learned_layers
+
+LossFunction = Callable[[nn.Module, Any], Tensor]
+
+
+class Search:
+    """What the three searches share: the groups of layers, the step, the end.
+
+    Args:
+        model: holds the layers to learn; may be wrapped (DistributedDataParallel).
+        loss_fn: `loss_fn(model, batch)` gives the scalar loss.
+        steps: optimizer steps of the search; at their end the factors are snapped.
+        seed: of the draws.
+
+    Attributes:
+        done: whether the receptive field is final.
+        trajectory: (step, the dilations along the height that it ran at, one a factor) of each step.
+
+    Raises:
+        ValueError: if there is nothing to learn in the model, or no steps to learn it in.
+    """
+
+    def __init__(self, model: nn.Module, loss_fn: LossFunction, steps: int, seed: int = 0) -> None:
+        self.groups = learned_layers(model)
+        if not self.groups:
+            raise ValueError("the model has no learned factor: wrap layers in a regulator or an AdaptiveConv2d first")
+        if steps < 1:
+            raise ValueError(f"a search needs at least 1 step, got {steps}")
+        self.model = model
+        self.loss_fn = loss_fn
+        self.steps = steps
+        self.seed = seed
+        self.step_index = 0
+        self.done = False
+        self.trajectory: list[tuple[int, list[float]]] = []
+
+    def loss(self, batch: Any) -> Tensor:
+        """The loss to call `backward` on."""
+        raise NotImplementedError
+
+    def step(self) -> None:
+        """Ends an optimizer step."""
+        raise NotImplementedError
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain types and tensors, for a checkpoint beside the model's."""
+        return {
+            "steps": self.steps,
+            "step_index": self.step_index,
+            "done": self.done,
+            "trajectory": self.trajectory,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues where `state_dict` was taken; load the model's state first."""
+        self.step_index = state["step_index"]
+        self.done = state["done"]
+        if self.done:
+            for group in self.groups:
+                group[0].freeze_factor()
+        self.trajectory = list(state["trajectory"])
+
+    def _record(self) -> None:
+        self.step_index += 1
+        self.trajectory.append((self.step_index, [group[0].realised_dilation[0] for group in self.groups]))
+
+    def _finish(self) -> None:
+        for group in self.groups:
+            for layer in group:
+                layer.held = None
+                layer.snap()
+        self.done = True
+
+    def _random(self, *key: object) -> random.Random:
+        return random.Random(repr((self.seed, self.step_index, *key)))
+
+
+class GradientSearch(Search):
+    """The paper's: the factors follow their exact gradient, which the optimizer applies (Wei et al., CVPR 2017)."""
+
+    def loss(self, batch: Any) -> Tensor:
+        return self.loss_fn(self.model, batch)
+
+    def step(self) -> None:
+        if self.done:
+            return
+        self._record()
+        if self.step_index >= self.steps:
+            self._finish()

@@ -1,0 +1,119 @@
+"""The learned factors of a model: found, grouped for an optimizer, set, held."""
+
+import math
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed
+from torch import Tensor, nn
+
+from rfield.layers import LearnedFactor
+
+
+def learned_layers(model: nn.Module) -> list[list[LearnedFactor]]:
+    """The layers that share a factor, group by group, in the order of the model's modules.
+
+    >>> from rfield.layers import AdaptiveConv2d
+    >>> [len(group) for group in learned_layers(AdaptiveConv2d(1, 1, 3))]
+    [1]
+    """
+    groups: dict[int, list[LearnedFactor]] = {}
+    for module in model.modules():
+        if isinstance(module, LearnedFactor):
+            groups.setdefault(id(module.log_factor), []).append(module)
+    return list(groups.values())
+
+
+def factor_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The learned factors of a model, each once, in the order of its modules.
+
+    >>> from rfield.layers import AdaptiveConv2d
+    >>> len(factor_parameters(AdaptiveConv2d(1, 1, 3)))
+    1
+    """
+    return [group[0].log_factor for group in learned_layers(model)]
+
+
+def parameter_groups(model: nn.Module, lr: float, factor_lr: float) -> list[dict[str, Any]]:
+    """Optimizer-ready groups: the weights, and the factors at their own rate and without weight decay.
+
+    Args:
+        model: any module, with or without learned factors inside.
+        lr: learning rate of the weights.
+        factor_lr: learning rate of the factors (of their logarithm).
+
+    Returns:
+        Groups for any torch optimizer; parameters that need no gradient are left out.
+
+    >>> from rfield.layers import AdaptiveConv2d
+    >>> [len(group["params"]) for group in parameter_groups(AdaptiveConv2d(1, 1, 3), lr=1e-3, factor_lr=1e-2)]
+    [2, 1]
+    """
+    factors = factor_parameters(model)
+    known = {id(parameter) for parameter in factors}
+    weights = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
+    groups: list[dict[str, Any]] = [{"params": weights, "lr": lr}]
+    learned = [p for p in factors if p.requires_grad]
+    if learned:
+        groups.append({"params": learned, "lr": factor_lr, "weight_decay": 0.0})
+    return groups
+
+
+def mean_over_processes(value: Tensor) -> Tensor:
+    """The mean of a number over all processes of a distributed run; the number itself elsewhere."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        value = value.clone()
+        torch.distributed.all_reduce(value)
+        value /= torch.distributed.get_world_size()
+    return value
+
+
+def dilation_range(layer: LearnedFactor) -> tuple[float, float]:
+    """The effective dilations that a search may try, along the tighter axis of the last map seen."""
+    if layer.map_size is None:
+        return 1.0, max(32.0, *layer.base_dilation)
+    lower, upper = layer.factor_bounds(layer.map_size)
+    least = max(base / bound for base, bound in zip(layer.base_dilation, upper, strict=True))
+    greatest = min(base / bound for base, bound in zip(layer.base_dilation, lower, strict=True))
+    return least, max(least, greatest)
+
+
+def log_dilation(layer: LearnedFactor) -> Tensor:
+    axes = layer.log_factor.numel()
+    return torch.tensor(layer.effective_dilation[:axes], dtype=torch.float64).log().requires_grad_()
+
+
+def set_dilation(group: Sequence[LearnedFactor], dilation: Sequence[float]) -> None:
+    """Sets a group's factor so that its first layer has this effective dilation, one number or (height, width)."""
+    first = group[0]
+    first.set_factor([base / value for base, value in zip(first.base_dilation, dilation, strict=False)])
+
+
+def all_round(group: Sequence[LearnedFactor]) -> bool:
+    return all(layer.rounds for layer in group)
+
+
+def present_dilation(group: Sequence[LearnedFactor]) -> list[float]:
+    """The effective dilation of a group's first layer, one number or (height, width); whole where it is run so."""
+    first = group[0]
+    values = list(first.effective_dilation[: first.log_factor.numel()])
+    return [float(max(1, round(value))) if first.rounds else value for value in values]
+
+
+def hold_dilation(group: Sequence[LearnedFactor], dilation: Sequence[float], draw: random.Random | None = None) -> None:
+    """Has a group's layers realise a dilation of the first, one number or (height, width).
+
+    Layers that run at integers take the nearest, or one drawn by stochastic rounding if `draw` is given.
+    """
+    first = group[0]
+    values = (dilation[0], dilation[-1])
+    for layer in group:
+        held = [values[axis] * layer.base_dilation[axis] / first.base_dilation[axis] for axis in (0, 1)]
+        if layer.rounds:
+            noise = [0.5, 0.5] if draw is None else [draw.random(), draw.random()]
+            if len(dilation) == 1:  # A square field stays square.
+                noise[1] = noise[0]
+            held = [float(max(1, math.floor(value + shift))) for value, shift in zip(held, noise, strict=True)]
+        layer.held = (held[0], held[1])

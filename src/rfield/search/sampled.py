@@ -1,0 +1,208 @@
+"""Learning without a start: draw, read the curve, keep the best."""
+
+import math
+import random
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rfield.search.base import LossFunction, Search
+from rfield.search.factors import (
+    all_round,
+    dilation_range,
+    hold_dilation,
+    mean_over_processes,
+    present_dilation,
+    set_dilation,
+)
+
+
+class SampledSearch(Search):
+    """Start-free: train at dilations drawn at random, read the loss curve on held-out images, keep the best.
+
+    Every step runs at a dilation drawn around one of a set of candidates, evenly spaced in their logarithm, so that
+    the weights learn to work at all of them. The loss on held-out training images, read at every candidate with these
+    shared weights, is then a receptive-field curve. Half of the candidates go at each reading (successive halving,
+    Jamieson and Talwalkar, AISTATS 2016): what is left trains on without the others, and is read again, until the
+    least of the last reading is kept and snapped. Give the held-out images back to training when `done`.
+
+    With several factors all are drawn independently; a reading takes one factor and axis at a time, the others at
+    their best, and goes round until none moves.
+
+    Args:
+        model, loss_fn, steps, seed: see `Search`.
+        held_out: batches of training images that the search does not train on; gone through at every reading.
+        halvings: when to read before the end, as shares of the steps. Not too early: weights that have learned little
+            favour dilations at which the kernel's outer taps leave the map.
+        candidates: dilations to begin with.
+
+    Attributes:
+        readings: for each (factor, axis), all (step, {dilation: held-out loss}) read so far.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: LossFunction,
+        steps: int,
+        held_out: Iterable[Any],
+        seed: int = 0,
+        halvings: Sequence[float] = (0.5, 0.67, 0.83),
+        candidates: int = 14,
+    ) -> None:
+        super().__init__(model, loss_fn, steps, seed)
+        self.held_out = held_out
+        self.halvings = {max(1, round(share * steps)) for share in halvings}
+        self.candidates = candidates
+        self.readings: dict[tuple[int, int], list[tuple[int, dict[float, float]]]] = {
+            (index, axis): [] for index, group in enumerate(self.groups) for axis in range(group[0].log_factor.numel())
+        }
+        self._kept: dict[tuple[int, int], list[float]] = {}
+        for group in self.groups:
+            group[0].freeze_factor()
+
+    def loss(self, batch: Any) -> Tensor:
+        if self.done:
+            return self.loss_fn(self.model, batch)
+        if not self._kept:
+            with torch.no_grad():
+                self.loss_fn(self.model, batch)  # Shows the layers how large their maps are.
+            for index, axis in self.readings:
+                low, high = dilation_range(self.groups[index][0])
+                self._kept[index, axis] = dilation_grid(low, high, self.candidates, all_round(self.groups[index]))
+        for index, group in enumerate(self.groups):
+            draw = self._random("dilation", index)
+            hold_dilation(group, [self._draw(index, axis, draw) for axis in range(group[0].log_factor.numel())], draw)
+        return self.loss_fn(self.model, batch)
+
+    def _draw(self, index: int, axis: int, draw: random.Random) -> float:
+        """A dilation from the cell of a candidate that is left: halfway to its neighbours, in the logarithm."""
+        low, high = dilation_range(self.groups[index][0])
+        candidate = draw.choice(self._kept[index, axis])
+        exponent = draw.uniform(-0.5, 0.5)
+        return min(max(candidate * math.pow(self._ratio(index), exponent), low), high)
+
+    def _ratio(self, index: int) -> float:
+        """From one candidate to the next."""
+        low, high = dilation_range(self.groups[index][0])
+        return math.pow(high / low, 1 / max(1, self.candidates - 1))
+
+    def step(self) -> None:
+        if self.done:
+            return
+        self._record()
+        last = self.step_index >= self.steps
+        if last or self.step_index in self.halvings:
+            self._read(refine=last)
+        if last:
+            self._finish()
+
+    def curve(self, index: int = 0, axis: int = 0) -> dict[float, float]:
+        """The held-out loss over the dilations of one factor and axis, from each candidate's last reading."""
+        merged: dict[float, float] = {}
+        for _, reading in self.readings[index, axis]:
+            merged |= reading
+        return dict(sorted(merged.items()))
+
+    def _read(self, refine: bool) -> None:
+        """Reads every factor and axis, moves it to its minimum, and drops the worse half of its candidates."""
+        modes = [(module, module.training) for module in self.model.modules()]
+        self.model.eval()
+        try:
+            curves: dict[tuple[int, int], dict[float, float]] = {}
+            moved = True
+            for _ in range(3 if len(self.readings) > 1 else 1):
+                if not moved:
+                    break
+                moved = False
+                for index, axis in self.readings:
+                    before = self.groups[index][0].effective_dilation[axis]
+                    curves[index, axis] = self._curve(index, axis, refine)
+                    best = curve_minimum(curves[index, axis])
+                    self._move(index, axis, best)
+                    moved |= abs(math.log(best / before)) > 0.1
+            for key, curve in curves.items():
+                self.readings[key].append((self.step_index, curve))
+                least = sorted(curve, key=lambda dilation: curve[dilation])
+                self._kept[key] = sorted(least[: -(-len(least) // 2)])
+        finally:
+            for module, training in modes:
+                module.training = training
+
+    def _move(self, index: int, axis: int, dilation: float) -> None:
+        axes = self.groups[index][0].log_factor.numel()
+        values = list(self.groups[index][0].effective_dilation[:axes])
+        values[axis] = dilation
+        set_dilation(self.groups[index], values)
+
+    @torch.no_grad()
+    def _curve(self, index: int, axis: int, refine: bool) -> dict[float, float]:
+        """The held-out loss over the candidates of one factor along one axis, all else at its present best."""
+        for group in self.groups:
+            hold_dilation(group, present_dilation(group))
+        kept = self._kept[index, axis]
+        curve = self._losses(index, axis, kept)
+        if refine:
+            # Between the lowest and its neighbours there are dilations that were no candidates.
+            group = self.groups[index]
+            low, high = dilation_range(group[0])
+            ratio = self._ratio(index)
+            lowest = min(curve, key=lambda dilation: curve[dilation])
+            finer = dilation_grid(max(low, lowest / ratio), min(high, lowest * ratio), 7, all_round(group))
+            curve |= self._losses(index, axis, [dilation for dilation in finer if dilation not in curve])
+        return dict(sorted(curve.items()))
+
+    def _losses(self, index: int, axis: int, dilations: list[float]) -> dict[float, float]:
+        group = self.groups[index]
+        totals = torch.zeros(len(dilations), dtype=torch.float64)
+        count = 0
+        for batch in self.held_out:
+            count += 1
+            for place, dilation in enumerate(dilations):
+                values = present_dilation(group)
+                values[axis] = dilation
+                hold_dilation(group, values)
+                totals[place] += self.loss_fn(self.model, batch).double().cpu()
+        if count == 0:
+            raise ValueError("a sampled search reads its curve on held-out batches, but there is none")
+        totals = mean_over_processes(totals / count)
+        return dict(zip(dilations, totals.tolist(), strict=True))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "readings": self.readings, "kept": self._kept}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.readings = state["readings"]
+        self._kept = state["kept"]
+
+
+def dilation_grid(low: float, high: float, count: int, whole: bool) -> list[float]:
+    """At most `count` dilations from `low` to `high`, evenly spaced in their logarithm; integers if `whole`.
+
+    >>> dilation_grid(1.0, 32.0, 6, whole=True)
+    [1.0, 2.0, 4.0, 8.0, 16.0, 32.0]
+    """
+    steps = [low * (high / low) ** (place / max(1, count - 1)) for place in range(count)]
+    return sorted({float(max(1, round(value))) for value in steps} if whole else set(steps))
+
+
+def curve_minimum(curve: dict[float, float]) -> float:
+    """Where a loss curve is least: the vertex of the parabola, in the logarithm, through the three lowest in a row.
+
+    >>> round(curve_minimum({2.0: 0.69, 4.0: 0.0, 8.0: 0.69}), 2)
+    4.0
+    """
+    dilations = sorted(curve)
+    place = min(range(len(dilations)), key=lambda index: curve[dilations[index]])
+    if place in (0, len(dilations) - 1):
+        return dilations[place]
+    (x0, x1, x2), (y0, y1, y2) = zip(*((math.log(d), curve[d]) for d in dilations[place - 1 : place + 2]), strict=True)
+    left, right = (y1 - y0) / (x1 - x0), (y2 - y1) / (x2 - x1)
+    curvature = (right - left) / (x2 - x0)
+    if not curvature > 0:
+        return dilations[place]
+    vertex = (x0 + x1) / 2 - left / (2 * curvature)
+    return math.exp(min(max(vertex, x0), x2))

@@ -1,0 +1,104 @@
+"""Learning by simultaneous perturbation: two losses tell which way the receptive field should go."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rfield.search.base import LossFunction, Search
+from rfield.search.factors import dilation_range, hold_dilation, log_dilation, mean_over_processes, set_dilation
+
+
+class SpsaSearch(Search):
+    """Simultaneous perturbation (Spall 1992) of the logarithm of every effective dilation; local, online.
+
+    Each step sees the same batch at `r e^eps` and at `r e^-eps`; the weights train on the mean of both losses, and
+    `(L+ - L-) / (2 eps)` goes to Adam. Every factor draws an eps of its own: half-normal of scale sigma, of random
+    sign, within [0.05, 2 sigma]; sigma falls linearly from `scale` to 0. Dilated convolutions run at an integer drawn
+    by stochastic rounding. Only every `every`-th step is a probe of two sides; the others train at the present
+    dilation.
+
+    Args:
+        model, loss_fn, steps, seed: see `Search`.
+        scale: sigma at the start.
+        every: steps from one probe to the next.
+        lr: Adam's rate for the logarithm of the dilation.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: LossFunction,
+        steps: int,
+        seed: int = 0,
+        scale: float = 0.6,
+        lr: float = 0.03,
+        every: int = 1,
+    ) -> None:
+        super().__init__(model, loss_fn, steps, seed)
+        self.scale = scale
+        self.every = every
+        for group in self.groups:
+            group[0].freeze_factor()
+        self._log_dilation = [log_dilation(group[0]) for group in self.groups]
+        self._optimizer = torch.optim.Adam(self._log_dilation, lr=lr, betas=(0.9, 0.99))
+        self._differences: list[Tensor] = []
+
+    def loss(self, batch: Any) -> Tensor:
+        if self.done:
+            return self.loss_fn(self.model, batch)
+        if self.step_index % self.every:
+            for index, (group, center) in enumerate(zip(self.groups, self._log_dilation, strict=True)):
+                hold_dilation(group, center.exp().tolist(), self._random("round", index))
+            return self.loss_fn(self.model, batch)
+        losses = []
+        for sign in (1.0, -1.0):
+            for index, (group, center) in enumerate(zip(self.groups, self._log_dilation, strict=True)):
+                dilation = (center + sign * self._epsilon(index, center)).exp().tolist()
+                hold_dilation(group, dilation, self._random("round", index, sign))
+            losses.append(self.loss_fn(self.model, batch))
+        self._differences.append((losses[0] - losses[1]).detach().float())
+        return (losses[0] + losses[1]) / 2
+
+    def step(self) -> None:
+        if self.done:
+            return
+        if self._differences:
+            difference = mean_over_processes(torch.stack(self._differences).mean())
+            self._differences = []
+            for index, center in enumerate(self._log_dilation):
+                center.grad = difference.to(center) / (2 * self._epsilon(index, center))
+            self._optimizer.step()
+            for group, center in zip(self.groups, self._log_dilation, strict=True):
+                low, high = dilation_range(group[0])
+                center.data.clamp_(math.log(low), math.log(high))
+                set_dilation(group, center.exp().tolist())
+        self._record()
+        if self.step_index >= self.steps:
+            self._finish()
+
+    def _sigma(self) -> float:
+        return self.scale * (1 - self.step_index / self.steps)
+
+    def _epsilon(self, index: int, center: Tensor) -> Tensor:
+        sigma = self._sigma()
+        draw = self._random("epsilon", index)
+        values = []
+        for _ in range(center.numel()):
+            size = min(max(abs(draw.gauss(0, sigma)), 0.05), max(2 * sigma, 0.05))
+            values.append(size * draw.choice((-1, 1)))
+        return center.new_tensor(values)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            **super().state_dict(),
+            "log_dilation": [center.detach().clone() for center in self._log_dilation],
+            "optimizer": self._optimizer.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        for center, saved in zip(self._log_dilation, state["log_dilation"], strict=True):
+            center.data.copy_(saved)
+        self._optimizer.load_state_dict(state["optimizer"])
