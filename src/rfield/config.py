@@ -101,8 +101,8 @@ class TrainConfig:
     """Where the factor starts; larger factor, smaller receptive field."""
     factor_lr: float | None = None
     """Learning rate of the factor's logarithm. Default: 0.02 with adamw, 0.001 with sgd."""
-    factor_start: int = 0
-    """Step from which the factor learns."""
+    factor_start: int | None = None
+    """Step from which the factor learns. Default: a tenth of the steps, since early gradients lead it astray."""
     freeze_backbone: bool = False
     """Train the head alone, on backbone features computed once (plain and flipped; no other augmentation)."""
     canvas: tuple[int, int] | None = _parsed(None, parse_size)
@@ -158,7 +158,7 @@ class TrainConfig:
             if not (value is None and name in optional) and not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{name} must be positive, got {value}")
         for name in ("weight_decay", "colour_jitter", "workers", "factor_start", "seed"):
-            if not getattr(self, name) >= 0:
+            if not (getattr(self, name) or 0) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if self.search_share is not None and self.search_share > 1:
             raise ValueError(f"search_share must be at most 1, got {self.search_share}")
@@ -330,7 +330,7 @@ class DemoConfig:
     """The run folder; an earlier demo in it is replaced."""
     dilation: int = 8
     """Dilation to start from; the best one is 12."""
-    epochs: int = 12
+    epochs: int = 15
     """Passes over the training images."""
     seed: int = 0
     """All randomness derives from it."""

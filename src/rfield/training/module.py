@@ -53,6 +53,7 @@ class ParsingModule(L.LightningModule):
         self.regulators = [module for module in network.modules() if isinstance(module, ReceptiveFieldRegulator)]
         self.factor_gradients: tuple[float, float] | None = None
         self.held_out = held_out
+        self.factor_start = 0
         self.search: Search | None = None
         self.search_seconds = 0.0
         self._search_state: dict[str, Any] | None = None
@@ -106,7 +107,7 @@ class ParsingModule(L.LightningModule):
                 sum(float(inflation.sum()) for inflation, _ in terms) / scale,
                 sum(float(interpolation.sum()) for _, interpolation in terms) / scale,
             )
-        if self.global_step < self.config.factor_start:
+        if self.global_step < self.factor_start:
             for factor in factor_parameters(self.network):
                 factor.grad = None
 
@@ -155,6 +156,7 @@ class ParsingModule(L.LightningModule):
         config = self.config
         lr, factor_lr = config.lr or 0.0, config.factor_lr or 0.0
         steps = int(self.trainer.estimated_stepping_batches)
+        self.factor_start = steps // 10 if config.factor_start is None else config.factor_start
         self.search = self._make_search(max(1, round((config.search_share or 1.0) * steps)))
         factors = factor_parameters(self.network)
         known = {id(factor) for factor in factors}
