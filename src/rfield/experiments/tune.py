@@ -171,8 +171,8 @@ Expected gain: the held-out loss falls by {gain["loss"]:.3g}{spread}, or {100 * 
 
 What this is: for each seed one network was trained at all dilations by turns, and its loss (cross-entropy a pixel) was
 read at each dilation on training images that it had not seen. The gain is the difference between two points of that
-curve, averaged over the seeds; a spread is the standard deviation over them. A network trained at one dilation alone
-has a lower loss at it, and the gain in mIoU is another number: --verify measures it.
+curve, averaged over the seeds; a spread is the standard deviation over them. Networks trained at one dilation alone
+have losses of their own, and the gain in mIoU is another number: --verify measures it.
 
 {table}
 """
