@@ -26,7 +26,7 @@ def test_the_demo_learns_the_known_receptive_field(demo: tuple[Path, str]) -> No
     assert 10.5 < network.head.effective_dilation[0] < 13
     assert SyntheticCues("val").best_dilation(network.stride) == 12
     dilation = read_factor_csv(demo[0] / "factor.csv")["effective_dilation"]
-    assert dilation[0] == pytest.approx(8, rel=0.05)
+    assert dilation[0] == pytest.approx(8, rel=0.1)
     assert abs(dilation[-20:] - 12).max() < abs(dilation[0] - 12) / 2
 
 
