@@ -78,11 +78,17 @@ class SampledSearch(Search):
         return self.loss_fn(self.model, batch)
 
     def _draw(self, index: int, axis: int, draw: random.Random) -> float:
-        """A dilation from the cell of a candidate that is left: halfway to its neighbours, in the logarithm."""
+        """A dilation from the cell of a candidate that is left: halfway to its neighbours, in the logarithm.
+
+        The candidates come in rounds, each once a round: weights follow what they have seen last, and a run of large
+        dilations before a reading would make large ones look good.
+        """
         low, high = dilation_range(self.groups[index][0])
-        candidate = draw.choice(self._kept[index, axis])
+        kept = self._kept[index, axis]
+        rounds, place = divmod(self.step_index, len(kept))
+        order = random.Random(repr((self.seed, "round", index, axis, rounds, len(kept)))).sample(kept, len(kept))
         exponent = draw.uniform(-0.5, 0.5)
-        return min(max(candidate * math.pow(self._ratio(index), exponent), low), high)
+        return min(max(order[place] * math.pow(self._ratio(index), exponent), low), high)
 
     def _ratio(self, index: int) -> float:
         """From one candidate to the next."""
