@@ -1,10 +1,8 @@
 """Heads: the layers after the backbone, from features to logits; their receptive field can be learned."""
 
-import math
 from collections import OrderedDict
 from typing import Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -12,18 +10,13 @@ from rfield.layers import AdaptiveConv2d, LearnedFactor, ReceptiveFieldRegulator
 
 Mechanism = Literal["regulator", "dilation"]
 
-# Of fc6 at the start, over Kaiming's deviation.
-_OUTER_TAPS = 0.3
-
 
 class SinglePathHead(nn.Module):
     """DeepLab-LargeFOV's fc6, fc7 and fc8, with one learned receptive field around them (Wei et al., CVPR 2017).
 
     fc6 is a dilated 3x3 convolution, fc7 and fc8 are 1x1; ReLU and dropout stand between them. fc6 and fc7 start
     from Kaiming's normal initialisation (He et al., ICCV 2015), fc8 from a normal of standard deviation 0.01 as in
-    DeepLab (Chen et al., ICLR 2015), all biases from 0. fc6's centre tap starts larger and its outer taps smaller, the
-    variance of their sum being Kaiming's: outer taps that are noise still would favour dilations at which they leave
-    the map, and lead every search astray (docs/results.md).
+    DeepLab (Chen et al., ICLR 2015), all biases from 0.
 
     Args:
         in_channels: channels C of the features.
@@ -93,10 +86,6 @@ class SinglePathHead(nn.Module):
                 nn.init.normal_(parameter, std=0.01)
             else:
                 nn.init.kaiming_normal_(parameter, nonlinearity="relu")
-        with torch.no_grad():
-            centre = fc6.weight[:, :, 1, 1].clone()
-            fc6.weight.mul_(_OUTER_TAPS)
-            fc6.weight[:, :, 1, 1] = centre * math.sqrt(9 - 8 * _OUTER_TAPS**2)
         self.layers: nn.Sequential | ReceptiveFieldRegulator = layers
         if regulate and mechanism == "regulator":
             self.layers = ReceptiveFieldRegulator(layers)
