@@ -127,6 +127,8 @@ class TrainConfig:
     """Learning rate of the head over the backbone's."""
     weight_decay: float = 5e-4
     """Weight decay of the weights; the factor has none."""
+    clip_norm: float | None = None
+    """Largest norm of the gradient; 0 clips nothing. Default: 1 for sgd, 0 for adamw."""
     loss_resolution: Literal["features", "image"] = "features"
     """Where the training loss is taken: on the feature grid (masks subsampled), or at the image's own pixels."""
     crop_size: tuple[int, int] = _parsed((321, 321), parse_size)
@@ -157,7 +159,7 @@ class TrainConfig:
             value = getattr(self, name)
             if not (value is None and name in optional) and not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{name} must be positive, got {value}")
-        for name in ("weight_decay", "colour_jitter", "workers", "factor_start", "seed"):
+        for name in ("weight_decay", "clip_norm", "colour_jitter", "workers", "factor_start", "seed"):
             if not (getattr(self, name) or 0) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if self.search_share is not None and self.search_share > 1:
@@ -188,6 +190,7 @@ class TrainConfig:
             dropout=(0.0 if self.freeze_backbone else 0.5) if self.dropout is None else self.dropout,
             batch_size=self.batch_size or (4 * self.devices if self.freeze_backbone else 8 * self.devices),
             optimizer=optimizer,
+            clip_norm=(0.0 if adaptive else 1.0) if self.clip_norm is None else self.clip_norm,
             lr=self.lr or (2e-4 if adaptive else 1e-3),
             factor_lr=self.factor_lr or (0.02 if adaptive else 1e-3),
             val_every=self.val_every or max(1, self.epochs // 5),

@@ -341,6 +341,7 @@ def _trainer(config: TrainConfig, out: Path, timer: Timer) -> L.Trainer:
         # A factor takes no part in the loss before and after its search.
         strategy="ddp_find_unused_parameters_true" if config.devices > 1 else "auto",
         precision=config.precision,
+        gradient_clip_val=config.clip_norm or None,
         max_epochs=config.epochs,
         max_steps=config.max_steps or -1,
         check_val_every_n_epoch=config.val_every,
