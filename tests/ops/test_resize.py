@@ -17,7 +17,8 @@ def random_map(*shape: int, seed: int = 0) -> Tensor:
 
 
 def inflated(size: tuple[int, int], factor: Tensor) -> tuple[int, int]:
-    return resized_size(size[0], float(factor[0])), resized_size(size[1], float(factor[-1]))
+    values = factor.tolist()
+    return resized_size(size[0], values[0]), resized_size(size[1], values[-1])
 
 
 class TestResizedSize:
