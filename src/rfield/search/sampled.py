@@ -18,13 +18,16 @@ from rfield.search.factors import (
     set_dilation,
 )
 
+# Of the running average of the weights: about the last 33 steps.
+_DECAY = 0.97
+
 
 class SampledSearch(Search):
     """Start-free: train at dilations drawn at random, read the loss curve on held-out images, keep the best.
 
     Every step runs at a dilation drawn around one of a set of candidates, evenly spaced in their logarithm, so that
     the weights learn to work at all of them. The loss on held-out training images, read at every candidate with these
-    shared weights, is then a receptive-field curve. Half of the candidates go at each reading (successive halving,
+    shared weights (their running average), is then a receptive-field curve. Half of the candidates go at each reading (successive halving,
     Jamieson and Talwalkar, AISTATS 2016): what is left trains on without the others, and is read again, until the
     least of the last reading is kept and snapped. Give the held-out images back to training when `done`.
 
@@ -60,6 +63,7 @@ class SampledSearch(Search):
             (index, axis): [] for index, group in enumerate(self.groups) for axis in range(group[0].log_factor.numel())
         }
         self._kept: dict[tuple[int, int], list[float]] = {}
+        self._average: dict[str, Tensor] = {}
         for group in self.groups:
             group[0].freeze_factor()
 
@@ -99,6 +103,7 @@ class SampledSearch(Search):
         if self.done:
             return
         self._record()
+        self._follow()
         last = self.step_index >= self.steps
         if last or self.step_index in self.halvings:
             self._read(refine=last)
@@ -116,6 +121,7 @@ class SampledSearch(Search):
         """Reads every factor and axis, moves it to its minimum, and drops the worse half of its candidates."""
         modes = [(module, module.training) for module in self.model.modules()]
         self.model.eval()
+        self._exchange()
         try:
             curves: dict[tuple[int, int], dict[float, float]] = {}
             moved = True
@@ -134,8 +140,26 @@ class SampledSearch(Search):
                 least = sorted(curve, key=lambda dilation: curve[dilation])
                 self._kept[key] = sorted(least[: -(-len(least) // 2)])
         finally:
+            self._exchange()
             for module, training in modes:
                 module.training = training
+
+    @torch.no_grad()
+    def _follow(self) -> None:
+        """Moves the running average of the weights, which is what is read: the last steps' weights are noisy."""
+        for name, weight in self.model.named_parameters():
+            if weight.requires_grad:
+                average = self._average.setdefault(name, weight.detach().clone())
+                average.lerp_(weight.detach(), 1 - _DECAY)
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        """Puts the averaged weights into the model, and the model's in their place."""
+        for name, weight in self.model.named_parameters():
+            if name in self._average:
+                kept = weight.detach().clone()
+                weight.copy_(self._average[name])
+                self._average[name] = kept
 
     def _move(self, index: int, axis: int, dilation: float) -> None:
         axes = self.groups[index][0].log_factor.numel()
@@ -177,12 +201,14 @@ class SampledSearch(Search):
         return dict(zip(dilations, totals.tolist(), strict=True))
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "readings": self.readings, "kept": self._kept}
+        return {**super().state_dict(), "readings": self.readings, "kept": self._kept, "average": self._average}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         self.readings = state["readings"]
         self._kept = state["kept"]
+        devices = {name: weight.device for name, weight in self.model.named_parameters()}
+        self._average = {name: average.to(devices[name]) for name, average in state["average"].items()}
 
 
 def dilation_grid(low: float, high: float, count: int, whole: bool) -> list[float]:
