@@ -26,10 +26,11 @@ class SampledSearch(Search):
     """Start-free: train at dilations drawn at random, read the loss curve on held-out images, keep the best.
 
     Every step runs at a dilation drawn around one of a set of candidates, evenly spaced in their logarithm, so that
-    the weights learn to work at all of them. The loss on held-out training images, read at every candidate with these
-    shared weights (their running average), is then a receptive-field curve. Half of the candidates go at each reading (successive halving,
-    Jamieson and Talwalkar, AISTATS 2016): what is left trains on without the others, and is read again, until the
-    least of the last reading is kept and snapped. Give the held-out images back to training when `done`.
+    the weights learn to work at all of them. The loss on held-out training images, read at every candidate with a
+    running average of these shared weights, is then a receptive-field curve. Half of the candidates go at each
+    reading (successive halving, Jamieson and Talwalkar, AISTATS 2016): what is left trains on without the others, and
+    is read again, until the least of the last reading is kept and snapped. Give the held-out images back to training
+    when `done`.
 
     With several factors all are drawn independently; a reading takes one factor and axis at a time, the others at
     their best, and goes round until none moves.
