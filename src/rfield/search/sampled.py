@@ -109,6 +109,7 @@ class SampledSearch(Search):
         if last or self.step_index in self.halvings:
             self._read(refine=last)
         if last:
+            self._average = {}  # Read for the last time; later checkpoints need not carry it.
             self._finish()
 
     def curve(self, index: int = 0, axis: int = 0) -> dict[float, float]:
