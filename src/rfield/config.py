@@ -92,9 +92,9 @@ class TrainConfig:
     search: Search = "sampled"
     """How the receptive field is learned: none (fixed), gradient (the paper's), spsa, or sampled (from any start)."""
     search_share: float | None = None
-    """Share of the steps that the search takes. Default: 0.8 for gradient, 0.6 for spsa, 0.3 for sampled."""
-    search_halving: bool = True
-    """Drop the worse half of a sampled search's dilations at each reading; without it, all are kept to its end."""
+    """Share of the steps that the search takes. Default: 0.8 for gradient, else 0.6."""
+    search_narrowing: bool = True
+    """Draw a sampled search's dilations ever closer to the best read so far; without it, from the whole range."""
     mechanism: Mechanism | None = None
     """What realises the receptive field. Default: regulator (resampling) for gradient, else dilation."""
     factor: float = 1.0
@@ -182,7 +182,7 @@ class TrainConfig:
         """
         optimizer = self.optimizer or ("adamw" if self.freeze_backbone else "sgd")
         adaptive = optimizer == "adamw"
-        shares = {"none": None, "gradient": 0.8, "spsa": 0.6, "sampled": 0.3}
+        shares = {"none": None, "gradient": 0.8, "spsa": 0.6, "sampled": 0.6}
         return dataclasses.replace(
             self,
             search_share=self.search_share or shares[self.search],
@@ -260,7 +260,7 @@ class TuneConfig(SweepConfig):
     """With verify: the dilations of the grid; the recommended and the present one are added."""
     search_share: float | None = 1.0
     """Share of the steps that the search takes; only its curve is wanted, so all of them."""
-    search_halving: bool = dataclasses.field(default=False, metadata=_FIXED)
+    search_narrowing: bool = dataclasses.field(default=False, metadata=_FIXED)
     freeze_backbone: bool = dataclasses.field(default=True, metadata=_FIXED)
     search: Search = dataclasses.field(default="sampled", metadata=_FIXED)
 

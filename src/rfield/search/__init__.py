@@ -15,10 +15,11 @@ A search runs eager; compile after it is done.
 
 from rfield.search.base import GradientSearch, Search
 from rfield.search.factors import factor_parameters, learned_layers, parameter_groups
-from rfield.search.sampled import SampledSearch, curve_minimum, dilation_grid
+from rfield.search.sampled import NARROWINGS, SampledSearch, curve_minimum, dilation_grid
 from rfield.search.spsa import SpsaSearch
 
 __all__ = [
+    "NARROWINGS",
     "GradientSearch",
     "SampledSearch",
     "Search",

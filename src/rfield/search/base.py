@@ -23,6 +23,7 @@ class Search:
     Attributes:
         done: whether the receptive field is final.
         trajectory: (step, the dilations along the height that it ran at, one a factor) of each step.
+        unsnapped: the dilations that it ended with, one number or (height, width) a factor; empty until `done`.
 
     Raises:
         ValueError: if there is nothing to learn in the model, or no steps to learn it in.
@@ -41,6 +42,7 @@ class Search:
         self.step_index = 0
         self.done = False
         self.trajectory: list[tuple[int, list[float]]] = []
+        self.unsnapped: list[list[float]] = []
 
     def loss(self, batch: Any) -> Tensor:
         """The loss to call `backward` on."""
@@ -57,6 +59,7 @@ class Search:
             "step_index": self.step_index,
             "done": self.done,
             "trajectory": self.trajectory,
+            "unsnapped": self.unsnapped,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -67,6 +70,7 @@ class Search:
             for group in self.groups:
                 group[0].freeze_factor()
         self.trajectory = list(state["trajectory"])
+        self.unsnapped = list(state["unsnapped"])
 
     def _record(self) -> None:
         self.step_index += 1
@@ -74,6 +78,8 @@ class Search:
 
     def _finish(self) -> None:
         for group in self.groups:
+            axes = group[0].log_factor.numel()
+            self.unsnapped.append(list(group[0].effective_dilation[:axes]))
             for layer in group:
                 layer.held = None
                 layer.snap()

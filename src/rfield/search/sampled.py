@@ -2,7 +2,7 @@
 
 import math
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -20,17 +20,19 @@ from rfield.search.factors import (
 
 # Of the running average of the weights: about the last 33 steps.
 _DECAY = 0.97
+# Share of a search's steps: how far the window reaches to either side of the minimum from there on.
+NARROWINGS = {0.25: 2.5, 0.4: 1.75, 0.6: 1.35}
 
 
 class SampledSearch(Search):
-    """Start-free: train at dilations drawn at random, read the loss curve on held-out images, keep the best.
+    """Start-free: train at dilations drawn at random, read the loss curve on held-out images, narrow, keep the best.
 
-    Every step runs at a dilation drawn around one of a set of candidates, evenly spaced in their logarithm, so that
-    the weights learn to work at all of them. The loss on held-out training images, read at every candidate with a
-    running average of these shared weights, is then a receptive-field curve. Half of the candidates go at each
-    reading (successive halving, Jamieson and Talwalkar, AISTATS 2016): what is left trains on without the others, and
-    is read again, until the least of the last reading is kept and snapped. Give the held-out images back to training
-    when `done`.
+    Every step runs at a dilation drawn log-uniformly from a window, at first the whole range, so that the weights
+    learn to work at all of them. The loss on held-out training images, read across the window with a running average
+    of these shared weights, is then a receptive-field curve. Each reading centres a narrower window on its minimum:
+    the weights train on where it matters, at hardly any price once the window is small, and a minimum that was read
+    too early (small dilations are learned faster) is still mended by the readings that follow. The minimum of the
+    last is kept and snapped. Give the held-out images back to training when `done`.
 
     With several factors all are drawn independently; a reading takes one factor and axis at a time, the others at
     their best, and goes round until none moves.
@@ -38,9 +40,10 @@ class SampledSearch(Search):
     Args:
         model, loss_fn, steps, seed: see `Search`.
         held_out: batches of training images that the search does not train on; gone through at every reading.
-        halvings: when to read before the end, as shares of the steps. Not too early: weights that have learned little
-            favour dilations at which the kernel's outer taps leave the map.
-        candidates: dilations to begin with.
+        narrowings: when to read before the end, as shares of the steps, and how far the window then reaches to
+            either side of the minimum, as a ratio. Not too early: weights that have learned little favour dilations
+            at which the kernel's outer taps leave the map.
+        candidates: dilations that the whole range is read at; a window has its share of them.
 
     Attributes:
         readings: for each (factor, axis), all (step, {dilation: held-out loss}) read so far.
@@ -53,17 +56,17 @@ class SampledSearch(Search):
         steps: int,
         held_out: Iterable[Any],
         seed: int = 0,
-        halvings: Sequence[float] = (0.5, 0.67, 0.83),
-        candidates: int = 14,
+        narrowings: Mapping[float, float] = NARROWINGS,
+        candidates: int = 10,
     ) -> None:
         super().__init__(model, loss_fn, steps, seed)
         self.held_out = held_out
-        self.halvings = {max(1, round(share * steps)) for share in halvings}
+        self.narrowings = {max(1, round(share * steps)): reach for share, reach in narrowings.items()}
         self.candidates = candidates
         self.readings: dict[tuple[int, int], list[tuple[int, dict[float, float]]]] = {
             (index, axis): [] for index, group in enumerate(self.groups) for axis in range(group[0].log_factor.numel())
         }
-        self._kept: dict[tuple[int, int], list[float]] = {}
+        self._windows: dict[tuple[int, int], tuple[float, float]] = {}
         self._average: dict[str, Tensor] = {}
         for group in self.groups:
             group[0].freeze_factor()
@@ -71,34 +74,32 @@ class SampledSearch(Search):
     def loss(self, batch: Any) -> Tensor:
         if self.done:
             return self.loss_fn(self.model, batch)
-        if not self._kept:
+        if not self._windows:
             with torch.no_grad():
                 self.loss_fn(self.model, batch)  # Shows the layers how large their maps are.
-            for index, axis in self.readings:
-                low, high = dilation_range(self.groups[index][0])
-                self._kept[index, axis] = dilation_grid(low, high, self.candidates, all_round(self.groups[index]))
+            self._windows = {key: dilation_range(self.groups[key[0]][0]) for key in self.readings}
         for index, group in enumerate(self.groups):
             draw = self._random("dilation", index)
             hold_dilation(group, [self._draw(index, axis, draw) for axis in range(group[0].log_factor.numel())], draw)
         return self.loss_fn(self.model, batch)
 
     def _draw(self, index: int, axis: int, draw: random.Random) -> float:
-        """A dilation from the cell of a candidate that is left: halfway to its neighbours, in the logarithm.
+        """A dilation of the window, log-uniform and stratified.
 
-        The candidates come in rounds, each once a round: weights follow what they have seen last, and a run of large
+        As many strata as candidates, each once a round: weights follow what they have seen last, and a run of large
         dilations before a reading would make large ones look good.
         """
-        low, high = dilation_range(self.groups[index][0])
-        kept = self._kept[index, axis]
-        rounds, place = divmod(self.step_index, len(kept))
-        order = random.Random(repr((self.seed, "round", index, axis, rounds, len(kept)))).sample(kept, len(kept))
-        exponent = draw.uniform(-0.5, 0.5)
-        return min(max(order[place] * math.pow(self._ratio(index), exponent), low), high)
+        low, high = self._windows[index, axis]
+        strata = self._count(index, low, high)
+        rounds, place = divmod(self.step_index, strata)
+        order = random.Random(repr((self.seed, "round", index, axis, rounds, strata))).sample(range(strata), strata)
+        return low * math.pow(high / low, (order[place] + draw.random()) / strata)
 
-    def _ratio(self, index: int) -> float:
-        """From one candidate to the next."""
-        low, high = dilation_range(self.groups[index][0])
-        return math.pow(high / low, 1 / max(1, self.candidates - 1))
+    def _count(self, index: int, low: float, high: float) -> int:
+        """A window's share of the candidates."""
+        least, greatest = dilation_range(self.groups[index][0])
+        share = math.log(high / low) / math.log(greatest / least) if greatest > least else 0.0
+        return 1 + math.ceil((self.candidates - 1) * share)
 
     def step(self) -> None:
         if self.done:
@@ -106,8 +107,8 @@ class SampledSearch(Search):
         self._record()
         self._follow()
         last = self.step_index >= self.steps
-        if last or self.step_index in self.halvings:
-            self._read(refine=last)
+        if last or self.step_index in self.narrowings:
+            self._read()
         if last:
             self._average = {}  # Read for the last time; later checkpoints need not carry it.
             self._finish()
@@ -119,8 +120,8 @@ class SampledSearch(Search):
             merged |= reading
         return dict(sorted(merged.items()))
 
-    def _read(self, refine: bool) -> None:
-        """Reads every factor and axis, moves it to its minimum, and drops the worse half of its candidates."""
+    def _read(self) -> None:
+        """Reads every factor and axis, moves it to its minimum, and narrows its window around that."""
         modes = [(module, module.training) for module in self.model.modules()]
         self.model.eval()
         self._exchange()
@@ -133,14 +134,15 @@ class SampledSearch(Search):
                 moved = False
                 for index, axis in self.readings:
                     before = self.groups[index][0].effective_dilation[axis]
-                    curves[index, axis] = self._curve(index, axis, refine)
+                    curves[index, axis] = self._curve(index, axis)
                     best = curve_minimum(curves[index, axis])
                     self._move(index, axis, best)
                     moved |= abs(math.log(best / before)) > 0.1
             for key, curve in curves.items():
                 self.readings[key].append((self.step_index, curve))
-                least = sorted(curve, key=lambda dilation: curve[dilation])
-                self._kept[key] = sorted(least[: -(-len(least) // 2)])
+                low, high = dilation_range(self.groups[key[0]][0])
+                best, reach = curve_minimum(curve), self.narrowings.get(self.step_index, 1.0)
+                self._windows[key] = max(low, best / reach), min(high, best * reach)
         finally:
             self._exchange()
             for module, training in modes:
@@ -170,21 +172,14 @@ class SampledSearch(Search):
         set_dilation(self.groups[index], values)
 
     @torch.no_grad()
-    def _curve(self, index: int, axis: int, refine: bool) -> dict[float, float]:
-        """The held-out loss over the candidates of one factor along one axis, all else at its present best."""
+    def _curve(self, index: int, axis: int) -> dict[float, float]:
+        """The held-out loss across the window of one factor along one axis, all else at its present best."""
         for group in self.groups:
             hold_dilation(group, present_dilation(group))
-        kept = self._kept[index, axis]
-        curve = self._losses(index, axis, kept)
-        if refine:
-            # Between the lowest and its neighbours there are dilations that were no candidates.
-            group = self.groups[index]
-            low, high = dilation_range(group[0])
-            ratio = self._ratio(index)
-            lowest = min(curve, key=lambda dilation: curve[dilation])
-            finer = dilation_grid(max(low, lowest / ratio), min(high, lowest * ratio), 7, all_round(group))
-            curve |= self._losses(index, axis, [dilation for dilation in finer if dilation not in curve])
-        return dict(sorted(curve.items()))
+        group = self.groups[index]
+        low, high = self._windows[index, axis]
+        count = max(7 if self.step_index >= self.steps else 4, self._count(index, low, high))
+        return self._losses(index, axis, dilation_grid(low, high, count, all_round(group)))
 
     def _losses(self, index: int, axis: int, dilations: list[float]) -> dict[float, float]:
         group = self.groups[index]
@@ -203,12 +198,12 @@ class SampledSearch(Search):
         return dict(zip(dilations, totals.tolist(), strict=True))
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "readings": self.readings, "kept": self._kept, "average": self._average}
+        return {**super().state_dict(), "readings": self.readings, "windows": self._windows, "average": self._average}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         self.readings = state["readings"]
-        self._kept = state["kept"]
+        self._windows = state["windows"]
         devices = {name: weight.device for name, weight in self.model.named_parameters()}
         self._average = {name: average.to(devices[name]) for name, average in state["average"].items()}
 

@@ -116,7 +116,8 @@ class ParsingModule(L.LightningModule):
         self.log_dict({"factor": factor, "rf_px": field}, prog_bar=True)
         if self.search is not None and not self.search.done:
             started = time.monotonic()
-            self.search.step()
+            with self.trainer.precision_plugin.train_step_context():
+                self.search.step()
             self.search_seconds += time.monotonic() - started
 
     def on_train_start(self) -> None:
@@ -182,8 +183,8 @@ class ParsingModule(L.LightningModule):
             return GradientSearch(self.network, self._loss, steps, seed)
         if kind == "spsa":
             return SpsaSearch(self.network, self._loss, steps, seed, every=_PROBE_EVERY)
-        if not self.config.search_halving:
-            return SampledSearch(self.network, self._loss, steps, self.held_out, seed, halvings=())
+        if not self.config.search_narrowing:
+            return SampledSearch(self.network, self._loss, steps, self.held_out, seed, narrowings={})
         return SampledSearch(self.network, self._loss, steps, self.held_out, seed)
 
 

@@ -266,6 +266,8 @@ def _describe_search(config: TrainConfig, saved: dict[str, Any]) -> dict[str, An
     """A saved search in plain numbers: the curve that it read, or the way that it went (at most 200 points)."""
     search = saved["search"]
     described = {"kind": config.search, "steps": search["steps"], "seconds": saved["seconds"]}
+    if search["done"]:
+        described["unsnapped_dilation"] = search["unsnapped"][0]
     if config.search == "sampled":
         readings = [
             {"step": step, "curve": [list(point) for point in curve.items()]}
