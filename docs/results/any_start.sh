@@ -1,0 +1,33 @@
+#!/bin/sh
+# From any start: the grid of fixed dilations, and every search from four starts, in one of three settings.
+#   docs/results/any_start.sh msrc21|camvid|faces OUT
+# Run it where configs/ is; OUT gets the run folders. Two runs at a time, one thread each. It can be stopped and called
+# again.
+set -eu
+setting=$1 out=$2
+vgg16="--model largefov_vgg16 --weights ../shared/weights/vgg16_features_imagenet_fp16.pth"
+case $setting in
+msrc21) # maps of 41 x 41
+    what="--data configs/data/msrc21.yaml $vgg16 --epochs 10 --val-every 10"
+    starts="1 2 10 20" grid=1,2,3,4,5,6,8,10,14,20 again="5,6,8,20" ;;
+camvid) # maps of 46 x 61
+    what="--data configs/data/camvid.yaml --model efficientnet_lite0 --weights imagenet --output-stride 8 --epochs 12 --val-every 12"
+    starts="1 2 11 23" grid=1,2,3,4,5,6,8,11,16,23 again="2,3,4,23" ;;
+faces) # maps of 33 x 27
+    what="--data configs/data/faces_256x208.yaml $vgg16 --epochs 20 --val-every 20"
+    starts="1 2 8 16" grid=1,2,3,4,5,6,7,8,12,16 again="3,4,5,16" ;;
+*) echo "unknown setting $setting" >&2; exit 2 ;;
+esac
+run="rfield sweep $what --freeze-backbone --head-channels 128 --precision bf16-mixed --jobs 2 --out $out/$setting"
+export OMP_NUM_THREADS=1
+$run --search none --dilations $grid --seeds 0
+# Where a sampled search starts changes nothing for one seed (a test), so every start has seeds of its own.
+seed=0
+for start in $starts; do
+    $run --search sampled --dilations $start --seeds $seed,$((seed + 1)),$((seed + 2))
+    seed=$((seed + 3))
+done
+$run --search none --dilations "$again" --seeds 1,2
+for search in spsa gradient; do
+    $run --search $search --dilations "$(echo "$starts" | tr ' ' ,)" --seeds 0,1,2
+done
