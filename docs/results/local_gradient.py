@@ -2,8 +2,8 @@
 
     python docs/results/local_gradient.py ADAPTED SHARED --out docs/results
 
-ADAPTED is the folder of a frozen run at one fixed dilation, whose weights have adapted to it; SHARED that of a run whose
-weights were trained at all dilations by turns (`--search sampled --no-search-narrowing --search-share 1`).
+ADAPTED is the folder of a frozen run at one fixed dilation, whose weights have adapted to it; SHARED that of a run
+whose weights were trained at all dilations by turns (`--search sampled --no-search-narrowing --search-share 1`).
 Both must have been trained on the same data. Written: local_gradient.json and local_gradient.png.
 """
 
@@ -122,9 +122,14 @@ def main() -> None:
     report = {"adapted": str(arguments.adapted), "shared": str(arguments.shared), "factors": FACTORS, "start": start}
     for name, run in (("adapted", adapted), ("shared", shared)):
         trained = run.network.head
-        found = {key: {"mean": float(np.mean(v)), "se": float(np.std(v, ddof=1) / len(v) ** 0.5),
-                       "toward smaller": float(np.mean(np.array(v) > 0))}
-                 for key, v in slopes(trained, start, batches).items()}
+        found = {
+            key: {
+                "mean": float(np.mean(v)),
+                "se": float(np.std(v, ddof=1) / len(v) ** 0.5),
+                "toward smaller": float(np.mean(np.array(v) > 0)),
+            }
+            for key, v in slopes(trained, start, batches).items()
+        }
         report[name + " weights"] = {"loss": curve(trained, start, batches, WAYS), "slopes": found}
         whole = make_head(trained, "dilation", start)
         dilations, losses = [1, 2, 3, 4, 5, 6, 8, 10, 12, 13, 14, 15, 16, 18, 21, 24, 28], []

@@ -16,12 +16,14 @@ _PUBLIC = {
     "ReceptiveFieldRegulator": "rfield.layers",
     "SampledSearch": "rfield.search",
     "SpsaSearch": "rfield.search",
+    "WeightedGradient": "rfield.layers",
     "fractional_conv2d": "rfield.ops",
     "largefov_vgg16": "rfield.models",
     "parameter_groups": "rfield.search",
     "resize_bilinear": "rfield.ops",
     "resized_size": "rfield.ops",
     "theoretical_receptive_field": "rfield.receptive_field",
+    "weight_gradient": "rfield.layers",
 }
 
 __all__ = ["__version__", *sorted(_PUBLIC)]

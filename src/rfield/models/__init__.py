@@ -12,6 +12,7 @@ from rfield.models.backbones import (
     small_cnn_backbone,
 )
 from rfield.models.heads import SinglePathHead
+from rfield.models.multi_path import MultiPathHead, Paths, aspp_head
 from rfield.models.parsing import ParsingNetwork, efficientnet_lite0, largefov_vgg16, small_cnn
 
 MODELS: dict[str, Callable[..., ParsingNetwork]] = {
@@ -24,8 +25,11 @@ MODELS: dict[str, Callable[..., ParsingNetwork]] = {
 __all__ = [
     "MODELS",
     "Backbone",
+    "MultiPathHead",
     "ParsingNetwork",
+    "Paths",
     "SinglePathHead",
+    "aspp_head",
     "efficientnet_lite0",
     "efficientnet_lite0_backbone",
     "largefov_vgg16",

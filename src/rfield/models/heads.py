@@ -27,6 +27,8 @@ class SinglePathHead(nn.Module):
         regulate: learns the receptive field.
         mechanism: what realises it: `regulator` wraps fc6..fc8 in a `ReceptiveFieldRegulator`, `dilation` makes fc6 an
             `AdaptiveConv2d`; the factor starts at 1.
+        rectangular: learn one factor along the height and one along the width.
+        norm: batch norm before fc6, as each of several paths has it.
 
     Attributes:
         layers: fc6..fc8, or the regulator around them (then `layers.module` holds them).
@@ -53,6 +55,8 @@ class SinglePathHead(nn.Module):
         dropout: float = 0.5,
         regulate: bool = True,
         mechanism: Mechanism = "regulator",
+        rectangular: bool = False,
+        norm: bool = False,
     ) -> None:
         super().__init__()
         sizes = {
@@ -86,11 +90,13 @@ class SinglePathHead(nn.Module):
                 nn.init.normal_(parameter, std=0.01)
             else:
                 nn.init.kaiming_normal_(parameter, nonlinearity="relu")
+        factor = (1.0, 1.0) if rectangular else 1.0
+        self.norm: nn.Module = nn.BatchNorm2d(in_channels) if norm else nn.Identity()
         self.layers: nn.Sequential | ReceptiveFieldRegulator = layers
         if regulate and mechanism == "regulator":
-            self.layers = ReceptiveFieldRegulator(layers)
+            self.layers = ReceptiveFieldRegulator(layers, factor)
         elif regulate:
-            layers.fc6 = AdaptiveConv2d.from_conv(fc6)
+            layers.fc6 = AdaptiveConv2d.from_conv(fc6, factor)
 
     @property
     def effective_dilation(self) -> tuple[float, float]:
@@ -102,7 +108,7 @@ class SinglePathHead(nn.Module):
 
     def chain(self) -> list[nn.Module]:
         """The modules in their order of execution."""
-        return [self.layers]
+        return [self.norm, self.layers]
 
     def forward(self, features: Tensor, output_size: tuple[int, int] | None = None) -> Tensor:
         """Maps features to logits.
@@ -116,6 +122,7 @@ class SinglePathHead(nn.Module):
             Tensor[N, K, H, W].
         """
         logits: Tensor
+        features = self.norm(features)
         if isinstance(self.layers, ReceptiveFieldRegulator):
             logits = self.layers(features, output_size=output_size)
             return logits

@@ -16,6 +16,7 @@ from rfield.models.backbones import (
     small_cnn_backbone,
 )
 from rfield.models.heads import Mechanism, SinglePathHead
+from rfield.models.multi_path import ONE_PATH, MultiPathHead, Paths
 
 
 class ParsingNetwork(nn.Module):
@@ -47,7 +48,9 @@ class ParsingNetwork(nn.Module):
         torch.Size([2, 5, 30, 41])
     """
 
-    def __init__(self, backbone: Backbone, head: SinglePathHead, min_size: int | tuple[int, int] | None = None) -> None:
+    def __init__(
+        self, backbone: Backbone, head: SinglePathHead | MultiPathHead, min_size: int | tuple[int, int] | None = None
+    ) -> None:
         super().__init__()
         if head.in_channels != backbone.out_channels:
             raise ValueError(
@@ -116,6 +119,7 @@ def largefov_vgg16(
     dropout: float = 0.5,
     min_size: int | tuple[int, int] | None = None,
     mechanism: Mechanism = "regulator",
+    paths: Paths = ONE_PATH,
     output_stride: int = 8,
 ) -> ParsingNetwork:
     """DeepLab-LargeFOV (Chen et al., ICLR 2015) with a learned receptive field (Wei et al., CVPR 2017).
@@ -134,6 +138,7 @@ def largefov_vgg16(
         dropout: probability that an activation after fc6 and fc7 is dropped.
         min_size: least side in px, or (height, width), that images are padded to.
         mechanism: what realises the learned receptive field, see `SinglePathHead`.
+        paths: several paths, fixed rates, or a rectangular field.
         output_stride: input px between neighbouring features: 8, there is no other.
 
     Raises:
@@ -148,11 +153,12 @@ def largefov_vgg16(
     """
     backbone = largefov_vgg16_backbone()
     _check_stride("largefov_vgg16", backbone, output_stride)
-    head = SinglePathHead(backbone.out_channels, num_classes, dilation, head_channels, dropout, regulate, mechanism)
+    head = paths.head(backbone.out_channels, num_classes, dilation, head_channels, dropout, regulate, mechanism)
     if weights is not None:
-        layers = dict(head.named_modules())
-        fc6, fc7 = (next(layers[name] for name in layers if name.endswith(suffix)) for suffix in ("fc6", "fc7"))
-        load_vgg16_weights(backbone, cast(nn.Conv2d | AdaptiveConv2d, fc6), cast(nn.Conv2d, fc7), weights)
+        for path in head.paths if isinstance(head, MultiPathHead) else [head]:
+            layers = dict(path.named_modules())
+            fc6, fc7 = (next(layers[name] for name in layers if name.endswith(suffix)) for suffix in ("fc6", "fc7"))
+            load_vgg16_weights(backbone, cast(nn.Conv2d | AdaptiveConv2d, fc6), cast(nn.Conv2d, fc7), weights)
     return ParsingNetwork(backbone, head, min_size)
 
 
@@ -165,6 +171,7 @@ def small_cnn(
     dropout: float = 0.0,
     min_size: int | tuple[int, int] | None = None,
     mechanism: Mechanism = "regulator",
+    paths: Paths = ONE_PATH,
     output_stride: int = 4,
 ) -> ParsingNetwork:
     """A network of six convolutions that trains from scratch in minutes on a CPU, for demonstrations and tests.
@@ -180,6 +187,7 @@ def small_cnn(
         dropout: probability that an activation after fc6 and fc7 is dropped.
         min_size: least side in px, or (height, width), that images are padded to.
         mechanism: what realises the learned receptive field, see `SinglePathHead`.
+        paths: several paths, fixed rates, or a rectangular field.
         output_stride: input px between neighbouring features: 4, there is no other.
 
     Raises:
@@ -194,7 +202,7 @@ def small_cnn(
         raise ValueError(f"small_cnn has no pretrained weights, got weights={str(weights)!r}; leave them out.")
     backbone = small_cnn_backbone()
     _check_stride("small_cnn", backbone, output_stride)
-    head = SinglePathHead(backbone.out_channels, num_classes, dilation, head_channels, dropout, regulate, mechanism)
+    head = paths.head(backbone.out_channels, num_classes, dilation, head_channels, dropout, regulate, mechanism)
     return ParsingNetwork(backbone, head, min_size)
 
 
@@ -207,6 +215,7 @@ def efficientnet_lite0(
     dropout: float = 0.1,
     min_size: int | tuple[int, int] | None = None,
     mechanism: Mechanism = "regulator",
+    paths: Paths = ONE_PATH,
     output_stride: int = 8,
 ) -> ParsingNetwork:
     """EfficientNet-Lite0 (Tan and Le, ICML 2019) up to its block 4, with a learned receptive field.
@@ -224,6 +233,7 @@ def efficientnet_lite0(
         dropout: probability that an activation after fc6 and fc7 is dropped.
         min_size: least side in px, or (height, width), that images are padded to.
         mechanism: what realises the learned receptive field, see `SinglePathHead`.
+        paths: several paths, fixed rates, or a rectangular field.
         output_stride: input px between neighbouring features, 8 or 16.
 
     Raises:
@@ -237,7 +247,7 @@ def efficientnet_lite0(
         torch.Size([2, 11, 40, 65])
     """
     backbone = efficientnet_lite0_backbone(output_stride)
-    head = SinglePathHead(backbone.out_channels, num_classes, dilation, head_channels, dropout, regulate, mechanism)
+    head = paths.head(backbone.out_channels, num_classes, dilation, head_channels, dropout, regulate, mechanism)
     if weights is not None:
         load_efficientnet_lite0_weights(backbone, weights)
     return ParsingNetwork(backbone, head, min_size)

@@ -4,11 +4,12 @@ import random
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from rfield.search.factors import learned_layers
 
-LossFunction = Callable[[nn.Module, Any], Tensor]
+LossFunction = Callable[[nn.Module, Any], Tensor | tuple[Tensor, Tensor]]
 
 
 class Search:
@@ -16,7 +17,8 @@ class Search:
 
     Args:
         model: holds the layers to learn; may be wrapped (DistributedDataParallel).
-        loss_fn: `loss_fn(model, batch)` gives the scalar loss.
+        loss_fn: `loss_fn(model, batch)` gives the scalar loss; or (loss, guides), where guides is Tensor[number of
+            factors]: the weights train on the loss, and each factor is learned by its own guide.
         steps: optimizer steps of the search; at their end the factors are snapped.
         seed: of the draws.
 
@@ -72,6 +74,16 @@ class Search:
         self.trajectory = list(state["trajectory"])
         self.unsnapped = list(state["unsnapped"])
 
+    def _losses(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """The loss for the weights, and the guides for the factors, Tensor[number of factors]."""
+        value = self.loss_fn(self.model, batch)
+        loss, guides = (value, value.expand(len(self.groups))) if isinstance(value, Tensor) else value
+        if guides.shape != (len(self.groups),):
+            raise ValueError(
+                f"loss_fn gave guides of shape {tuple(guides.shape)}, but the model has {len(self.groups)} factors"
+            )
+        return loss, guides
+
     def _record(self) -> None:
         self.step_index += 1
         self.trajectory.append((self.step_index, [group[0].realised_dilation[0] for group in self.groups]))
@@ -90,10 +102,22 @@ class Search:
 
 
 class GradientSearch(Search):
-    """The paper's: the factors follow their exact gradient, which the optimizer applies (Wei et al., CVPR 2017)."""
+    """The paper's: the factors follow their exact gradient, which the optimizer applies (Wei et al., CVPR 2017).
+
+    A factor with a guide of its own follows that one's gradient, which costs a further backward pass a factor.
+    """
 
     def loss(self, batch: Any) -> Tensor:
-        return self.loss_fn(self.model, batch)
+        loss, guides = self._losses(batch)
+        total = loss
+        for group, guide in zip(self.groups, guides, strict=True):
+            factor = group[0].log_factor
+            # Without guides of their own, all factors' guide is the loss itself.
+            if factor.requires_grad and guide.data_ptr() != loss.data_ptr():
+                (correction,) = torch.autograd.grad(guide - loss, factor, retain_graph=True)
+                term = (correction * factor).sum()
+                total = total + (term - term.detach())
+        return total
 
     def step(self) -> None:
         if self.done:

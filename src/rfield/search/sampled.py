@@ -73,15 +73,15 @@ class SampledSearch(Search):
 
     def loss(self, batch: Any) -> Tensor:
         if self.done:
-            return self.loss_fn(self.model, batch)
+            return self._losses(batch)[0]
         if not self._windows:
             with torch.no_grad():
-                self.loss_fn(self.model, batch)  # Shows the layers how large their maps are.
+                self._losses(batch)  # Shows the layers how large their maps are.
             self._windows = {key: dilation_range(self.groups[key[0]][0]) for key in self.readings}
         for index, group in enumerate(self.groups):
             draw = self._random("dilation", index)
             hold_dilation(group, [self._draw(index, axis, draw) for axis in range(group[0].log_factor.numel())], draw)
-        return self.loss_fn(self.model, batch)
+        return self._losses(batch)[0]
 
     def _draw(self, index: int, axis: int, draw: random.Random) -> float:
         """A dilation of the window, log-uniform and stratified.
@@ -179,9 +179,9 @@ class SampledSearch(Search):
         group = self.groups[index]
         low, high = self._windows[index, axis]
         count = max(7 if self.step_index >= self.steps else 4, self._count(index, low, high))
-        return self._losses(index, axis, dilation_grid(low, high, count, all_round(group)))
+        return self._read_at(index, axis, dilation_grid(low, high, count, all_round(group)))
 
-    def _losses(self, index: int, axis: int, dilations: list[float]) -> dict[float, float]:
+    def _read_at(self, index: int, axis: int, dilations: list[float]) -> dict[float, float]:
         group = self.groups[index]
         totals = torch.zeros(len(dilations), dtype=torch.float64)
         count = 0
@@ -191,7 +191,7 @@ class SampledSearch(Search):
                 values = present_dilation(group)
                 values[axis] = dilation
                 hold_dilation(group, values)
-                totals[place] += self.loss_fn(self.model, batch).double().cpu()
+                totals[place] += self._losses(batch)[1][index].double().cpu()
         if count == 0:
             raise ValueError("a sampled search reads its curve on held-out batches, but there is none")
         totals = mean_over_processes(totals / count)

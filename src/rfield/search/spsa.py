@@ -47,28 +47,30 @@ class SpsaSearch(Search):
 
     def loss(self, batch: Any) -> Tensor:
         if self.done:
-            return self.loss_fn(self.model, batch)
+            return self._losses(batch)[0]
         if self.step_index % self.every:
             for index, (group, center) in enumerate(zip(self.groups, self._log_dilation, strict=True)):
                 hold_dilation(group, center.exp().tolist(), self._random("round", index))
-            return self.loss_fn(self.model, batch)
-        losses = []
+            return self._losses(batch)[0]
+        losses, guides = [], []
         for sign in (1.0, -1.0):
             for index, (group, center) in enumerate(zip(self.groups, self._log_dilation, strict=True)):
                 dilation = (center + sign * self._epsilon(index, center)).exp().tolist()
                 hold_dilation(group, dilation, self._random("round", index, sign))
-            losses.append(self.loss_fn(self.model, batch))
-        self._differences.append((losses[0] - losses[1]).detach().float())
+            loss, guide = self._losses(batch)
+            losses.append(loss)
+            guides.append(guide)
+        self._differences.append((guides[0] - guides[1]).detach().float())
         return (losses[0] + losses[1]) / 2
 
     def step(self) -> None:
         if self.done:
             return
         if self._differences:
-            difference = mean_over_processes(torch.stack(self._differences).mean())
+            difference = mean_over_processes(torch.stack(self._differences).mean(0))
             self._differences = []
             for index, center in enumerate(self._log_dilation):
-                center.grad = difference.to(center) / (2 * self._epsilon(index, center))
+                center.grad = difference[index].to(center) / (2 * self._epsilon(index, center))
             self._optimizer.step()
             for group, center in zip(self.groups, self._log_dilation, strict=True):
                 low, high = dilation_range(group[0])
