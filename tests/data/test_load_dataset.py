@@ -35,7 +35,9 @@ def test_a_config_of_synthetic_cues(tmp_path: Path) -> None:
     "spec", ["", "voc", "voc:", "VOC:x", "coco:data", "helen:", "synthetic:48", "/data/msrc21_voc", "data.json"]
 )
 def test_unknown_specs(spec: str) -> None:
-    with pytest.raises(ValueError, match=r"write voc:ROOT, camvid:ROOT, helen:ROOT, synthetic, or .* voc, camvid"):
+    with pytest.raises(
+        ValueError, match=r"write voc:ROOT, camvid:ROOT, helen:ROOT, cityscapes:ROOT, folder:ROOT, synthetic, or"
+    ):
         load_dataset(spec)
 
 
@@ -47,7 +49,10 @@ def test_unknown_specs(spec: str) -> None:
         ("- voc", "must hold keys and values, `format`"),
         ("format: [", "is not valid YAML"),
         ("format: !!python/object/apply:os.getcwd []", "is not valid YAML"),
-        ("format: coco", "format 'coco' is not known; the known ones are voc, camvid, helen, synthetic"),
+        (
+            "format: coco",
+            "format 'coco' is not known; the known ones are voc, camvid, helen, cityscapes, folder, synthetic",
+        ),
         ("format: [voc]", r"format \['voc'\] is not known"),
         ("format: voc\nroot: x\nroots: y", "unknown key roots; .* keys format, root, train, val, test, size"),
         ("format: camvid\nroot: x\ntrain: y", "unknown key train; .* keys format, root, size"),

@@ -8,7 +8,9 @@ from typing import Any
 import yaml
 
 from rfield.data.camvid import CAMVID_CLASSES, CamVidDataset
+from rfield.data.cityscapes import CITYSCAPES_CLASSES, CityscapesDataset
 from rfield.data.dataset import IGNORE_INDEX, ParsingDataset, voc_palette
+from rfield.data.folder import FolderDataset
 from rfield.data.helen import HELEN_CLASSES, HelenDataset
 from rfield.data.resized import ResizedDataset
 from rfield.data.synthetic import SyntheticCues
@@ -24,13 +26,16 @@ from rfield.data.voc import VOCDataset, convert_sbd, download_voc2012
 
 __all__ = [
     "CAMVID_CLASSES",
+    "CITYSCAPES_CLASSES",
     "HELEN_CLASSES",
     "IGNORE_INDEX",
     "IMAGENET_MEAN",
     "IMAGENET_STD",
     "AugmentedDataset",
     "CamVidDataset",
+    "CityscapesDataset",
     "EpochSampler",
+    "FolderDataset",
     "HelenDataset",
     "ParsingDataset",
     "ResizedDataset",
@@ -50,12 +55,13 @@ def load_dataset(spec: str, split: str = "train") -> ParsingDataset:
 
     Args:
         spec: `voc:ROOT`, a folder in the layout of a PASCAL VOC devkit; `camvid:ROOT`, in that of the SegNet
-            tutorial; `helen:ROOT`, in that of Helen face parsing; or `synthetic`; or the path of a .yaml file with
-            the key `format` and the keys of that format:
+            tutorial; `helen:ROOT`, in that of Helen face parsing; `cityscapes:ROOT`, as Cityscapes is downloaded;
+            `folder:ROOT`, with `classes.txt` and `SPLIT/images` and `SPLIT/masks`; or `synthetic`; or the path of a
+            .yaml file with the key `format` and the keys of that format:
 
             - voc: `root` (relative to the YAML file) and optionally `train`, `val`, `test`, the lists of these
               splits, and `size`, see below
-            - camvid, helen: `root` and optionally `size`
+            - camvid, helen, cityscapes, folder: `root` and optionally `size`
             - synthetic: optionally `size`, `distance`, `length`, `seed`, see `SyntheticCues`
 
             `size: [height, width]` in px is a working size: every image and mask is brought to it when it is read,
@@ -139,10 +145,14 @@ _FOLDERS: dict[str, Callable[[Path, str], ParsingDataset]] = {
     "voc": VOCDataset,
     "camvid": CamVidDataset,
     "helen": HelenDataset,
+    "cityscapes": CityscapesDataset,
+    "folder": FolderDataset,
 }
 _FORMATS: dict[str, tuple[Callable[[Path, dict[str, Any], str], ParsingDataset], tuple[str, ...]]] = {
     "voc": (partial(_load_folder, VOCDataset), ("root", "train", "val", "test", "size")),
     "camvid": (partial(_load_folder, CamVidDataset), ("root", "size")),
     "helen": (partial(_load_folder, HelenDataset), ("root", "size")),
+    "cityscapes": (partial(_load_folder, CityscapesDataset), ("root", "size")),
+    "folder": (partial(_load_folder, FolderDataset), ("root", "size")),
     "synthetic": (_load_synthetic, ("size", "distance", "length", "seed")),
 }
