@@ -1,12 +1,14 @@
 """What a run is made of: dataclasses whose fields are the command line's flags. Imports nothing but Python."""
 
 import dataclasses
+import json
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 Search = Literal["none", "gradient", "spsa", "sampled"]
 Mechanism = Literal["regulator", "dilation"]
+PathGuidance = Literal["search", "gradient"]
 Optimizer = Literal["sgd", "adamw"]
 
 # Marks a field that a derived config decides by itself: it has no flag.
@@ -64,6 +66,32 @@ def parse_ints(value: Any) -> tuple[int, ...]:
     return tuple(numbers)
 
 
+def parse_groups(value: Any) -> Any:
+    """Class groups from `auto`, `small=eye,brow/large=skin,hair` (the names may be missing), JSON, a list or a dict.
+
+    >>> parse_groups("small=eye,brow/large=skin"), parse_groups("eye,brow/skin"), parse_groups("auto")
+    ({'small': ['eye', 'brow'], 'large': ['skin']}, [['eye', 'brow'], ['skin']], 'auto')
+    """
+    if not isinstance(value, str):
+        groups = value
+    elif value == "auto":
+        return value
+    else:
+        try:
+            groups = json.loads(value)
+        except json.JSONDecodeError:
+            parts = [part.rpartition("=") for part in value.split("/")]
+            lists = [[name.strip() for name in names.split(",")] for _, _, names in parts]
+            names = [name.strip() for name, _, _ in parts]
+            groups = dict(zip(names, lists, strict=True)) if all(names) else lists
+    members = list(groups.values()) if isinstance(groups, dict) else groups
+    if not isinstance(members, list) or not all(
+        isinstance(group, list) and group and all(isinstance(name, str) and name for name in group) for group in members
+    ):
+        raise ValueError(f"class groups are auto or lists of names, such as small=eye,brow/large=skin, got {value!r}")
+    return groups
+
+
 def _parsed(default: Any, parse: Callable[[Any], Any]) -> Any:
     """A field whose text on the command line goes through `parse`."""
     return dataclasses.field(default=default, metadata={"parse": parse})
@@ -85,6 +113,22 @@ class TrainConfig:
     """Input px between neighbouring features: 8 or 16 for efficientnet_lite0. Default: the model's own."""
     dilation: int = 12
     """Dilation of the head's 3x3 convolution, where the receptive field starts."""
+    paths: int = 1
+    """Paths side by side in the head, each with a receptive field of its own."""
+    class_groups: str | list[Any] | dict[str, Any] | None = dataclasses.field(
+        default=None, metadata={"parse": parse_groups}
+    )
+    """The classes that each path is guided to: auto (by size), or names such as small=eye,brow/large=skin,hair.
+    Default: no guidance."""
+    path_weight: float = 5.0
+    """How much more a path's own classes weigh than others in its guidance."""
+    path_guidance: PathGuidance = "search"
+    """What is guided: search (each path's receptive field is read with its own classes weighted), or gradient (the
+    published layer, on all gradients of a path; it may diverge)."""
+    aspp: tuple[int, ...] | None = _parsed(None, parse_ints)
+    """Fixed dilations of parallel paths, such as 6,12,18,24, as in DeepLab's ASPP; with search none."""
+    rectangular: bool = False
+    """Learn the receptive field's height and width apart."""
     head_channels: int = 1024
     """Width of the head."""
     dropout: float | None = None
@@ -153,7 +197,8 @@ class TrainConfig:
     """Continue the run in `out` from its last epoch."""
 
     def __post_init__(self) -> None:
-        positive = ("dilation", "head_channels", "factor", "epochs", "head_lr_scale", "devices")
+        self._check_paths()
+        positive = ("dilation", "paths", "path_weight", "head_channels", "factor", "epochs", "head_lr_scale", "devices")
         optional = ("batch_size", "search_share", "factor_lr", "lr", "max_steps", "val_every")
         for name in (*positive, *optional):
             value = getattr(self, name)
@@ -173,6 +218,20 @@ class TrainConfig:
         self.scale_range = parse_range(self.scale_range)
         if not 0 < self.scale_range[0] <= self.scale_range[1]:
             raise ValueError(f"scale_range must be LOW,HIGH with 0 < LOW <= HIGH, got {self.scale_range}")
+
+    def _check_paths(self) -> None:
+        self.aspp = None if self.aspp is None else parse_ints(self.aspp)
+        if self.aspp and (self.search != "none" or self.paths != 1 or min(self.aspp) < 1 or len(self.aspp) < 2):
+            raise ValueError(
+                f"aspp {list(self.aspp)} must be two or more positive rates, with search none and one path, got search "
+                f"{self.search} and {self.paths} paths"
+            )
+        if self.class_groups is not None:
+            self.class_groups = parse_groups(self.class_groups)
+            if self.paths == 1:
+                raise ValueError("class_groups guide several paths: give paths too")
+        elif self.path_guidance == "gradient":
+            raise ValueError("path_guidance gradient needs class_groups")
 
     def resolved(self) -> "TrainConfig":
         """The same run with every default that depends on another field filled in.

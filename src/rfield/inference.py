@@ -22,7 +22,7 @@ from rfield.data import HELEN_CLASSES, ParsingDataset, evaluation_transform
 from rfield.data.cache import CachedFeatures, find_features, image_features
 from rfield.layers import LearnedFactor
 from rfield.metrics import confusion_matrix, helen_scores, segmentation_scores
-from rfield.models import MODELS, ParsingNetwork
+from rfield.models import MODELS, ParsingNetwork, Paths
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 
@@ -49,13 +49,19 @@ class Run:
     network: ParsingNetwork
 
 
-def build_network(config: TrainConfig, num_classes: int, weights: str | None = None) -> ParsingNetwork:
+def build_network(
+    config: TrainConfig,
+    num_classes: int,
+    weights: str | None = None,
+    class_groups: Sequence[tuple[int, ...]] | None = None,
+) -> ParsingNetwork:
     """The network of a run, in channels-last memory format.
 
     Args:
         config: its model, dilation, head, canvas and factor are used.
         num_classes: classes K.
         weights: pretrained weights of the backbone; None leaves it random.
+        class_groups: the classes of each path, which only training needs.
 
     Raises:
         ValueError: if the model's name is not known, or it has no such output stride.
@@ -76,6 +82,13 @@ def build_network(config: TrainConfig, num_classes: int, weights: str | None = N
         dropout=config.dropout or 0.0,
         min_size=config.canvas,
         mechanism=config.mechanism or "regulator",
+        paths=Paths(
+            config.paths,
+            config.aspp or (),
+            config.rectangular,
+            None if class_groups is None else tuple(class_groups),
+            config.path_weight if config.path_guidance == "gradient" else 1.0,
+        ),
         **options,
     )
     for module in network.modules():

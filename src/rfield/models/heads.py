@@ -99,12 +99,21 @@ class SinglePathHead(nn.Module):
             layers.fc6 = AdaptiveConv2d.from_conv(fc6, factor)
 
     @property
+    def factor_layer(self) -> LearnedFactor | None:
+        """The layer whose receptive field is learned, if one is."""
+        return next((layer for layer in self.modules() if isinstance(layer, LearnedFactor)), None)
+
+    @property
     def effective_dilation(self) -> tuple[float, float]:
-        """The dilation d / f along height and width, in feature px; d where the head has no regulator."""
-        for layer in self.modules():
-            if isinstance(layer, LearnedFactor):
-                return layer.effective_dilation
-        return float(self.dilation), float(self.dilation)
+        """The dilation d / f along height and width, in feature px; d where nothing is learned."""
+        layer = self.factor_layer
+        return (float(self.dilation), float(self.dilation)) if layer is None else layer.effective_dilation
+
+    @property
+    def realised_dilation(self) -> tuple[float, float]:
+        """The dilation that a forward runs at now, which a search may hold elsewhere."""
+        layer = self.factor_layer
+        return (float(self.dilation), float(self.dilation)) if layer is None else layer.realised_dilation
 
     def chain(self) -> list[nn.Module]:
         """The modules in their order of execution."""

@@ -89,12 +89,16 @@ class MultiPathHead(nn.Module):
     @property
     def effective_dilation(self) -> tuple[float, float]:
         """The largest dilation d / f of any path along height and width, in feature px."""
-        heights, widths = zip(*(path.effective_dilation for path in self.paths), strict=True)
-        return max(heights), max(widths)
+        dilations = [path.effective_dilation for path in self.heads()]
+        return max(height for height, _ in dilations), max(width for _, width in dilations)
+
+    def heads(self) -> list[SinglePathHead]:
+        """The paths, typed."""
+        return [path for path in self.paths if isinstance(path, SinglePathHead)]
 
     def chain(self) -> list[nn.Module]:
         """The path that sees farthest: the receptive field of a sum is the largest of its terms'."""
-        return [max(self.paths, key=_dilation_of)]
+        return [max(self.heads(), key=lambda path: path.realised_dilation)]
 
     def forward(
         self, features: Tensor, output_size: tuple[int, int] | None = None, mask: Tensor | None = None
@@ -116,11 +120,6 @@ class MultiPathHead(nn.Module):
             logits = [guide(part, mask) for guide, part in zip(self.guidance, logits, strict=True)]
         total: Tensor = sum(logits[1:], logits[0])
         return total
-
-
-def _dilation_of(path: nn.Module) -> tuple[float, float]:
-    assert isinstance(path, SinglePathHead)
-    return path.effective_dilation
 
 
 def aspp_head(

@@ -66,6 +66,7 @@ class SampledSearch(Search):
         self.readings: dict[tuple[int, int], list[tuple[int, dict[float, float]]]] = {
             (index, axis): [] for index, group in enumerate(self.groups) for axis in range(group[0].log_factor.numel())
         }
+        self._ranges: list[tuple[float, float]] = []
         self._windows: dict[tuple[int, int], tuple[float, float]] = {}
         self._average: dict[str, Tensor] = {}
         for group in self.groups:
@@ -77,7 +78,8 @@ class SampledSearch(Search):
         if not self._windows:
             with torch.no_grad():
                 self._losses(batch)  # Shows the layers how large their maps are.
-            self._windows = {key: dilation_range(self.groups[key[0]][0]) for key in self.readings}
+            self._ranges = [dilation_range(group[0]) for group in self.groups]
+            self._windows = {key: self._ranges[key[0]] for key in self.readings}
         for index, group in enumerate(self.groups):
             draw = self._random("dilation", index)
             hold_dilation(group, [self._draw(index, axis, draw) for axis in range(group[0].log_factor.numel())], draw)
@@ -97,7 +99,7 @@ class SampledSearch(Search):
 
     def _count(self, index: int, low: float, high: float) -> int:
         """A window's share of the candidates."""
-        least, greatest = dilation_range(self.groups[index][0])
+        least, greatest = self._ranges[index]
         share = math.log(high / low) / math.log(greatest / least) if greatest > least else 0.0
         return 1 + math.ceil((self.candidates - 1) * share)
 
@@ -140,7 +142,7 @@ class SampledSearch(Search):
                     moved |= abs(math.log(best / before)) > 0.1
             for key, curve in curves.items():
                 self.readings[key].append((self.step_index, curve))
-                low, high = dilation_range(self.groups[key[0]][0])
+                low, high = self._ranges[key[0]]
                 best, reach = curve_minimum(curve), self.narrowings.get(self.step_index, 1.0)
                 self._windows[key] = max(low, best / reach), min(high, best * reach)
         finally:
@@ -198,11 +200,18 @@ class SampledSearch(Search):
         return dict(zip(dilations, totals.tolist(), strict=True))
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "readings": self.readings, "windows": self._windows, "average": self._average}
+        return {
+            **super().state_dict(),
+            "readings": self.readings,
+            "ranges": self._ranges,
+            "windows": self._windows,
+            "average": self._average,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         self.readings = state["readings"]
+        self._ranges = state["ranges"]
         self._windows = state["windows"]
         devices = {name: weight.device for name, weight in self.model.named_parameters()}
         self._average = {name: average.to(devices[name]) for name, average in state["average"].items()}

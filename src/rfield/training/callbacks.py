@@ -10,7 +10,7 @@ import numpy as np
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
 
-from rfield.training.module import ParsingModule, present_field
+from rfield.training.module import ParsingModule, present_field, present_fields
 
 FACTOR_COLUMNS = (
     "step",
@@ -21,25 +21,32 @@ FACTOR_COLUMNS = (
     "grad_interpolation",
     "loss",
 )
+PATH_COLUMNS = ("step", "path", "axis", "factor", "effective_dilation", "receptive_field_px")
 
 
-class FactorLog(Callback):
-    """Writes `factor.csv`, a row a step; on resuming, drops the rows after the checkpoint."""
+class _StepLog(Callback):
+    """Writes a CSV file, a row a step or more; on resuming, drops the rows after the checkpoint."""
+
+    columns: tuple[str, ...]
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.rows: list[list[Any]] = []
+        self._rows: list[list[Any]] = []
+
+    def rows(self, trainer: L.Trainer, module: ParsingModule, loss: float) -> list[list[Any]]:
+        """What a step adds after the step's number."""
+        raise NotImplementedError
 
     @rank_zero_only
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         kept: list[list[str]] = []
         if trainer.global_step and self.path.is_file():
             with self.path.open(newline="") as file:
-                whole = [row for row in list(csv.reader(file))[1:] if len(row) == len(FACTOR_COLUMNS)]
+                whole = [row for row in list(csv.reader(file))[1:] if len(row) == len(self.columns)]
             kept = [row for row in whole if int(row[0]) <= trainer.global_step]
         partial = self.path.with_suffix(".partial")
         with partial.open("w", newline="") as file:
-            csv.writer(file).writerows([FACTOR_COLUMNS, *kept])
+            csv.writer(file).writerows([self.columns, *kept])
         os.replace(partial, self.path)
 
     @rank_zero_only
@@ -47,12 +54,9 @@ class FactorLog(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_index: int
     ) -> None:
         assert isinstance(pl_module, ParsingModule)
-        gradients = pl_module.factor_gradients or ("", "")
-        loss = float(outputs["loss"])
-        self.rows.append(
-            [trainer.global_step, *(f"{x:.6g}" for x in present_field(pl_module.network)), *gradients, f"{loss:.6g}"]
-        )
-        if len(self.rows) >= 50:
+        rows = self.rows(trainer, pl_module, float(outputs["loss"]))
+        self._rows += [[trainer.global_step, *row] for row in rows]
+        if len(self._rows) >= 50:
             self._flush()
 
     @rank_zero_only
@@ -61,8 +65,34 @@ class FactorLog(Callback):
 
     def _flush(self) -> None:
         with self.path.open("a", newline="") as file:
-            csv.writer(file).writerows(self.rows)
-        self.rows = []
+            csv.writer(file).writerows(self._rows)
+        self._rows = []
+
+
+class FactorLog(_StepLog):
+    """`factor.csv`: a row a step, of the first path along the height."""
+
+    columns = FACTOR_COLUMNS
+
+    def rows(self, trainer: L.Trainer, module: ParsingModule, loss: float) -> list[list[Any]]:
+        gradients = module.factor_gradients or ("", "")
+        return [[*(f"{x:.6g}" for x in present_field(module.network)), *gradients, f"{loss:.6g}"]]
+
+
+class PathLog(_StepLog):
+    """`paths.csv`: a row a step, path and axis."""
+
+    columns = PATH_COLUMNS
+
+    def rows(self, trainer: L.Trainer, module: ParsingModule, loss: float) -> list[list[Any]]:
+        return [
+            [
+                field.path + 1,
+                ("height", "width")[field.axis],
+                *(f"{x:.6g}" for x in (field.factor, field.effective_dilation, field.receptive_field_px)),
+            ]
+            for field in present_fields(module.network)
+        ]
 
 
 class LastValidation(Callback):
@@ -89,3 +119,15 @@ def read_factor_csv(path: Path) -> dict[str, np.ndarray]:
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
     return {name: np.array([float(row[name] or "nan") for row in rows]) for name in FACTOR_COLUMNS}
+
+
+def read_paths_csv(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Steps and factors of each path and axis of a run's `paths.csv`, by name."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    axes = {row["axis"] for row in rows}
+    for row in rows:
+        name = f"path {row['path']}" + (f", {row['axis']}" if len(axes) > 1 else "")
+        found.setdefault(name, []).append((float(row["step"]), float(row["factor"])))
+    return {name: (np.array(points)[:, 0], np.array(points)[:, 1]) for name, points in found.items()}

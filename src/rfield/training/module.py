@@ -1,7 +1,9 @@
 """The training step of a parsing network, for Lightning."""
 
 import time
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import lightning as L
@@ -16,14 +18,16 @@ from rfield.data import IGNORE_INDEX
 from rfield.inference import feature_logits, predict_logits
 from rfield.layers import ReceptiveFieldRegulator
 from rfield.metrics import confusion_matrix, segmentation_scores
-from rfield.models import ParsingNetwork
+from rfield.models import MultiPathHead, ParsingNetwork
 from rfield.receptive_field import receptive_field_px
-from rfield.search import GradientSearch, SampledSearch, Search, SpsaSearch, factor_parameters, learned_layers
+from rfield.search import GradientSearch, SampledSearch, Search, SpsaSearch, factor_parameters
 
 Batch = tuple[Tensor, Tensor]
 
 # Steps from one probe of an SPSA search to the next.
 _PROBE_EVERY = 2
+# Logits of a path over those of the sum that count as a drift of the paths.
+_DRIFT = 5.0
 
 
 class ParsingModule(L.LightningModule):
@@ -34,6 +38,7 @@ class ParsingModule(L.LightningModule):
         config: resolved.
         class_names: the classes' names.
         held_out: gives the batches that a sampled search reads its curve on.
+        class_groups: the classes of each path, to guide its receptive field by.
     """
 
     def __init__(
@@ -42,6 +47,7 @@ class ParsingModule(L.LightningModule):
         config: TrainConfig,
         class_names: tuple[str, ...],
         held_out: Iterable[Batch] = (),
+        class_groups: Sequence[tuple[int, ...]] | None = None,
     ) -> None:
         super().__init__()
         # Plain types only, so that a checkpoint loads with weights_only.
@@ -53,9 +59,11 @@ class ParsingModule(L.LightningModule):
         self.regulators = [module for module in network.modules() if isinstance(module, ReceptiveFieldRegulator)]
         self.factor_gradients: tuple[float, float] | None = None
         self.held_out = held_out
+        self.class_groups = class_groups
         self.factor_start = 0
         self.search: Search | None = None
         self.search_seconds = 0.0
+        self._drifting = False
         self._search_state: dict[str, Any] | None = None
         if config.freeze_backbone:
             network.backbone.requires_grad_(False)
@@ -83,19 +91,37 @@ class ParsingModule(L.LightningModule):
 
     def _loss(self, network: nn.Module, batch: Batch) -> Tensor:
         """Mean cross-entropy over the batch's labelled pixels."""
+        logits, mask = self._logits(network, batch)
+        total = F.cross_entropy(logits, mask, ignore_index=IGNORE_INDEX, reduction="sum")
+        return total / (mask != IGNORE_INDEX).sum().clamp(min=1)
+
+    def _guided_loss(self, network: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The same, and for each path the same with its own classes' pixels weighted, Tensor[paths]."""
+        logits, mask = self._logits(network, batch)
+        losses = F.cross_entropy(logits, mask, ignore_index=IGNORE_INDEX, reduction="none")
+        count = (mask != IGNORE_INDEX).sum().clamp(min=1)
+        guides = []
+        for group in self.class_groups or ():
+            own = torch.isin(mask, torch.tensor(group, device=mask.device))
+            guides.append((losses * torch.where(own, self.config.path_weight, 1.0)).sum() / count)
+        return losses.sum() / count, torch.stack(guides)
+
+    def _logits(self, network: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Logits and mask where the loss is taken."""
         assert isinstance(network, ParsingNetwork)
         input, mask = (part.to(self.device) for part in batch)
         input = input.contiguous(memory_format=torch.channels_last)
         features = input.float() if self.config.freeze_backbone else network.backbone(network.pad(input))
         height, width = ((size - 1) * network.stride + 1 for size in features.shape[2:])
         mask = F.pad(mask, (0, width - mask.shape[2], 0, height - mask.shape[1]), value=IGNORE_INDEX)
+        output_size = None
         if self.config.loss_resolution == "features":
-            logits = network.head(features)
             mask = mask[:, :: network.stride, :: network.stride]
         else:
-            logits = network.head(features, output_size=(mask.shape[1], mask.shape[2]))
-        total = F.cross_entropy(logits.float(), mask, ignore_index=IGNORE_INDEX, reduction="sum")
-        return total / (mask != IGNORE_INDEX).sum().clamp(min=1)
+            output_size = (mask.shape[1], mask.shape[2])
+        if isinstance(network.head, MultiPathHead):
+            return network.head(features, output_size, mask).float(), mask
+        return network.head(features, output_size).float(), mask
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         learned = [regulator for regulator in self.regulators if regulator.log_factor.requires_grad]
@@ -114,11 +140,27 @@ class ParsingModule(L.LightningModule):
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_index: int) -> None:
         factor, _, field = present_field(self.network)
         self.log_dict({"factor": factor, "rf_px": field}, prog_bar=True)
+        self._warn_of_drift()
         if self.search is not None and not self.search.done:
             started = time.monotonic()
             with self.trainer.precision_plugin.train_step_context():
                 self.search.step()
             self.search_seconds += time.monotonic() - started
+
+    def _warn_of_drift(self) -> None:
+        """Says once that the published guidance drives the paths apart."""
+        head = self.network.head
+        if self._drifting or not isinstance(head, MultiPathHead) or head.path_logits is None:
+            return
+        *paths, total = head.path_logits.tolist()
+        if max(paths) > _DRIFT * max(total, _DRIFT):
+            self._drifting = True
+            warnings.warn(
+                f"step {self.global_step}: the paths' logits drift apart, {max(paths):.3g} in root mean square where "
+                f"their sum has {total:.3g}; weighted gradients of summed paths have no joint rest point. Use "
+                "path_guidance search, a smaller path_weight, or fewer steps with more weight decay",
+                stacklevel=2,
+            )
 
     def on_train_start(self) -> None:
         # Not earlier: the optimizer's state has been loaded by now, so its groups may change their gradients' needs.
@@ -179,20 +221,46 @@ class ParsingModule(L.LightningModule):
         kind, seed = self.config.search, self.config.seed
         if kind == "none":
             return None
+        guided = self.class_groups is not None and self.config.path_guidance == "search"
+        loss = self._guided_loss if guided else self._loss
         if kind == "gradient":
-            return GradientSearch(self.network, self._loss, steps, seed)
+            return GradientSearch(self.network, loss, steps, seed)
         if kind == "spsa":
-            return SpsaSearch(self.network, self._loss, steps, seed, every=_PROBE_EVERY)
+            return SpsaSearch(self.network, loss, steps, seed, every=_PROBE_EVERY)
         if not self.config.search_narrowing:
-            return SampledSearch(self.network, self._loss, steps, self.held_out, seed, narrowings={})
-        return SampledSearch(self.network, self._loss, steps, self.held_out, seed)
+            return SampledSearch(self.network, loss, steps, self.held_out, seed, narrowings={})
+        return SampledSearch(self.network, loss, steps, self.held_out, seed)
+
+
+@dataclass(frozen=True)
+class Field:
+    """What one path sees along one axis."""
+
+    path: int
+    axis: int
+    factor: float
+    effective_dilation: float
+    receptive_field_px: float
+
+
+def present_fields(network: ParsingNetwork) -> list[Field]:
+    """What the network sees now: path by path; along the height, then along the width where that is learned apart."""
+    head = network.head
+    paths = head.heads() if isinstance(head, MultiPathHead) else [head]
+    realised = [path.realised_dilation for path in paths]
+    layers = [path.factor_layer for path in paths]
+    total = receptive_field_px(network)
+    fields = []
+    for index, (layer, dilation) in enumerate(zip(layers, realised, strict=True)):
+        base = dilation if layer is None else layer.base_dilation
+        for axis in range(1 if layer is None else layer.log_factor.numel()):
+            # The network's field is that of the path that sees farthest along the height; fc6 is 3x3.
+            field = total[axis] - 2 * network.stride * (max(realised)[axis] - dilation[axis])
+            fields.append(Field(index, axis, base[axis] / dilation[axis], dilation[axis], field))
+    return fields
 
 
 def present_field(network: ParsingNetwork) -> tuple[float, float, float]:
-    """Factor, dilation and receptive field in px that the network runs at now, along the height."""
-    field = receptive_field_px(network)[0]
-    groups = learned_layers(network)
-    if not groups:
-        return 1.0, float(network.head.dilation), field
-    layer = groups[0][0]
-    return layer.base_dilation[0] / layer.realised_dilation[0], layer.realised_dilation[0], field
+    """Factor, dilation and receptive field in px of the first path, along the height."""
+    first = present_fields(network)[0]
+    return first.factor, first.effective_dilation, first.receptive_field_px

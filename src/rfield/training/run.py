@@ -34,10 +34,11 @@ from rfield.data import (
     training_transform,
 )
 from rfield.data.cache import CachedFeatures, cache_features
+from rfield.data.class_groups import ClassGroups, class_groups
 from rfield.inference import Progress, build_network, compute_device, evaluate, load_config, load_run
 from rfield.models import ParsingNetwork
-from rfield.training.callbacks import FactorLog, LastValidation, LineProgress, read_factor_csv
-from rfield.training.module import ParsingModule, present_field
+from rfield.training.callbacks import FactorLog, LastValidation, LineProgress, PathLog, read_factor_csv, read_paths_csv
+from rfield.training.module import Field, ParsingModule, present_fields
 
 # Share of the training images that a sampled search reads its curve on.
 _HELD_OUT = 0.1
@@ -48,6 +49,8 @@ _RUN_FILES = (
     "metrics.json",
     "factor.csv",
     "factor.png",
+    "paths.csv",
+    "paths.png",
     "curve.png",
     "checkpoints",
     "logs",
@@ -143,7 +146,9 @@ def train(config: TrainConfig, progress: Progress | None = None) -> dict[str, An
     out = Path(config.out)
     if _is_first_process():
         _check_run_folder(out, config)
-    network = build_network(config, train_set.num_classes, config.weights)
+    groups = None if config.class_groups is None else class_groups(config.class_groups, config.paths, train_set)
+    indices = None if groups is None else list(groups.values())
+    network = build_network(config, train_set.num_classes, config.weights, indices)
     train_samples: Dataset[tuple[Tensor, Tensor]]
     train_features = val_features = None
     if config.freeze_backbone:
@@ -155,12 +160,11 @@ def train(config: TrainConfig, progress: Progress | None = None) -> dict[str, An
         )
         train_samples = AugmentedDataset(train_set, transform, config.seed)
     if _is_first_process():
-        _start_run_folder(out, config, train_set)
+        _start_run_folder(out, config, train_set, groups)
 
     held_out = _draw_held_out(train_set, config)
-    module = ParsingModule(
-        network, config, train_set.class_names, _HeldOut(_WholeImages(train_set, train_features), held_out)
-    )
+    reading = _HeldOut(_WholeImages(train_set, train_features), held_out)
+    module = ParsingModule(network, config, train_set.class_names, reading, indices)
     timer = Timer(verbose=False)
     last = out / "checkpoints" / "last.ckpt"
     checkpoint = last if config.resume and last.is_file() else None
@@ -232,13 +236,14 @@ def _finish(
     """Scores the last checkpoint, just as `rfield evaluate` does, and writes the run's results."""
     network = load_run(out).network.to(compute_device())
     scores = evaluate(network, val_set, config.freeze_backbone, val_features, progress)
-    factor, dilation, field = present_field(network)
+    fields = present_fields(network)
     saved = torch.load(out / "checkpoints" / "last.ckpt", map_location="cpu", weights_only=True)
     metrics = {
         **scores,
-        "factor": factor,
-        "effective_dilation": dilation,
-        "receptive_field_px": field,
+        "factor": fields[0].factor,
+        "effective_dilation": fields[0].effective_dilation,
+        "receptive_field_px": fields[0].receptive_field_px,
+        **_describe_paths(out, config, fields),
         **({"search": _describe_search(config, saved["search"])} if "search" in saved else {}),
         "train_seconds": seconds,
         "seed": config.seed,
@@ -248,34 +253,82 @@ def _finish(
         },
     }
     write_json(out / "metrics.json", metrics)
+    _plot(out, config, metrics)
+    return metrics
+
+
+def _plot(out: Path, config: TrainConfig, metrics: dict[str, Any]) -> None:
+    """The run's figures."""
     columns = read_factor_csv(out / "factor.csv")
     figure = plots.factor_curve(
         columns["step"], columns["effective_dilation"], columns["receptive_field_px"], columns["loss"]
     )
     plots.save(figure, out / "factor.png")
+    if (out / "paths.csv").is_file():
+        plots.save(plots.factor_paths({"the paths' factors": read_paths_csv(out / "paths.csv")}), out / "paths.png")
     if config.search == "sampled":
-        curves = {
-            f"step {reading['step']}": {at: [loss] for at, loss in reading["curve"]}
-            for reading in metrics["search"]["readings"][-5:]
-        }
-        plots.save(plots.rf_curve(curves, "held-out loss", {"delivered": dilation}), out / "curve.png")
-    return metrics
+        search = metrics["search"]
+        last = search.get("factors", [{"path": 0, "axis": "height", **search}])
+        curves = (
+            {f"step {reading['step']}": reading["curve"] for reading in search["readings"][-5:]}
+            if len(last) == 1
+            else {f"path {each['path'] + 1}, {each['axis']}": each["curve"] for each in last[:5]}
+        )
+        drawn = {name: {at: [loss] for at, loss in curve} for name, curve in curves.items()}
+        delivered = {"delivered": metrics["effective_dilation"]} if len(last) == 1 else None
+        plots.save(plots.rf_curve(drawn, "held-out loss", delivered), out / "curve.png")
+
+
+def _describe_paths(out: Path, config: TrainConfig, fields: list[Field]) -> dict[str, Any]:
+    """The paths of a head of several, and the rectangle where height and width are learned apart."""
+    described: dict[str, Any] = {}
+    heights = [field for field in fields if field.axis == 0]
+    if len(heights) > 1:
+        groups = list(json.loads((out / "classes.json").read_text()).get("class_groups", {}).items())
+        described["paths"] = [
+            {
+                **_numbers(field),
+                "class_group": groups[field.path][1] if groups else None,
+                "class_group_name": groups[field.path][0] if groups else None,
+            }
+            for field in heights
+        ]
+    if config.rectangular:
+        described["rectangle"] = [{"path": f.path, "axis": ("height", "width")[f.axis], **_numbers(f)} for f in fields]
+    return described
+
+
+def _numbers(field: Field) -> dict[str, float]:
+    return {
+        "factor": field.factor,
+        "effective_dilation": field.effective_dilation,
+        "receptive_field_px": field.receptive_field_px,
+    }
 
 
 def _describe_search(config: TrainConfig, saved: dict[str, Any]) -> dict[str, Any]:
-    """A saved search in plain numbers: the curve that it read, or the way that it went (at most 200 points)."""
+    """A saved search in plain numbers: the curves that it read, or the way that it went (at most 200 points).
+
+    `curve`, `readings` and `trajectory` are the first factor's along the height; `factors` holds all of several.
+    """
     search = saved["search"]
     described = {"kind": config.search, "steps": search["steps"], "seconds": saved["seconds"]}
     if search["done"]:
-        described["unsnapped_dilation"] = search["unsnapped"][0]
+        described["unsnapped_dilation"] = [value for factor in search["unsnapped"] for value in factor]
     if config.search == "sampled":
-        readings = [
-            {"step": step, "curve": [list(point) for point in curve.items()]}
-            for step, curve in search["readings"][0, 0]
-        ]
-        return {**described, "curve": readings[-1]["curve"], "readings": readings}
+        factors = []
+        for (path, axis), found in search["readings"].items():
+            readings = [{"step": step, "curve": [list(point) for point in curve.items()]} for step, curve in found]
+            curves = {"curve": readings[-1]["curve"], "readings": readings}
+            factors.append({"path": path, "axis": ("height", "width")[axis], **curves})
+        first = {key: factors[0][key] for key in ("curve", "readings")}
+        return {**described, **first, **({"factors": factors} if len(factors) > 1 else {})}
     every = -(-len(search["trajectory"]) // 200) or 1
-    return {**described, "trajectory": [[step, dilations[0]] for step, dilations in search["trajectory"][::every]]}
+    points = search["trajectory"][::every]
+    described["trajectory"] = [[step, dilations[0]] for step, dilations in points]
+    if len(points[0][1]) > 1:
+        described["trajectories"] = [[step, *dilations] for step, dilations in points]
+    return described
 
 
 def _draw_held_out(dataset: ParsingDataset, config: TrainConfig) -> list[int]:
@@ -319,9 +372,14 @@ def _check_run_folder(out: Path, config: TrainConfig) -> None:
         raise ValueError(f"{out} cannot be resumed with other settings: {'; '.join(changed)}")
 
 
-def _start_run_folder(out: Path, config: TrainConfig, dataset: ParsingDataset) -> None:
+def _start_run_folder(out: Path, config: TrainConfig, dataset: ParsingDataset, groups: ClassGroups | None) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "classes.json", {"class_names": dataset.class_names, "palette": dataset.palette})
+    classes: dict[str, Any] = {"class_names": dataset.class_names, "palette": dataset.palette}
+    if groups is not None:
+        classes["class_groups"] = {
+            name: [dataset.class_names[index] for index in group] for name, group in groups.items()
+        }
+    write_json(out / "classes.json", classes)
     write_text(out / "config.yaml", yaml.safe_dump(config.plain(), sort_keys=False))
 
 
@@ -355,6 +413,7 @@ def _trainer(config: TrainConfig, out: Path, timer: Timer) -> L.Trainer:
         callbacks=[
             timer,
             FactorLog(out / "factor.csv"),
+            *([PathLog(out / "paths.csv")] if config.paths > 1 or config.rectangular else []),
             ModelCheckpoint(
                 checkpoints,
                 "best",
