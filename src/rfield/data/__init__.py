@@ -10,6 +10,7 @@ import yaml
 from rfield.data.camvid import CAMVID_CLASSES, CamVidDataset
 from rfield.data.cityscapes import CITYSCAPES_CLASSES, CityscapesDataset
 from rfield.data.dataset import IGNORE_INDEX, ParsingDataset, voc_palette
+from rfield.data.faces import Conversion, convert_celebamask, convert_lapa
 from rfield.data.folder import FolderDataset
 from rfield.data.helen import HELEN_CLASSES, HelenDataset
 from rfield.data.resized import ResizedDataset
@@ -34,6 +35,7 @@ __all__ = [
     "AugmentedDataset",
     "CamVidDataset",
     "CityscapesDataset",
+    "Conversion",
     "EpochSampler",
     "FolderDataset",
     "HelenDataset",
@@ -41,6 +43,8 @@ __all__ = [
     "ResizedDataset",
     "SyntheticCues",
     "VOCDataset",
+    "convert_celebamask",
+    "convert_lapa",
     "convert_sbd",
     "download_voc2012",
     "evaluation_transform",

@@ -32,7 +32,7 @@ HELEN_CLASSES = (
     "hair",
 )
 
-_LISTS = {"train": "exemplars.txt", "val": "tuning.txt", "test": "testing.txt"}
+HELEN_LISTS = {"train": "exemplars.txt", "val": "tuning.txt", "test": "testing.txt"}
 _COLOURS = [
     (0, 0, 0),
     (243, 201, 165),
@@ -54,7 +54,8 @@ class HelenDataset(ParsingDataset):
     The list of a split, `exemplars.txt` for train, `tuning.txt` for val and `testing.txt` for test, has the lines
     `number , ID`. `images/ID.jpg` is a photograph, `labels/ID/ID_lbl00.png` to `ID_lbl10.png` are 8-bit maps of how
     surely a pixel belongs to each class; its label is the surest one, of equally sure ones the first. "Left" is
-    what the data set calls left. A mirrored photograph has left and right exchanged: `mirrored_classes`.
+    what the data set calls left: in Helen itself the viewer's left. A mirrored photograph has left and right
+    exchanged: `mirrored_classes`.
 
     Args:
         root: the folder that holds `images`, `labels` and the lists.
@@ -90,11 +91,11 @@ class HelenDataset(ParsingDataset):
 
     def __init__(self, root: str | os.PathLike[str], split: str = "train") -> None:
         self.root = Path(root)
-        if split not in _LISTS:
-            raise ValueError(f"Helen has no split {split!r}; it has {', '.join(_LISTS)}")
+        if split not in HELEN_LISTS:
+            raise ValueError(f"Helen has no split {split!r}; it has {', '.join(HELEN_LISTS)}")
         if not self.root.is_dir():
             raise FileNotFoundError(f"{self.root} is not a folder; name the one that holds images and labels")
-        listed_in = self.root / _LISTS[split]
+        listed_in = self.root / HELEN_LISTS[split]
         self.ids = _read_ids(listed_in)
         self.image_paths = [sample_path(self.root, "images", name, ".jpg", str(listed_in)) for name in self.ids]
         self.map_paths = [
