@@ -20,7 +20,7 @@ import yaml
 from rfield.cli import main
 from rfield.config import TrainConfig
 from rfield.data import AugmentedDataset, EpochSampler, load_dataset, training_transform
-from rfield.inference import build_network, load_config
+from rfield.inference import build_network, load_config, load_run
 from rfield.training import FACTOR_COLUMNS, ParsingModule, read_factor_csv, train
 
 STEPS_AN_EPOCH = 3
@@ -492,6 +492,46 @@ def test_two_processes_are_one_run(make: Make) -> None:
         one, two = (end[f"network.{key}"] - start[key] for end in ends)
         assert (one - two).norm() < 0.01 * one.norm(), key
     assert metrics_of(both)["miou"] == pytest.approx(metrics_of(alone)["miou"], abs=1e-3)
+
+
+@pytest.mark.parametrize("search", ["gradient", "spsa", "sampled"])
+@pytest.mark.parametrize("rectangular", [False, True])
+def test_paths_are_learned_and_recorded(make: Make, search: str, rectangular: bool) -> None:
+    groups = {"near": ["neither"], "far": ["both", "red right"]}
+    values: dict[str, Any] = {"search": search, "rectangular": rectangular, "search_share": 0.9}
+    config = make(paths=2, class_groups=groups, dilation=4, epochs=2, **values)
+    metrics = train(config)
+    assert [path["class_group"] for path in metrics["paths"]] == [["neither"], ["red right", "both"]]
+    assert [path["class_group_name"] for path in metrics["paths"]] == ["near", "far"]
+    with (Path(config.out) / "paths.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    series = {(row["path"], row["axis"]) for row in rows}
+    assert series == {(path, axis) for path in "12" for axis in (("height", "width") if rectangular else ("height",))}
+    assert len(rows) == 2 * STEPS_AN_EPOCH * len(series)
+    last = {(int(row["path"]), row["axis"]): float(row["effective_dilation"]) for row in rows[-len(series) :]}
+    for index, path in enumerate(metrics["paths"]):
+        # Snapped at the search's end, before the last step.
+        assert path["effective_dilation"] == pytest.approx(last[index + 1, "height"], abs=0.51)
+        assert path["receptive_field_px"] == pytest.approx(15 + 8 * path["effective_dilation"], abs=0.01)
+    assert ("rectangle" in metrics) == rectangular
+    assert (Path(config.out) / "paths.png").is_file()
+    if search == "sampled":
+        assert len(metrics["search"]["factors"]) == len(series)
+    again = load_run(config.out).network
+    assert again.head.paths[1].effective_dilation[0] == pytest.approx(metrics["paths"][1]["effective_dilation"])
+
+
+def test_published_guidance_warns_of_the_drift(make: Make) -> None:
+    values: dict[str, Any] = {"path_guidance": "gradient", "path_weight": 30.0, "optimizer": "adamw", "lr": 0.05}
+    config = make(paths=2, class_groups=[["neither"], ["both"]], epochs=20, head_lr_scale=1.0, dropout=0.0, **values)
+    with pytest.warns(UserWarning, match="no joint rest point"):
+        train(config)
+
+
+def test_aspp_trains(make: Make) -> None:
+    metrics = train(make(aspp=(2, 4), search="none", epochs=1))
+    assert [path["effective_dilation"] for path in metrics["paths"]] == [2, 4]
+    assert metrics["receptive_field_px"] == 15 + 8 * 2
 
 
 @pytest.mark.shared
