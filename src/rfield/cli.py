@@ -19,6 +19,7 @@ from jsonargparse import ActionYesNo, ArgumentParser
 
 from rfield import __version__
 from rfield.config import (
+    ConvertConfig,
     DemoConfig,
     EvaluateConfig,
     PredictConfig,
@@ -103,6 +104,18 @@ def predict(config: PredictConfig) -> None:
     print(f"{len(images)} masks and overlays are in {config.out}")
 
 
+def convert(config: ConvertConfig) -> None:
+    """Bring CelebAMask-HQ or LaPa into the layout of Helen."""
+    from rfield.data import convert_celebamask, convert_lapa
+
+    converters = {"celebamask": convert_celebamask, "lapa": convert_lapa}
+    with _progress("converting") as progress:
+        made = converters[config.format](config.source, config.target, progress)
+    counts = ", ".join(f"{count} {split}" for split, count in made.counts.items())
+    sides = "the person's left, now exchanged" if made.exchanged else "the viewer's left, as in Helen"
+    print(f"{counts} faces are in {made.root}; the source's left was {sides}")
+
+
 def demo(config: DemoConfig) -> None:
     """Learn a receptive field on synthetic images whose best one is known."""
     from rfield.experiments import run_demo
@@ -142,6 +155,7 @@ COMMANDS: dict[str, tuple[Any, Any]] = {
     "sweep": (SweepConfig, sweep),
     "tune": (TuneConfig, tune),
     "reproduce": (ReproduceConfig, reproduce),
+    "convert": (ConvertConfig, convert),
 }
 
 

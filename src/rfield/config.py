@@ -102,7 +102,8 @@ class TrainConfig:
     """One training run. A default of null is filled in by `resolved`."""
 
     data: str
-    """What to train on: voc:ROOT, camvid:ROOT, helen:ROOT, synthetic, or a data config (a .yaml file)."""
+    """What to train on: voc:ROOT, camvid:ROOT, helen:ROOT, cityscapes:ROOT, folder:ROOT, synthetic, or a data config
+    (a .yaml file)."""
     out: str
     """The run folder."""
     model: str = "largefov_vgg16"
@@ -382,6 +383,18 @@ class PredictConfig:
     """Folder for the masks and overlays."""
     checkpoint: Literal["last", "best"] = "last"
     """Which of the run's checkpoints."""
+
+
+@dataclasses.dataclass
+class ConvertConfig:
+    """Bringing another data set of faces into the layout of Helen."""
+
+    format: Literal["celebamask", "lapa"] = _positional()
+    """What the source is: celebamask (CelebAMask-HQ) or lapa (LaPa)."""
+    source: str = _positional()
+    """The folder of the data set as it was downloaded."""
+    target: str = _positional()
+    """The folder to make, for --data helen:TARGET."""
 
 
 @dataclasses.dataclass

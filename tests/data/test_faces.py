@@ -6,6 +6,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
+from rfield.cli import main
 from rfield.data import HELEN_CLASSES, HelenDataset, convert_celebamask, convert_lapa
 from rfield.data.faces import Conversion
 
@@ -269,6 +270,40 @@ def test_an_existing_target_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(FileExistsError, match=re.escape(f"{tmp_path / 'faces'} exists; name a folder that does not")):
         convert_lapa(source, tmp_path / "faces")
     assert [path.name for path in (tmp_path / "faces").iterdir()] == ["mine.txt"]
+
+
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_lapa(tmp_path / "lapa", exchanged(face_mask()))
+    main(["convert", "lapa", "lapa", "faces"])
+    shown = capsys.readouterr().out
+    expected = "2 train, 1 val, 1 test faces are in faces; the source's left was the person's left, now exchanged\n"
+    assert shown == expected
+    assert len(HelenDataset("faces", "train")) == 2
+    write_celebamask(tmp_path / "celeba", (0, 8))
+    main(["convert", "celebamask", "celeba", "other"])
+    assert capsys.readouterr().out.startswith("1 train, 1 val, 0 test faces are in other; the source's left was the v")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("lapa nowhere faces", "rfield convert: nowhere/train/images holds no photographs"),
+        ("helen nowhere faces", "celebamask.*lapa.*helen"),
+        ("lapa nowhere", "target"),
+    ],
+)
+def test_mistakes_are_answered_with_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: str, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as exit_:
+        main(["convert", *words.split()])
+    assert exit_.value.code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert re.search(message, error), error
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.shared
