@@ -1,0 +1,61 @@
+"""What a search costs: whole training runs of each search and of a fixed dilation, by turns in one process.
+
+    python -m benchmarks.search_cost --out benchmarks/search_cost.json
+
+MSRC-21, frozen VGG16, the flags of docs/results/any_start.sh. The ratios to the fixed run of the same round are what
+counts; the seconds depend on the machine.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import tempfile
+from pathlib import Path
+
+import torch
+
+from rfield.config import TrainConfig
+from rfield.training import train
+
+KINDS = ("none", "sampled", "spsa", "gradient")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--dilation", type=int, default=6)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    for number in range(arguments.rounds):
+        # Every second round backwards, so that a machine that slows down favours none.
+        for kind in KINDS[:: (-1) ** number]:
+            with tempfile.TemporaryDirectory() as folder:
+                config = TrainConfig(
+                    "configs/data/msrc21.yaml",
+                    f"{folder}/run",
+                    weights="../shared/weights/vgg16_features_imagenet_fp16.pth",
+                    freeze_backbone=True,
+                    head_channels=128,
+                    dilation=arguments.dilation,
+                    search=kind,
+                    epochs=10,
+                    val_every=10,
+                    precision="bf16-mixed",
+                    seed=number,
+                )
+                seconds[kind].append(train(config)["train_seconds"])
+                print(f"round {number}: {kind} {seconds[kind][-1]:.1f} s", flush=True)
+    ratios = {kind: [a / b for a, b in zip(seconds[kind], seconds["none"], strict=True)] for kind in KINDS}
+    machine = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__}
+    medians = {kind: statistics.median(values) for kind, values in ratios.items()}
+    report = {"machine": machine, "seconds": seconds, "ratios": ratios, "median ratio": medians}
+    arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+    print(json.dumps(report["median ratio"]))
+
+
+if __name__ == "__main__":
+    main()
