@@ -22,6 +22,7 @@ ROOMS: dict[str, set[str]] = {
     "fuse": {"torch"},
     "models": {"torch", "torchvision", "timm", "huggingface_hub", "safetensors"},
     "data": {"torch", "numpy", "PIL", "scipy", "torchvision", "yaml"},
+    "losses": {"torch", "segmentation_models_pytorch"},
     "metrics": {"torch", "torchmetrics"},
     "plots": {"numpy", "matplotlib"},
     "inference": {"torch", "torchvision", "numpy", "PIL", "yaml"},

@@ -15,6 +15,7 @@ from rfield.config import (
     TrainConfig,
     TuneConfig,
     differences,
+    parse_class_weights,
     parse_ints,
     parse_range,
     parse_size,
@@ -57,6 +58,34 @@ def test_wrong_lists_say_what_a_list_is(value: Any) -> None:
 
 
 @pytest.mark.parametrize(
+    ("value", "weights"),
+    [
+        (None, None),
+        ("none", None),
+        ("balanced", "balanced"),
+        ("1,2.5", (1.0, 2.5)),
+        ([1, 0], (1.0, 0.0)),
+        ((0.5,), (0.5,)),
+    ],
+)
+def test_class_weights(value: Any, weights: Any) -> None:
+    assert parse_class_weights(value) == weights
+    assert config_of(class_weights=value).class_weights == weights
+
+
+@pytest.mark.parametrize("value", ["", "even", "1,", "1,-2", [], [float("nan")], "inf", 3, ["a"], {"a": 1}])
+def test_wrong_class_weights_say_what_they_are(value: Any) -> None:
+    with pytest.raises(ValueError, match="class weights are none, balanced, or one number a class, such as"):
+        parse_class_weights(value)
+
+
+def test_label_smoothing_goes_with_cross_entropy() -> None:
+    assert config_of(label_smoothing=0.1).label_smoothing == 0.1
+    with pytest.raises(ValueError, match="label_smoothing goes with the loss cross_entropy, not dice"):
+        config_of(label_smoothing=0.1, loss="dice")
+
+
+@pytest.mark.parametrize(
     ("key", "value"),
     [
         ("dilation", 0),
@@ -73,6 +102,8 @@ def test_wrong_lists_say_what_a_list_is(value: Any) -> None:
         ("seed", -1),
         ("workers", -1),
         ("dropout", 1.0),
+        ("label_smoothing", 1.0),
+        ("label_smoothing", -0.1),
         ("scale_range", (2.0, 1.0)),
         ("scale_range", (0.0, 1.0)),
         ("crop_size", (0, 5)),
@@ -105,7 +136,15 @@ def test_given_values_stay() -> None:
     assert {name: getattr(resolved, name) for name in given} == given
 
 
-@pytest.mark.parametrize("config", [config_of(), config_of(canvas="30x40", lr=1e-5, freeze_backbone=True).resolved()])
+@pytest.mark.parametrize(
+    "config",
+    [
+        config_of(),
+        config_of(canvas="30x40", lr=1e-5, freeze_backbone=True).resolved(),
+        config_of(class_weights="1,2"),
+        config_of(class_weights="balanced", loss="dice"),
+    ],
+)
 def test_plain_goes_through_yaml(tmp_path: Path, config: TrainConfig) -> None:
     assert "resume" not in config.plain()
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config.plain()))

@@ -10,6 +10,7 @@ Search = Literal["none", "gradient", "spsa", "sampled"]
 Mechanism = Literal["regulator", "dilation"]
 PathGuidance = Literal["search", "gradient"]
 Optimizer = Literal["sgd", "adamw"]
+Loss = Literal["cross_entropy", "focal", "dice"]
 
 # Marks a field that a derived config decides by itself: it has no flag.
 _FIXED = {"fixed": True}
@@ -92,6 +93,23 @@ def parse_groups(value: Any) -> Any:
     return groups
 
 
+def parse_class_weights(value: Any) -> str | tuple[float, ...] | None:
+    """Class weights from `none`, `balanced`, `1,2.5,0.5` or a list of numbers.
+
+    >>> parse_class_weights("1,2.5"), parse_class_weights("balanced"), parse_class_weights("none")
+    ((1.0, 2.5), 'balanced', None)
+    """
+    if value in (None, "none", "balanced"):
+        return "balanced" if value == "balanced" else None
+    try:
+        weights = tuple(float(part) for part in (value.split(",") if isinstance(value, str) else value))
+    except (TypeError, ValueError):
+        weights = ()
+    if not weights or not all(math.isfinite(weight) and weight >= 0 for weight in weights):
+        raise ValueError(f"class weights are none, balanced, or one number a class, such as 1,2.5,0.5, got {value!r}")
+    return weights
+
+
 def _parsed(default: Any, parse: Callable[[Any], Any]) -> Any:
     """A field whose text on the command line goes through `parse`."""
     return dataclasses.field(default=default, metadata={"parse": parse})
@@ -109,7 +127,8 @@ class TrainConfig:
     model: str = "largefov_vgg16"
     """The network: largefov_vgg16, efficientnet_lite0 or small_cnn."""
     weights: str | None = None
-    """Pretrained weights of the backbone: imagenet (downloaded), or a local .pth or .safetensors file."""
+    """Pretrained weights of the backbone: imagenet (from an installed package, or downloaded), a local .pth or
+    .safetensors file, or random. Default: imagenet for efficientnet_lite0 if its package is installed, else random."""
     output_stride: int | None = None
     """Input px between neighbouring features: 8 or 16 for efficientnet_lite0. Default: the model's own."""
     dilation: int = 12
@@ -174,6 +193,13 @@ class TrainConfig:
     """Weight decay of the weights; the factor has none."""
     clip_norm: float | None = None
     """Largest norm of the gradient; 0 clips nothing. Default: 1 for sgd, 0 for adamw."""
+    loss: Loss = "cross_entropy"
+    """What is minimised: cross_entropy, focal or dice."""
+    class_weights: str | tuple[float, ...] | None = _parsed(None, parse_class_weights)
+    """How much each class counts in the loss: none, balanced (by the classes' frequencies in the training masks), or
+    one number a class, such as 1,2.5,0.5."""
+    label_smoothing: float = 0.0
+    """Share of a pixel's label that is spread over all classes, with the loss cross_entropy."""
     loss_resolution: Literal["features", "image"] = "features"
     """Where the training loss is taken: on the feature grid (masks subsampled), or at the image's own pixels."""
     crop_size: tuple[int, int] = _parsed((321, 321), parse_size)
@@ -214,6 +240,11 @@ class TrainConfig:
             raise ValueError(f"batch_size {self.batch_size} cannot be dealt evenly to {self.devices} devices")
         if not 0 <= (self.dropout or 0.0) < 1:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"label_smoothing must be in [0, 1), got {self.label_smoothing}")
+        if self.label_smoothing and self.loss != "cross_entropy":
+            raise ValueError(f"label_smoothing goes with the loss cross_entropy, not {self.loss}")
+        self.class_weights = parse_class_weights(self.class_weights)
         self.crop_size = parse_size(self.crop_size)
         self.canvas = None if self.canvas is None else parse_size(self.canvas)
         self.scale_range = parse_range(self.scale_range)

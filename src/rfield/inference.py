@@ -60,7 +60,7 @@ def build_network(
     Args:
         config: its model, dilation, head, canvas and factor are used.
         num_classes: classes K.
-        weights: pretrained weights of the backbone; None leaves it random.
+        weights: pretrained weights of the backbone; None or "random" leaves it random.
         class_groups: the classes of each path, which only training needs.
 
     Raises:
@@ -78,7 +78,7 @@ def build_network(
         dilation=config.dilation,
         head_channels=config.head_channels,
         regulate=config.search != "none",
-        weights=weights,
+        weights=None if weights == "random" else weights,
         dropout=config.dropout or 0.0,
         min_size=config.canvas,
         mechanism=config.mechanism or "regulator",

