@@ -92,6 +92,7 @@ class AdaptiveConv2d(LearnedFactor):
         self.groups = conv.groups
         self.weight = conv.weight
         self.bias = conv.bias
+        self.log_factor.data = self.log_factor.data.to(conv.weight.device)
         self.train(conv.training)
 
     def forward(self, input: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -58,8 +59,8 @@ class LearnedFactor(nn.Module):
 
     @property
     def factor(self) -> Tensor:
-        """The present factor, Tensor[1] or Tensor[2], detached."""
-        return self.log_factor.detach().exp()
+        """The present factor, Tensor[1] or Tensor[2], detached; under FSDP2 gathered from all processes."""
+        return _whole(self.log_factor.detach()).exp()
 
     @property
     def effective_dilation(self) -> Pair:
@@ -93,9 +94,8 @@ class LearnedFactor(nn.Module):
         axes = self.log_factor.numel()
         if axes == 1:  # One factor must suit both axes: the looser bound of each side.
             lower, upper = (min(lower),) * 2, (max(upper),) * 2
-        self.log_factor.clamp_(
-            self.log_factor.new_tensor(lower[:axes]).log(), self.log_factor.new_tensor(upper[:axes]).log()
-        )
+        value = _whole(self.log_factor)
+        self._write(value.clamp(value.new_tensor(lower[:axes]).log(), value.new_tensor(upper[:axes]).log()))
 
     @torch.no_grad()
     def set_factor(self, factor: float | Sequence[float]) -> None:
@@ -104,7 +104,21 @@ class LearnedFactor(nn.Module):
         if len(values) > self.log_factor.numel():
             raise ValueError(f"this layer has one factor for both axes, got {len(values)} values: {values}")
         self._start = values
-        self.log_factor.copy_(self.log_factor.new_tensor(values).log().expand_as(self.log_factor))
+        present = _whole(self.log_factor)
+        self._write(present.new_tensor(values).log().expand_as(present))
+
+    def _write(self, value: Tensor) -> None:
+        """Sets the parameter in place, also where FSDP2 has dealt it to several processes."""
+        parameter: Any = self.log_factor
+        if hasattr(parameter, "full_tensor"):
+            from torch.distributed.tensor import distribute_tensor
+
+            value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
+        parameter.copy_(value)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A copy takes no part in the search that holds the original at some dilation.
+        super().__setstate__({**state, "held": None})  # type: ignore[no-untyped-call]
 
     def snap(self) -> None:
         """Ends the learning at the nearest plain layer."""
@@ -130,6 +144,13 @@ class LearnedFactor(nn.Module):
             self.clamp_factor_(map_size)
 
 
+def _whole(value: Tensor) -> Tensor:
+    """The tensor itself, or what FSDP2 has dealt to several processes, gathered."""
+    # A DTensor; its class takes a second to import.
+    whole: Tensor = value.full_tensor() if hasattr(value, "full_tensor") else value
+    return whole
+
+
 def _as_factors(name: str, value: float | Sequence[float]) -> tuple[float, ...]:
     values = tuple(float(v) for v in value) if isinstance(value, Sequence) else (float(value),)
     if len(values) not in (1, 2) or not all(math.isfinite(v) and v > 0 for v in values):
@@ -143,3 +164,37 @@ def padding_of(conv: nn.Conv2d) -> tuple[int, int]:
         same = [d * (k - 1) // 2 for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
         return (same[0], same[1]) if conv.padding == "same" else (0, 0)
     return conv.padding[0], conv.padding[1]
+
+
+def followed_padding(conv: Any, dilation: tuple[int, int]) -> tuple[int, int]:
+    """The padding that keeps a convolution's output where it is, at another dilation; may be negative."""
+    height, width = (
+        conv.padding[axis] + (dilation[axis] - conv.dilation[axis]) * (conv.kernel_size[axis] - 1) // 2
+        for axis in (0, 1)
+    )
+    return height, width
+
+
+def set_dilation(conv: nn.Conv2d, dilation: tuple[int, int]) -> None:
+    """Sets a convolution's dilation (height, width) in place, and the padding that follows it.
+
+    Raises:
+        ValueError: if the dilation is below 1, or the padding would be negative.
+
+    >>> conv = nn.Conv2d(8, 8, 3, padding=4, dilation=4)
+    >>> set_dilation(conv, (2, 3))
+    >>> conv.padding
+    (2, 3)
+    """
+    if min(dilation) < 1:
+        raise ValueError(f"a dilation must be at least 1, got {dilation}")
+    if conv.padding != "same":
+        conv.padding = padding_of(conv)
+        padding = followed_padding(conv, dilation)
+        if min(padding) < 0:
+            raise ValueError(f"a padding of {conv.padding} is too small to follow the dilation to {dilation}")
+        conv.padding = padding
+    conv.dilation = dilation
+    # What torch pads with itself, where it is not with zeros; the last axis first.
+    height, width = padding_of(conv)
+    conv._reversed_padding_repeated_twice = [width, width, height, height]

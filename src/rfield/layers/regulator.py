@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rfield.layers.factor import LearnedFactor, Pair, padding_of
+from rfield.layers.factor import LearnedFactor, Pair, set_dilation
 from rfield.layers.resize import Inflation2d, Interpolation2d, inflated_size
 
 
@@ -62,7 +62,7 @@ class ReceptiveFieldRegulator(LearnedFactor):
         self.record_gradients = False
         self.register_buffer("snapped", torch.tensor(False))
         self._convs = [
-            (conv, (conv.dilation[0], conv.dilation[1]), padding_of(conv))
+            (conv, (conv.dilation[0], conv.dilation[1]))
             for conv in module.modules()
             if isinstance(conv, nn.Conv2d) and max(conv.kernel_size) > 1
         ]
@@ -83,6 +83,9 @@ class ReceptiveFieldRegulator(LearnedFactor):
             raise ValueError(f"input must be a map (N, C, h, w) that is not empty, got shape {tuple(input.shape)}")
         grid_size = (input.shape[2], input.shape[3])
         self._see(grid_size)
+        if self.snapped:
+            # Copied from another regulator, as a running average of the weights is, the factor may have come alone.
+            self.realise_snap()
         factor = self._present_factor(input)
         for_inflation = for_interpolation = factor
         if self.record_gradients and factor.requires_grad:
@@ -142,20 +145,19 @@ class ReceptiveFieldRegulator(LearnedFactor):
             ]
         )
         self.snapped.fill_(True)
-        self._realise_snap()
+        self.realise_snap()
 
-    def _realise_snap(self) -> None:
+    def realise_snap(self) -> None:
+        """Gives the convolutions the dilations that the factor of a snapped regulator stands for."""
         factor = self.factor.expand(2).tolist()
-        for conv, dilation, padding in self._convs:
+        for conv, dilation in self._convs:
             nearest = [max(1, round(d / f)) for d, f in zip(dilation, factor, strict=True)]
-            reach = [(n - d) * (k - 1) // 2 for n, d, k in zip(nearest, dilation, conv.kernel_size, strict=True)]
-            conv.dilation = (nearest[0], nearest[1])
-            conv.padding = (padding[0] + reach[0], padding[1] + reach[1])
+            set_dilation(conv, (nearest[0], nearest[1]))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
         if self.snapped:
-            self._realise_snap()
+            self.realise_snap()
 
     def _present_factor(self, input: Tensor) -> Tensor:
         """The factor to inflate by, Tensor[1] or Tensor[2], within the memory budget."""

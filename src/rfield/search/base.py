@@ -7,9 +7,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rfield.layers import LearnedFactor
+from rfield.layers.factor import Pair
 from rfield.search.factors import learned_layers
 
 LossFunction = Callable[[nn.Module, Any], Tensor | tuple[Tensor, Tensor]]
+
+
+class _HoldInBackward(torch.autograd.Function):
+    """A loss, whose backward pass holds the dilations that its forward pass ran at.
+
+    Gradient checkpointing repeats parts of the forward pass in the backward one, and a search may have moved on.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, held: list[tuple[LearnedFactor, Pair | None]]) -> Tensor:
+        ctx.held = held
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        for layer, dilation in ctx.held:
+            layer.held = dilation
+        return grad_outputs[0], None
 
 
 class Search:
@@ -45,6 +65,7 @@ class Search:
         self.done = False
         self.trajectory: list[tuple[int, list[float]]] = []
         self.unsnapped: list[list[float]] = []
+        self._held: list[tuple[LearnedFactor, Pair | None]] = []
 
     def loss(self, batch: Any) -> Tensor:
         """The loss to call `backward` on."""
@@ -82,10 +103,13 @@ class Search:
             raise ValueError(
                 f"loss_fn gave guides of shape {tuple(guides.shape)}, but the model has {len(self.groups)} factors"
             )
-        return loss, guides
+        self._held = [(layer, layer.held) for group in self.groups for layer in group]
+        return _HoldInBackward.apply(loss, self._held), guides
 
     def _record(self) -> None:
         self.step_index += 1
+        for layer, dilation in self._held:  # The backward pass may have changed it.
+            layer.held = dilation
         self.trajectory.append((self.step_index, [group[0].realised_dilation[0] for group in self.groups]))
 
     def _finish(self) -> None:
@@ -122,6 +146,11 @@ class GradientSearch(Search):
     def step(self) -> None:
         if self.done:
             return
+        for group in self.groups:
+            # The layers' own clamping, in the forward, is lost on what FSDP2 gathers.
+            for layer in group:
+                if layer.map_size is not None and layer.log_factor.requires_grad:
+                    layer.clamp_factor_(layer.map_size)
         self._record()
         if self.step_index >= self.steps:
             self._finish()

@@ -70,6 +70,13 @@ def mean_over_processes(value: Tensor) -> Tensor:
     return value
 
 
+def reshard(model: nn.Module) -> None:
+    """Ends a forward without a backward: FSDP2 then lets go of the parameters it has gathered, which are copies."""
+    for module in model.modules():
+        if callable(release := getattr(module, "reshard", None)):
+            release()
+
+
 def dilation_range(layer: LearnedFactor) -> tuple[float, float]:
     """The effective dilations that a search may try, along the tighter axis of the last map seen."""
     if layer.map_size is None:

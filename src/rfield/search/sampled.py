@@ -15,6 +15,7 @@ from rfield.search.factors import (
     hold_dilation,
     mean_over_processes,
     present_dilation,
+    reshard,
     set_dilation,
 )
 
@@ -78,6 +79,7 @@ class SampledSearch(Search):
         if not self._windows:
             with torch.no_grad():
                 self._losses(batch)  # Shows the layers how large their maps are.
+            reshard(self.model)
             self._ranges = [dilation_range(group[0]) for group in self.groups]
             self._windows = {key: self._ranges[key[0]] for key in self.readings}
         for index, group in enumerate(self.groups):
@@ -194,6 +196,7 @@ class SampledSearch(Search):
                 values[axis] = dilation
                 hold_dilation(group, values)
                 totals[place] += self._losses(batch)[1][index].double().cpu()
+        reshard(self.model)
         if count == 0:
             raise ValueError("a sampled search reads its curve on held-out batches, but there is none")
         totals = mean_over_processes(totals / count)

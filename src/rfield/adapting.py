@@ -1,0 +1,258 @@
+"""Learned receptive fields inside a model that exists: its convolutions, or one of its parts, replaced in place."""
+
+import difflib
+import fnmatch
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+from torch import nn
+from torch.nn.utils import parametrize
+
+from rfield.layers import AdaptiveConv2d, LearnedFactor, ReceptiveFieldRegulator
+
+Select = str | Sequence[str] | Callable[[str, nn.Conv2d], bool]
+Share = Literal["parallel", "layer", "stage"]
+
+
+def adapt(
+    model: nn.Module, select: Select | None = None, share: Share | None = None, axes: Literal[1, 2] = 1
+) -> list[AdaptiveConv2d]:
+    """Makes the dilation of convolutions learnable, in place; before the optimizer is made and the model is wrapped.
+
+    Each chosen `nn.Conv2d` becomes an `AdaptiveConv2d` with the very same parameters under the same state-dict keys,
+    and one key more, `log_factor`. Until the factor moves, the model computes what it did. Train with any search of
+    `rfield`, and bring the model back to plain convolutions with `rfield.fuse`.
+
+    Args:
+        model: any module that holds `nn.Conv2d`s.
+        select: which convolutions. None: those with a dilation above 1. A name or a pattern as in `fnmatch`, or
+            several: those that it matches, and those inside of a module that it matches (`"backbone.layer4"`:
+            all of that stage). A function `(name, conv) -> bool`: those that it wants. 1x1 convolutions are always
+            passed over: they have no dilation.
+        share: which of them share one factor, so that their dilations keep their ratios. None: each has its own.
+            `parallel`: those in one `nn.ModuleList` or `nn.ModuleDict` (the nearest one around them), which holds
+            branches side by side, such as those of an atrous spatial pyramid. `layer`: those in one block, that is,
+            the nearest module around them whose class has a `forward` of its own (a bottleneck; the whole
+            pyramid). `stage`: those below the outermost module with a number in its name (`backbone.layer4`,
+            `classifier.0`), or without one, below the same child of the model. For any other sharing, call
+            `share_factor` on the layers that are returned.
+        axes: 1 for square fields, 2 for one factor along the height and one along the width.
+
+    Returns:
+        The new layers, in the order of the model's modules.
+
+    Raises:
+        ValueError: if nothing is chosen, a pattern matches nothing, or a convolution that was chosen by name or
+            function cannot be adapted: an even kernel, a padding other than zeros, hooks, a forward of its own. Among
+            those chosen by default such a one is left out with a warning. The model is unchanged then.
+
+    >>> model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=4, dilation=4))
+    >>> adapt(model)[0].effective_dilation
+    (4.0, 4.0)
+    >>> sorted(model.state_dict())
+    ['0.bias', '0.weight', '1.bias', '1.log_factor', '1.weight']
+    """
+    if share not in (None, "parallel", "layer", "stage"):
+        raise ValueError(f"share must be None, 'parallel', 'layer' or 'stage', got {share!r}")
+    if axes not in (1, 2):
+        raise ValueError(f"axes must be 1 or 2, got {axes!r}")
+    if isinstance(model, nn.Conv2d):
+        raise ValueError("the model is itself a convolution: use AdaptiveConv2d.from_conv")
+    convs = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
+    chosen = _chosen(model, convs, select)
+    regulated = {
+        id(conv)
+        for regulator in model.modules()
+        if isinstance(regulator, ReceptiveFieldRegulator)
+        for conv in regulator.modules()
+    }
+    for name in list(chosen):
+        fault = "it is inside a regulator" if id(convs[name]) in regulated else _fault(convs[name])
+        if fault and select is not None:
+            raise ValueError(f"the convolution {name} cannot be adapted: {fault}")
+        if fault:
+            warnings.warn(f"the convolution {name} is left as it is: {fault}", stacklevel=2)
+            chosen.remove(name)
+    if not chosen:
+        raise ValueError(_nothing(convs))
+    layers = {name: _adaptive(convs[name], axes) for name in chosen}
+    first: dict[str, AdaptiveConv2d] = {}
+    for name, layer in layers.items():
+        if share:
+            layer.share_factor(first.setdefault(_group(model, name, share), layer))
+    by_conv = {id(convs[name]): layer for name, layer in layers.items()}
+    # A convolution may be registered under several names.
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if id(module) in by_conv:
+            _replace(model, name, by_conv[id(module)])
+    return list(layers.values())
+
+
+def regulate(
+    model: nn.Module,
+    name: str,
+    axes: Literal[1, 2] = 1,
+    factor: float = 1.0,
+    min_factor: float | None = None,
+    max_factor: float | None = None,
+    memory_budget: int = 2 * 2**30,
+) -> ReceptiveFieldRegulator:
+    """Puts a `ReceptiveFieldRegulator` around one part of a model, in place; before the optimizer is made.
+
+    The part's state-dict keys become `NAME.module.*`, all others stay; `rfield.fuse` takes the change back.
+
+    Args:
+        model: any module.
+        name: of the part, as in `model.named_modules()`; it maps Tensor[N, C, h, w] to Tensor[N, K, h, w].
+        axes: 1 for square fields, 2 for one factor along the height and one along the width.
+        factor, min_factor, max_factor, memory_budget: see `ReceptiveFieldRegulator`.
+
+    Raises:
+        ValueError: if there is no such part, it cannot be called, or it holds learned layers already.
+
+    >>> model = nn.Sequential(nn.ReLU(), nn.Conv2d(8, 8, 3, padding=4, dilation=4))
+    >>> regulate(model, "1", factor=2.0).effective_dilation
+    (2.0, 2.0)
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    if not name or name not in modules:
+        parts = [key for key in modules if key]
+        near = difflib.get_close_matches(name, parts, n=3, cutoff=0.4) or parts[:3]
+        raise ValueError(f"the model has no part {name!r}; is it {' or '.join(map(repr, near))}?")
+    module = modules[name]
+    if type(module).forward is nn.Module.forward:
+        raise ValueError(f"{name!r} is a {type(module).__name__}, which cannot be called: regulate one of its parts")
+    if any(isinstance(part, LearnedFactor) for part in module.modules()):
+        raise ValueError(f"{name!r} holds a learned receptive field already")
+    if any(isinstance(modules[above], ReceptiveFieldRegulator) for above in _above(name)):
+        raise ValueError(f"{name!r} is inside a regulator already")
+    if all(max(conv.kernel_size) == 1 for conv in module.modules() if isinstance(conv, nn.Conv2d)):
+        warnings.warn(
+            f"no convolution in {name!r} sees more than one pixel, so that its receptive field hardly depends on the "
+            "factor: regulate the layers before it, too",
+            stacklevel=2,
+        )
+    start = (factor,) * axes
+    regulator = ReceptiveFieldRegulator(module, start, min_factor, max_factor, memory_budget)
+    for parameter in module.parameters():
+        regulator.log_factor.data = regulator.log_factor.data.to(parameter.device)
+        regulator.snapped = regulator.snapped.to(parameter.device)
+        break
+    regulator.train(module.training)
+    for other, part in modules.items():
+        if part is module:
+            _replace(model, other, regulator)
+    return regulator
+
+
+def carry_parametrizations(source: nn.Module, target: nn.Module) -> None:
+    """Gives `target` the parametrizations of `source`, such as a weight norm, with the very same parameters."""
+    if not parametrize.is_parametrized(source):
+        return
+    was_training = {part: part.training for part in source.modules()}
+    # The transfer runs the parametrizations once; a spectral norm would take a step if it were training.
+    target.eval()
+    parametrize.transfer_parametrizations_and_params(source, target)
+    for part, training in was_training.items():
+        part.training = training
+    target.training = source.training
+
+
+def _chosen(model: nn.Module, convs: dict[str, nn.Conv2d], select: Select | None) -> list[str]:
+    seeing = [name for name, conv in convs.items() if max(conv.kernel_size) > 1]
+    if select is None:
+        return [name for name in seeing if max(convs[name].dilation) > 1]
+    if not isinstance(select, str) and callable(select):
+        return [name for name in seeing if select(name, convs[name])]
+    patterns = [select] if isinstance(select, str) else list(select)
+    matches = {
+        pattern: [
+            name for name in seeing if any(fnmatch.fnmatchcase(part, pattern) for part in (name, *_above(name)[1:]))
+        ]
+        for pattern in patterns
+    }
+    for pattern, found in matches.items():
+        if not found:
+            near = difflib.get_close_matches(pattern, seeing, n=3, cutoff=0.4)
+            hint = f"is it {' or '.join(near)}?" if near else _nothing(convs)
+            raise ValueError(f"{pattern!r} names no convolution of more than one pixel; {hint}")
+    return [name for name in seeing if any(name in found for found in matches.values())]
+
+
+def _nothing(convs: dict[str, nn.Conv2d]) -> str:
+    candidates = [
+        f"{name} (kernel {conv.kernel_size[0]}x{conv.kernel_size[1]}, dilation {max(conv.dilation)})"
+        for name, conv in convs.items()
+        if max(conv.kernel_size) > 1 and _fault(conv) is None
+    ]
+    if not candidates:
+        return "nothing to adapt: the model has no nn.Conv2d of more than one pixel that could be adapted"
+    more = f" and {len(candidates) - 8} more" if len(candidates) > 8 else ""
+    return f"nothing to adapt; name convolutions by select=; those that can be: {', '.join(candidates[:8])}{more}"
+
+
+def _fault(conv: nn.Conv2d) -> str | None:
+    """Why a convolution cannot be adapted."""
+    kind = parametrize.type_before_parametrizations(conv)
+    own = [method for method in ("forward", "_conv_forward") if getattr(kind, method) is not getattr(nn.Conv2d, method)]
+    if own or "forward" in vars(conv):
+        return f"its class {kind.__name__} has a forward of its own, which an AdaptiveConv2d would not repeat"
+    if conv.kernel_size[0] % 2 == 0 or conv.kernel_size[1] % 2 == 0:
+        return f"its kernel {conv.kernel_size[0]}x{conv.kernel_size[1]} is even along an axis and has no centre"
+    if conv.padding_mode != "zeros":
+        return f"it pads with padding_mode={conv.padding_mode!r}, and not with zeros"
+    if nn.parameter.is_lazy(conv.weight):
+        return "its weight has no shape yet: run the model once"
+    if conv._forward_hooks or conv._forward_pre_hooks or conv._backward_hooks or conv._backward_pre_hooks:
+        return "it has hooks (an old weight or spectral norm, or pruning), which would be lost"
+    return None
+
+
+def _adaptive(conv: nn.Conv2d, axes: int) -> AdaptiveConv2d:
+    if not parametrize.is_parametrized(conv):
+        return AdaptiveConv2d.from_conv(conv, (1.0,) * axes)
+    plain = nn.Conv2d(
+        conv.in_channels,
+        conv.out_channels,
+        (conv.kernel_size[0], conv.kernel_size[1]),
+        (conv.stride[0], conv.stride[1]),
+        conv.padding if isinstance(conv.padding, str) else (conv.padding[0], conv.padding[1]),
+        (conv.dilation[0], conv.dilation[1]),
+        conv.groups,
+        conv.bias is not None,
+        device=conv.weight.device,
+        dtype=conv.weight.dtype,
+    )
+    for name in ("weight", "bias"):
+        if name in conv._parameters:
+            setattr(plain, name, conv._parameters[name])
+    adaptive = AdaptiveConv2d.from_conv(plain, (1.0,) * axes)
+    carry_parametrizations(conv, adaptive)
+    return adaptive
+
+
+def _above(name: str) -> list[str]:
+    """The names of the modules around a module, from the model itself inward."""
+    parts = name.split(".")
+    return [".".join(parts[:count]) for count in range(len(parts))]
+
+
+def _group(model: nn.Module, name: str, share: Share) -> str:
+    """The module whose convolutions share their factor with this one."""
+    above = _above(name)
+    if share == "stage":
+        numbered = [part for part in above if any(letter.isdigit() for letter in part.rpartition(".")[2])]
+        return numbered[0] if numbered else above[min(1, len(above) - 1)]
+    for part in reversed(above):
+        forward = type(model.get_submodule(part)).forward
+        is_list = forward is nn.Module.forward
+        if is_list if share == "parallel" else not is_list and forward is not nn.Sequential.forward:
+            return part
+    # In no list: a factor of its own. In nothing but sequences: the model is the block.
+    return name if share == "parallel" else ""
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
