@@ -1,10 +1,12 @@
+import math
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rfield.layers import ReceptiveFieldRegulator
 from rfield.models import MODELS, ParsingNetwork, largefov_vgg16, small_cnn
-from rfield.receptive_field import receptive_field_px, theoretical_receptive_field
+from rfield.receptive_field import probe_receptive_field, probe_window, receptive_field_px, theoretical_receptive_field
 
 
 def with_factor(network: ParsingNetwork, factor: float | tuple[float, float]) -> ParsingNetwork:
@@ -99,3 +101,113 @@ def test_equals_the_support_of_the_gradient_of_a_regulator() -> None:
     rows, columns = (image.grad[0, 0] > 1e-3).nonzero().unbind(1)
     extents = (rows.max() - rows.min() + 1).item(), (columns.max() - columns.min() + 1).item()
     assert extents == pytest.approx(theoretical_receptive_field(regulator)) == (3, 9)
+
+
+def test_a_module_may_tell_its_own_field_and_upsampling_halves_the_steps() -> None:
+    class Told(nn.Module):
+        receptive_field = (7.0, math.inf)
+        stride = 4
+
+    layers = nn.Sequential(nn.Conv2d(1, 1, 3, stride=2), Told(), nn.Upsample(scale_factor=2.0), nn.Conv2d(1, 1, 3))
+    # 1 + 2 * 1, then 6 steps of 2 px, then 2 steps of 2 * 4 / 2 px.
+    assert theoretical_receptive_field(layers) == (23.0, math.inf)
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+@pytest.mark.parametrize("regulate", [False, True])
+def test_the_probe_agrees_with_the_reckoning(name: str, regulate: bool) -> None:
+    network = MODELS[name](2, dilation=3, head_channels=4, regulate=regulate, mechanism="dilation")
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    assert probe_receptive_field(network.backbone) == theoretical_receptive_field(network.backbone)
+    window = probe_window(network.backbone, axis=0)
+    assert window.centre == pytest.approx(window.position * network.stride)
+    assert probe_receptive_field(network) == theoretical_receptive_field(network)
+    for key, value in network.state_dict().items():
+        assert torch.equal(value, before[key])
+        assert value.dtype == before[key].dtype
+
+
+def test_the_probe_sees_through_what_swallows_gradients() -> None:
+    layers = nn.Sequential(
+        nn.Conv2d(3, 4, 3, bias=False),
+        nn.BatchNorm2d(4),
+        nn.ReLU6(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(4, 4, (1, 3)),
+        nn.Hardswish(),
+        nn.Sigmoid(),
+        nn.Dropout(0.99),
+        nn.MaxPool2d((3, 1), return_indices=False),
+    )
+    with torch.no_grad():
+        for parameter in layers.parameters():
+            parameter.zero_()
+    assert probe_receptive_field(layers) == theoretical_receptive_field(layers) == (8.0, 8.0)
+
+
+class SqueezeExcite(nn.Module):
+    """A 3x3 convolution, gated by the mean of the map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.gate = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 1)
+
+    def forward(self, image: Tensor) -> Tensor:
+        features: Tensor = self.conv(image)
+        return features * self.gate(features.mean((2, 3), keepdim=True)).sigmoid()
+
+
+class Attention(nn.Module):
+    def forward(self, image: Tensor) -> Tensor:
+        tokens = image.flatten(2).transpose(1, 2)
+        looked = nn.functional.scaled_dot_product_attention(tokens, tokens, tokens)
+        return image + looked.transpose(1, 2).reshape(image.shape)
+
+
+@pytest.mark.parametrize(
+    ("model", "local"),
+    [
+        (SqueezeExcite(), 3.0),
+        (Attention(), 1.0),
+        (nn.Sequential(nn.Conv2d(3, 4, 5), nn.GroupNorm(2, 4)), 5.0),
+        (nn.Sequential(nn.Conv2d(3, 4, 5), nn.InstanceNorm2d(4)), 5.0),
+        (nn.Sequential(nn.Conv2d(3, 4, 5), nn.AdaptiveAvgPool2d(1)), math.inf),
+    ],
+)
+def test_the_probe_says_who_looks_at_the_whole_image(model: nn.Module, local: float) -> None:
+    window = probe_window(model, axis=1, lengths=[33, 65])
+    assert (window.size, window.local) == (math.inf, local)
+
+
+def test_the_probe_minds_only_what_the_output_comes_from() -> None:
+    class TwoOutputs(SqueezeExcite):
+        def forward(self, image: Tensor) -> Tensor:
+            features: Tensor = self.conv(image)
+            super().forward(image)
+            return features
+
+    assert probe_receptive_field(TwoOutputs()) == (3.0, 3.0)
+
+
+def test_the_probe_of_products_and_of_even_kernels() -> None:
+    class Product(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.other = nn.Conv2d(1, 1, 2, stride=2), nn.Conv2d(1, 1, 4, stride=2, padding=1)
+
+        def forward(self, image: Tensor) -> Tensor:
+            product: Tensor = self.one(image) * self.other(image)
+            return product
+
+    window = probe_window(nn.Sequential(*[Product()], *[nn.Conv2d(1, 1, 2)]), axis=0, channels=1, lengths=[64])
+    assert (window.size, window.count) == (6.0, 31)
+    assert window.centre == window.position * 2 + 1.5
+
+
+def test_the_probe_of_what_sees_nothing() -> None:
+    class Blind(nn.Module):
+        def forward(self, image: Tensor) -> Tensor:
+            return image.detach()
+
+    with pytest.raises(ValueError, match="no gradient reaches the image"):
+        probe_receptive_field(Blind())

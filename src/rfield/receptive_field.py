@@ -1,10 +1,17 @@
-"""How far one output pixel can see, in input pixels."""
+"""How far one output pixel can see, in input pixels: reckoned along a chain of layers, or probed by gradients."""
 
-from collections.abc import Iterator
+import copy
+import dataclasses
+import math
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any
 
-from torch import nn
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from rfield.layers import AdaptiveConv2d, ReceptiveFieldRegulator
+from rfield.layers import AdaptiveConv2d, LearnedFactor, ReceptiveFieldRegulator
 
 _WINDOWED = (AdaptiveConv2d, nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)
 _POINTWISE = (
@@ -39,7 +46,8 @@ def theoretical_receptive_field(model: nn.Module) -> tuple[float, float]:
     Args:
         model: convolutions, pools, activations, batch norm (in eval mode), dropout, regulators and `nn.Sequential`s
             of them. Any other module must tell its order of execution by a method `chain() -> list[nn.Module]`, as
-            the modules of `rfield.models` do.
+            the modules of `rfield.models` do, or its own field by the attributes `receptive_field`, (height, width) in
+            px of its input, and `stride`. An `nn.Upsample` makes the steps after it smaller.
 
     Raises:
         ValueError: the model holds a module whose receptive field is not known; names it.
@@ -57,12 +65,17 @@ def theoretical_receptive_field(model: nn.Module) -> tuple[float, float]:
     for layer, factor in _steps(model, (1.0, 1.0)):
         if isinstance(layer, _POINTWISE):
             continue
+        if (known := _known_field(layer)) is not None:
+            for axis in (0, 1):
+                extent[axis] += (known[0][axis] - 1) * jump[axis] / factor[axis]
+                jump[axis] *= known[1]
+            continue
         if not isinstance(layer, _WINDOWED):
             position = repr(names[layer]) if names.get(layer) else "the top"
             raise ValueError(
                 f"The receptive field of {type(layer).__name__} (at {position}) is not known. "
                 "Give its layers in an nn.Sequential, or give it a method chain() that lists its modules in their "
-                "order of execution."
+                "order of execution; or measure it: probe_receptive_field."
             )
         dilation: tuple[float, float] = _pair(getattr(layer, "dilation", 1))
         if isinstance(layer, AdaptiveConv2d):
@@ -119,5 +132,187 @@ def _steps(module: nn.Module, factor: tuple[float, float]) -> Iterator[tuple[nn.
         yield module, factor
 
 
+def _known_field(layer: nn.Module) -> tuple[tuple[float, float], float] | None:
+    """The receptive field and the stride of a module that tells them."""
+    if isinstance(layer, nn.Upsample) and isinstance(layer.scale_factor, (int, float)):
+        return (1.0, 1.0), 1 / layer.scale_factor
+    field = getattr(layer, "receptive_field", None)
+    return None if field is None else (field, float(layer.stride))  # type: ignore[arg-type]
+
+
 def _pair(value: int | tuple[int, ...]) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (value[0], value[1])
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """What the output pixel in the middle sees of an image along one axis."""
+
+    size: float
+    """Its receptive field in px; infinite if it sees the whole image, however large."""
+    local: float
+    """The same without what looks at the whole image at once: global pooling, attention, group norm."""
+    centre: float
+    """The middle of what it sees, by weight, in px from the image's first; NaN if it sees nothing nearby."""
+    position: int
+    """Which output pixel it is, from 0."""
+    count: int
+    """Output pixels along the axis."""
+
+
+# px; the longest holds the fields of the deepest networks.
+_LENGTHS = (257, 513, 1025, 2049, 4097)
+
+
+def probe_receptive_field(model: nn.Module, channels: int = 3) -> tuple[float, float]:
+    """Measures the receptive field of any module by the gradient of an output pixel: height and width, in input px.
+
+    For modules that `theoretical_receptive_field` cannot reckon. Infinite where the output sees the whole image:
+    global pooling, squeeze-excite, attention or a norm over the whole map is found, or it sees more than 4097 px.
+
+    Args:
+        model: maps Tensor[N, channels, H, W] to Tensor[N, C, h, w] for images of 65 x 257 px and more.
+        channels: of the image.
+
+    Raises:
+        ValueError: no gradient reaches the image.
+
+    Example:
+        >>> layers = nn.Sequential(nn.Conv2d(3, 8, (5, 3), stride=2), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2))
+        >>> probe_receptive_field(layers)
+        (7.0, 5.0)
+        >>> probe_receptive_field(nn.Sequential(layers, nn.AdaptiveAvgPool2d(1)))
+        (inf, inf)
+    """
+    return probe_window(model, 0, channels).size, probe_window(model, 1, channels).size
+
+
+def probe_window(
+    model: nn.Module, axis: int, channels: int = 3, thickness: int = 65, lengths: Sequence[int] = _LENGTHS
+) -> Window:
+    """Measures where the central output pixel looks along one axis.
+
+    It runs on a copy in float64 whose weights are positive, whose max pools average, whose products are sums, and
+    whose activations and norms let everything pass, so that no gradient is lost where there is a path. The images are
+    strips, as long as the field needs.
+
+    Args:
+        model: maps Tensor[N, channels, H, W] to Tensor[N, C, h, w].
+        axis: 0 for the height, 1 for the width.
+        channels: of the image.
+        thickness: the strips' short side in px.
+        lengths: their long sides in px, tried one after the other until one holds the field.
+
+    Raises:
+        ValueError: no gradient reaches the image.
+
+    Example:
+        >>> probe_window(nn.Conv2d(1, 1, 2, stride=2), axis=1, channels=1, lengths=[9])
+        Window(size=2.0, local=2.0, centre=4.5, position=2, count=4)
+    """
+    probe = _probe_copy(model)
+    for length in lengths:
+        shape = (length, thickness) if axis == 0 else (thickness, length)
+        image = torch.ones(1, channels, *shape, dtype=torch.float64, requires_grad=True)
+        with _LetPass() as mode, torch.enable_grad():
+            output = probe(image).movedim(2 + axis, 3)
+        position = output.shape[3] // 2
+        if output.requires_grad:
+            output[0, :, output.shape[2] // 2, position].sum().backward()
+        weight = torch.zeros(length) if image.grad is None else image.grad[0].abs().sum((0, 2 - axis))
+        seen = weight.nonzero().flatten()
+        if not len(seen) and not mode.looks_everywhere:
+            raise ValueError("no gradient reaches the image: the receptive field of this model cannot be probed")
+        inside = len(seen) > 0 and seen[0] > 0 and seen[-1] < length - 1
+        if inside or not len(seen):
+            break
+    local = float(seen[-1] - seen[0] + 1) if inside else math.inf
+    centre = float((weight * torch.arange(length)).sum() / weight.sum())
+    return Window(math.inf if mode.looks_everywhere else local, local, centre, position, output.shape[3])
+
+
+def _probe_copy(model: nn.Module) -> nn.Module:
+    """The model in float64 and eval mode, with kernels that average; they take no memory."""
+    factors = {id(module.log_factor) for module in model.modules() if isinstance(module, LearnedFactor)}
+    memo: dict[int, Any] = {}
+    for name, weight in model.named_parameters():
+        if id(weight) not in factors:
+            inputs = weight.numel() // weight.shape[0] if weight.dim() > 1 else 1
+            value = torch.tensor(0.0 if name.endswith("bias") else 1 / inputs, dtype=torch.float64)
+            memo[id(weight)] = nn.Parameter(value.expand(weight.shape), requires_grad=False)
+    return copy.deepcopy(model, memo).double().eval()
+
+
+_PASSED = (
+    *("relu", "relu_", "relu6", "hardtanh", "hardtanh_", "leaky_relu", "leaky_relu_", "elu", "elu_", "celu", "selu"),
+    *("gelu", "silu", "hardswish", "mish", "softplus", "prelu"),
+    *("batch_norm", "layer_norm", "rms_norm", "local_response_norm"),
+)
+_SATURATING = ("sigmoid", "sigmoid_", "hardsigmoid", "tanh", "tanh_")
+_EVERYWHERE = (
+    *("adaptive_avg_pool2d", "adaptive_max_pool2d", "group_norm", "instance_norm"),
+    *("scaled_dot_product_attention", "multi_head_attention_forward"),
+)
+_REDUCTIONS = ("mean", "sum", "amax", "norm", "vector_norm", "std", "var", "std_mean", "var_mean")
+
+
+class _LetPass(TorchFunctionMode):
+    """Runs a model so that its gradients tell where it looks, and nothing else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.looks_everywhere = False
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Collection[type], args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        first = args[0] if args and isinstance(args[0], Tensor) else None
+        if first is None:
+            return func(*args, **kwargs)
+        if name in _PASSED:
+            return first
+        if name in ("mul", "mul_") and all(isinstance(part, Tensor) and part.requires_grad for part in args[:2]):
+            return (first + args[1]) / 2  # A chain of products would outgrow every number.
+        if name in _SATURATING:
+            return first / (1 + first.abs())  # Their own gradient would round to 0.
+        if name in ("max_pool2d", "max_pool2d_with_indices"):
+            pooled = F.avg_pool2d(first, *args[1:4], **_pooling(kwargs))
+            return (pooled, None) if name.endswith("indices") else pooled
+        if first.requires_grad and (name in _EVERYWHERE or (name in _REDUCTIONS and _is_spatial(name, args, kwargs))):
+            if name in ("group_norm", "instance_norm"):
+                return _Everywhere.apply(first, self, True)
+            # Held still, so that what is seen besides can be told.
+            held = [part.detach() if isinstance(part, Tensor) else part for part in args[1:]]
+            kwargs = {key: part.detach() if isinstance(part, Tensor) else part for key, part in kwargs.items()}
+            return func(_Everywhere.apply(first, self, False), *held, **kwargs)
+        return func(*args, **kwargs)
+
+
+class _Everywhere(torch.autograd.Function):
+    """The identity; a gradient that comes by tells that the output looks at the whole image, and may end here."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, mode: _LetPass, passes: bool) -> Tensor:
+        ctx.mode, ctx.passes = mode, passes
+        return input.view_as(input)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None]:
+        ctx.mode.looks_everywhere = True
+        return grads[0] if ctx.passes else None, None, None
+
+
+def _pooling(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in kwargs.items() if key in ("kernel_size", "stride", "padding", "ceil_mode")}
+
+
+def _is_spatial(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    """Whether a map is reduced along both its height and its width."""
+    place = 2 if name in ("norm", "vector_norm") else 1
+    axes = kwargs.get("dim", args[place] if len(args) > place else None)
+    if args[0].dim() != 4 or axes is None:
+        return bool(args[0].dim() == 4)
+    reduced = {axis % 4 for axis in ((axes,) if isinstance(axes, int) else axes)}
+    return reduced >= {2, 3} or reduced >= {1, 2}
