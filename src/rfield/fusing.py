@@ -168,7 +168,8 @@ class _FixedResize(nn.Module):
             # 0 asks for the grid's own size. An axis of one pixel, before or after, may have any scale.
             target = output_size[axis] + grid[axis] * (output_size[axis] < 1)
             scale = (target - 1 + (target < 2)) / (grid[axis] - 1 + (grid[axis] < 2))
-            ratio = input.new_ones(1, dtype=self.dtype) * scale / self.factor[axis]
+            # In the precision of the learned factor.
+            ratio = (input.new_ones(1, dtype=torch.float32) * scale / self.factor[axis]).to(self.dtype)
             matrices.append(self._matrix(self._count(input, target) / ratio, size[axis]))
         resized: Tensor = matrices[0].matmul(output.to(self.dtype)).matmul(matrices[1].t()).to(output.dtype)
         return resized
@@ -288,8 +289,9 @@ def _plain_conv(layer: AdaptiveConv2d) -> nn.Module:
         dtype=layer.weight.dtype,
     )
     for name in ("weight", "bias"):
-        value = layer._parameters[name] if name in layer._parameters else nn.Parameter(getattr(layer, name))
-        setattr(conv, name, value)
+        value = getattr(layer, name)
+        if value is not None:
+            setattr(conv, name, value if isinstance(value, nn.Parameter) else nn.Parameter(value))
     carry_parametrizations(layer, conv)
     conv.training = layer.training
     if min(padding) >= 0:

@@ -4,7 +4,7 @@ from collections import OrderedDict
 from typing import Literal
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from rfield.layers import AdaptiveConv2d, LearnedFactor, ReceptiveFieldRegulator
 
@@ -105,15 +105,20 @@ class SinglePathHead(nn.Module):
 
     @property
     def effective_dilation(self) -> tuple[float, float]:
-        """The dilation d / f along height and width, in feature px; d where nothing is learned."""
+        """The dilation d / f along height and width, in feature px; fc6's own where nothing is learned."""
         layer = self.factor_layer
-        return (float(self.dilation), float(self.dilation)) if layer is None else layer.effective_dilation
+        return self._fixed_dilation() if layer is None else layer.effective_dilation
 
     @property
     def realised_dilation(self) -> tuple[float, float]:
         """The dilation that a forward runs at now, which a search may hold elsewhere."""
         layer = self.factor_layer
-        return (float(self.dilation), float(self.dilation)) if layer is None else layer.realised_dilation
+        return self._fixed_dilation() if layer is None else layer.realised_dilation
+
+    def _fixed_dilation(self) -> tuple[float, float]:
+        fc6 = self.layers.get_submodule("fc6")
+        assert isinstance(fc6, nn.Conv2d)
+        return float(fc6.dilation[0]), float(fc6.dilation[1])
 
     def chain(self) -> list[nn.Module]:
         """The modules in their order of execution."""
@@ -134,6 +139,9 @@ class SinglePathHead(nn.Module):
         features = self.norm(features)
         if isinstance(self.layers, ReceptiveFieldRegulator):
             logits = self.layers(features, output_size=output_size)
+            return logits
+        if isinstance(self.layers, fx.GraphModule):  # the plain layers and resizes that `rfield.fuse` leaves
+            logits = self.layers(features, output_size or (0, 0))
             return logits
         logits = self.layers(features)
         if output_size is None:
