@@ -125,12 +125,13 @@ class TrainConfig:
     out: str
     """The run folder."""
     model: str = "largefov_vgg16"
-    """The network: largefov_vgg16, efficientnet_lite0 or small_cnn."""
+    """The network: largefov_vgg16, efficientnet_lite0, small_cnn, or timm:NAME for any of timm, such as timm:resnet18."""
     weights: str | None = None
     """Pretrained weights of the backbone: imagenet (from an installed package, or downloaded), a local .pth or
     .safetensors file, or random. Default: imagenet for efficientnet_lite0 if its package is installed, else random."""
     output_stride: int | None = None
-    """Input px between neighbouring features: 8 or 16 for efficientnet_lite0. Default: the model's own."""
+    """Input px between neighbouring features: 8 or 16 for efficientnet_lite0; 8, 16 or 32 for timm:NAME, dilated where
+    timm can. Default: the model's own, 16 for timm:NAME."""
     dilation: int = 12
     """Dilation of the head's 3x3 convolution, where the receptive field starts."""
     paths: int = 1
@@ -156,7 +157,7 @@ class TrainConfig:
     search: Search = "sampled"
     """How the receptive field is learned: none (fixed), gradient (the paper's), spsa, or sampled (from any start)."""
     search_share: float | None = None
-    """Share of the steps that the search takes. Default: 0.8 for gradient, else 0.6."""
+    """Share of the steps that the search takes. Default: 0.8 for gradient, 0.5 for spsa, 0.6 for sampled."""
     search_narrowing: bool = True
     """Draw a sampled search's dilations ever closer to the best read so far; without it, from the whole range."""
     mechanism: Mechanism | None = None
@@ -182,11 +183,11 @@ class TrainConfig:
     max_steps: int | None = None
     """Stop after this many steps, whatever the epochs say."""
     batch_size: int | None = None
-    """Images a step, dealt evenly to the devices. Default: 4 a device with freeze_backbone, else 8."""
+    """Images a step, dealt evenly to the devices. Default: 8 a device."""
     optimizer: Optimizer | None = None
     """sgd (momentum 0.9) or adamw. Default: adamw with freeze_backbone, else sgd, as DeepLab."""
     lr: float | None = None
-    """Learning rate of the backbone; poly decay with power 0.9. Default: 0.001 for sgd, 0.0002 for adamw."""
+    """Learning rate of the backbone; poly decay with power 0.9. Default: 0.001 for sgd, 0.0001 for adamw."""
     head_lr_scale: float = 10.0
     """Learning rate of the head over the backbone's."""
     weight_decay: float = 5e-4
@@ -273,16 +274,16 @@ class TrainConfig:
         """
         optimizer = self.optimizer or ("adamw" if self.freeze_backbone else "sgd")
         adaptive = optimizer == "adamw"
-        shares = {"none": None, "gradient": 0.8, "spsa": 0.6, "sampled": 0.6}
+        shares = {"none": None, "gradient": 0.8, "spsa": 0.5, "sampled": 0.6}
         return dataclasses.replace(
             self,
             search_share=self.search_share or shares[self.search],
             mechanism=self.mechanism or ("regulator" if self.search == "gradient" else "dilation"),
             dropout=(0.0 if self.freeze_backbone else 0.5) if self.dropout is None else self.dropout,
-            batch_size=self.batch_size or (4 * self.devices if self.freeze_backbone else 8 * self.devices),
+            batch_size=self.batch_size or 8 * self.devices,
             optimizer=optimizer,
             clip_norm=(0.0 if adaptive else 1.0) if self.clip_norm is None else self.clip_norm,
-            lr=self.lr or (2e-4 if adaptive else 1e-3),
+            lr=self.lr or (1e-4 if adaptive else 1e-3),
             factor_lr=self.factor_lr or (0.02 if adaptive else 1e-3),
             val_every=self.val_every or max(1, self.epochs // 5),
         )
@@ -414,6 +415,25 @@ class PredictConfig:
     """Folder for the masks and overlays."""
     checkpoint: Literal["last", "best"] = "last"
     """Which of the run's checkpoints."""
+
+
+@dataclasses.dataclass
+class FuseConfig:
+    """Turning a trained network into a plain one."""
+
+    run: str = _positional()
+    """A run folder."""
+    out: str = dataclasses.field(kw_only=True)
+    """The folder to make: a run folder for predict and evaluate, with the weights in model.safetensors."""
+    mode: Literal["resize", "dilation"] = "resize"
+    """What becomes of a regulator that is not snapped: resize (fixed resizes, exact) or dilation (the nearest whole
+    dilations). After a search has ended both give the same."""
+    checkpoint: Literal["last", "best"] = "last"
+    """Which of the run's checkpoints."""
+    data: str | None = None
+    """What to score both networks on, as in train. Default: nothing is scored."""
+    split: str = "val"
+    """Split to score."""
 
 
 @dataclasses.dataclass

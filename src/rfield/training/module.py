@@ -24,9 +24,6 @@ from rfield.receptive_field import receptive_field_px
 from rfield.search import GradientSearch, SampledSearch, Search, SpsaSearch, factor_parameters
 
 Batch = tuple[Tensor, Tensor]
-
-# Steps from one probe of an SPSA search to the next.
-_PROBE_EVERY = 2
 # Logits of a path over those of the sum that count as a drift of the paths.
 _DRIFT = 5.0
 
@@ -232,7 +229,7 @@ class ParsingModule(L.LightningModule):
         if kind == "gradient":
             return GradientSearch(self.network, loss, steps, seed)
         if kind == "spsa":
-            return SpsaSearch(self.network, loss, steps, seed, every=_PROBE_EVERY)
+            return SpsaSearch(self.network, loss, steps, seed)
         if not self.config.search_narrowing:
             return SampledSearch(self.network, loss, steps, self.held_out, seed, narrowings={})
         return SampledSearch(self.network, loss, steps, self.held_out, seed)
