@@ -24,7 +24,7 @@ from rfield.data.cache import cache_features
 from rfield.inference import build_network, evaluate
 from rfield.models import ParsingNetwork
 
-EPOCHS, BATCH, CANVAS = 10, 4, (320, 320)
+EPOCHS, BATCH, CANVAS = 10, 8, (320, 320)
 WEIGHTS = "../shared/weights/vgg16_features_imagenet_fp16.pth"
 FIXED = (0.125, 0.2, 0.35, 0.5, 0.7, 1.0, 1.5)
 STARTS = (0.125, 1.5)
@@ -39,9 +39,6 @@ class Stack(nn.Module):
         sizes = (in_channels, width, width)
         layers = [part for size in sizes for part in (nn.Conv2d(size, width, 3, padding=1), nn.ReLU(inplace=True))]
         self.regulator = ReceptiveFieldRegulator(nn.Sequential(*layers, nn.Conv2d(width, num_classes, 1)), factor)
-        for layer in layers[::2]:
-            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-            nn.init.zeros_(layer.bias)
 
     def forward(self, features: torch.Tensor, output_size: tuple[int, int] | None = None) -> torch.Tensor:
         return self.regulator(features, output_size=output_size)
@@ -70,12 +67,12 @@ def train(backbone: nn.Module, data: tuple, kind: str, factor: float, seed: int)
     search = {
         "none": lambda: None,
         "gradient": lambda: GradientSearch(head, loss_of, int(0.8 * steps)),
-        "spsa": lambda: SpsaSearch(head, loss_of, int(0.6 * steps), seed, every=2),
+        "spsa": lambda: SpsaSearch(head, loss_of, int(0.5 * steps), seed),
         "sampled": lambda: SampledSearch(head, loss_of, int(0.6 * steps), held_out, seed),
     }[kind]()
     if kind == "none":
         head.regulator.freeze_factor()
-    optimizer = torch.optim.AdamW(parameter_groups(head, lr=2e-3, factor_lr=0.02), weight_decay=5e-4)
+    optimizer = torch.optim.AdamW(parameter_groups(head, lr=1e-3, factor_lr=0.02), weight_decay=5e-4)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (1 - step / steps) ** 0.9)
     started, step, way = time.monotonic(), 0, []
     for epoch in range(EPOCHS):

@@ -16,13 +16,11 @@ class SpsaSearch(Search):
     Each step sees the same batch at `r e^eps` and at `r e^-eps`; the weights train on the mean of both losses, and
     `(L+ - L-) / (2 eps)` goes to Adam. Every factor draws an eps of its own: half-normal of scale sigma, of random
     sign, within [0.05, 2 sigma]; sigma falls linearly from `scale` to 0. Dilated convolutions run at an integer drawn
-    by stochastic rounding. Only every `every`-th step is a probe of two sides; the others train at the present
-    dilation.
+    by stochastic rounding.
 
     Args:
         model, loss_fn, steps, seed: see `Search`.
         scale: sigma at the start.
-        every: steps from one probe to the next.
         lr: Adam's rate for the logarithm of the dilation.
     """
 
@@ -34,11 +32,9 @@ class SpsaSearch(Search):
         seed: int = 0,
         scale: float = 0.6,
         lr: float = 0.03,
-        every: int = 1,
     ) -> None:
         super().__init__(model, loss_fn, steps, seed)
         self.scale = scale
-        self.every = every
         for group in self.groups:
             group[0].freeze_factor()
         self._log_dilation = [log_dilation(group[0]) for group in self.groups]
@@ -47,10 +43,6 @@ class SpsaSearch(Search):
 
     def loss(self, batch: Any) -> Tensor:
         if self.done:
-            return self._losses(batch)[0]
-        if self.step_index % self.every:
-            for index, (group, center) in enumerate(zip(self.groups, self._log_dilation, strict=True)):
-                hold_dilation(group, center.exp().tolist(), self._random("round", index))
             return self._losses(batch)[0]
         losses, guides = [], []
         for sign in (1.0, -1.0):
