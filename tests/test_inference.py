@@ -9,7 +9,10 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+import torch.nn.functional as F
 import yaml
+from torchvision.transforms.v2 import functional as TF
+from torchvision.tv_tensors import Mask
 
 from rfield.cli import main
 from rfield.config import TrainConfig
@@ -203,6 +206,23 @@ def test_masks_have_the_images_size_and_the_data_s_palette(
         with PIL.Image.open(out / f"{path.stem}_overlay.jpg") as overlay:
             assert (overlay.mode, overlay.size) == ("RGB", photograph.size)
     assert len(list(out.iterdir())) == 2 * len(images), "nothing half-written is left"
+
+
+def test_photographs_are_seen_at_the_size_of_the_training_data(make_run: MakeRun, photos: Path, tmp_path: Path) -> None:
+    """Masks are the network's at that size, brought back to the photograph's own."""
+    folder = make_run()
+    classes = json.loads((folder / "classes.json").read_text())
+    (folder / "classes.json").write_text(json.dumps(classes | {"size": [12, 20]}))
+    run = load_run(folder)
+    assert run.size == (12, 20)
+    (target,) = predict_run(run, [photos / "odd.jpg"], tmp_path / "out")
+    with PIL.Image.open(target) as mask, PIL.Image.open(photos / "odd.jpg") as photograph:
+        assert mask.size == photograph.size
+        labels, small = np.array(mask), photograph.resize((20, 12), PIL.Image.Resampling.BILINEAR)
+    image, _ = evaluation_transform()(TF.to_image(small), Mask(torch.zeros(12, 20, dtype=torch.uint8)))
+    logits = predict_logits(run.network, image)[None]
+    expected = F.interpolate(logits, labels.shape, mode="bilinear")[0].argmax(0).numpy()
+    assert (labels == expected).mean() > 0.97
 
 
 def test_one_file_and_a_glob(photos: Path) -> None:

@@ -12,17 +12,20 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import torch
+import torch.nn.functional as F
 import yaml
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
 from rfield import plots
-from rfield.config import TrainConfig
+from rfield.config import TrainConfig, parse_size
 from rfield.data import HELEN_CLASSES, ParsingDataset, evaluation_transform
 from rfield.data.cache import CachedFeatures, find_features, image_features
+from rfield.fusing import restore_fused
 from rfield.layers import LearnedFactor
 from rfield.metrics import confusion_matrix, helen_scores, segmentation_scores
-from rfield.models import MODELS, ParsingNetwork, Paths
+from rfield.models import ParsingNetwork, Paths, find_model
+from rfield.models.weights import read_weights
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 
@@ -47,6 +50,8 @@ class Run:
     class_names: tuple[str, ...]
     palette: list[tuple[int, int, int]]
     network: ParsingNetwork
+    size: tuple[int, int] | None = None
+    """(height, width) in px that photographs were brought to, if the data set had a size."""
 
 
 def build_network(
@@ -70,10 +75,9 @@ def build_network(
     >>> build_network(config, num_classes=4).head.effective_dilation
     (4.0, 4.0)
     """
-    if config.model not in MODELS:
-        raise ValueError(f"model {config.model!r} is not known; the known ones are {', '.join(MODELS)}")
+    build = find_model(config.model)
     options = {} if config.output_stride is None else {"output_stride": config.output_stride}
-    network = MODELS[config.model](
+    network = build(
         num_classes,
         dilation=config.dilation,
         head_channels=config.head_channels,
@@ -98,7 +102,7 @@ def build_network(
 
 
 def load_run(folder: str | Path, checkpoint: str = "last") -> Run:
-    """Opens the network that `rfield train` has left in a run folder.
+    """Opens the network that `rfield train` or `rfield fuse` has left in a run folder.
 
     Args:
         folder: the run folder.
@@ -113,6 +117,9 @@ def load_run(folder: str | Path, checkpoint: str = "last") -> Run:
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} is not a run folder: it has no {name}")
     path = folder / "checkpoints" / f"{checkpoint}.ckpt"
+    fused = folder / "fused.json"
+    if checkpoint == "last" and fused.is_file():
+        path = folder / "model.safetensors"
     if not path.is_file():
         kept = sorted(file.stem for file in path.parent.glob("*.ckpt"))
         raise FileNotFoundError(f"{folder} has no checkpoint {checkpoint!r}; it has {', '.join(kept) or 'none yet'}")
@@ -121,16 +128,21 @@ def load_run(folder: str | Path, checkpoint: str = "last") -> Run:
         classes = json.loads((folder / "classes.json").read_text())
         class_names = tuple(classes["class_names"])
         palette = [(r, g, b) for r, g, b in classes["palette"]]
+        size = parse_size(classes["size"]) if classes.get("size") else None
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / 'classes.json'} is damaged: {error}") from error
     network = build_network(config, len(class_names))
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
         prefix = "network."
+        if path.suffix == ".safetensors":
+            restore_fused(network, json.loads(fused.read_text()))
+            state = {prefix + key: value for key, value in read_weights(path).items()}
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
         network.load_state_dict({key.removeprefix(prefix): v for key, v in state.items() if key.startswith(prefix)})
     except Exception as error:  # Damaged files raise a dozen different types.
         raise ValueError(f"{path} is damaged or not a checkpoint of this run: {error}") from error
-    return Run(folder, config, class_names, palette, network.eval())
+    return Run(folder, config, class_names, palette, network.eval(), size)
 
 
 def load_config(path: Path) -> TrainConfig:
@@ -277,8 +289,12 @@ def predict_run(run: Run, images: Sequence[Path], out: Path) -> Iterator[Path]:
                 photograph = file.convert("RGB")
         except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
             raise ValueError(f"{path} cannot be read as an image: {error}") from error
-        image = transform(TF.to_image(photograph))
-        labels = predict_logits(network, image, run.config.freeze_backbone).argmax(0).to(torch.uint8).cpu().numpy()
+        whole = TF.to_image(photograph)
+        image = transform(whole if run.size is None else TF.resize(whole, list(run.size), antialias=True))
+        logits = predict_logits(network, image, run.config.freeze_backbone)
+        if run.size is not None:
+            logits = F.interpolate(logits[None], whole.shape[-2:], mode="bilinear")[0]
+        labels = logits.argmax(0).to(torch.uint8).cpu().numpy()
         mask = PIL.Image.fromarray(labels)
         mask.putpalette(palette.tobytes())
         target = out / f"{path.stem}.png"

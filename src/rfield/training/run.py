@@ -29,6 +29,7 @@ from rfield.data import (
     AugmentedDataset,
     EpochSampler,
     ParsingDataset,
+    ResizedDataset,
     evaluation_transform,
     load_dataset,
     training_transform,
@@ -390,6 +391,8 @@ def _check_run_folder(out: Path, config: TrainConfig) -> None:
 def _start_run_folder(out: Path, config: TrainConfig, dataset: ParsingDataset, groups: ClassGroups | None) -> None:
     out.mkdir(parents=True, exist_ok=True)
     classes: dict[str, Any] = {"class_names": dataset.class_names, "palette": dataset.palette}
+    if isinstance(dataset, ResizedDataset):
+        classes["size"] = list(dataset.size)
     if groups is not None:
         classes["class_groups"] = {
             name: [dataset.class_names[index] for index in group] for name, group in groups.items()
