@@ -26,6 +26,7 @@ ROOMS: dict[str, set[str]] = {
     "metrics": {"torch", "torchmetrics"},
     "plots": {"numpy", "matplotlib"},
     "inference": {"torch", "torchvision", "numpy", "PIL", "yaml"},
+    "plain_run": {"torch", "safetensors", "yaml"},
     "training": {"torch", "lightning", "tensorboard", "rich", "numpy", "yaml"},
     "export": {"torch", "onnx", "onnxscript", "onnxruntime"},
     "experiments": {"torch", "numpy", "optuna", "rich"},

@@ -22,6 +22,7 @@ from rfield.config import (
     ConvertConfig,
     DemoConfig,
     EvaluateConfig,
+    FuseConfig,
     PredictConfig,
     ReproduceConfig,
     SweepConfig,
@@ -104,6 +105,21 @@ def predict(config: PredictConfig) -> None:
     print(f"{len(images)} masks and overlays are in {config.out}")
 
 
+def fuse(config: FuseConfig) -> None:
+    """Turn a trained network into a plain one, of fixed dilations, that needs no learned layer."""
+    from rfield.data import load_dataset
+    from rfield.plain_run import fuse_run, score_change
+
+    dataset = None if config.data is None else load_dataset(config.data, config.split)
+    made = fuse_run(config.run, config.out, config.mode, config.checkpoint)
+    print("\n".join(f"{name}: {change}" for name, change in made.items()) or "nothing was learned in this run")
+    if dataset is not None:
+        with _progress("scoring") as progress:
+            before, after = score_change(config.run, config.out, config.checkpoint, dataset, progress)
+        print(f"mIoU {before:.4f} before, {after:.4f} after: {after - before:+.4f}")
+    print(f"the plain network is in {config.out}")
+
+
 def convert(config: ConvertConfig) -> None:
     """Bring CelebAMask-HQ or LaPa into the layout of Helen."""
     from rfield.data import convert_celebamask, convert_lapa
@@ -155,6 +171,7 @@ COMMANDS: dict[str, tuple[Any, Any]] = {
     "sweep": (SweepConfig, sweep),
     "tune": (TuneConfig, tune),
     "reproduce": (ReproduceConfig, reproduce),
+    "fuse": (FuseConfig, fuse),
     "convert": (ConvertConfig, convert),
 }
 

@@ -146,6 +146,32 @@ def fixed_resize(module: nn.Module, factor: tuple[float, float]) -> fx.GraphModu
     return _graft(_FixedResize(module, factor, dtype), module)
 
 
+def restore_fused(model: nn.Module, record: dict[str, Any]) -> None:
+    """Gives a plain model, in place, the dilations and resizes of a fused one.
+
+    Args:
+        model: as it is built without learned layers.
+        record: `dilations`, (height, width) by the convolution's name, and `resizes`, the factors (height, width) by
+            the part's name.
+
+    Raises:
+        ValueError: if the model has no such part, or what `set_dilations` and `fixed_resize` raise.
+
+    >>> model = nn.Sequential(nn.Conv2d(8, 8, 3, padding=4, dilation=4))
+    >>> restore_fused(model, {"dilations": {"0": [2, 2]}, "resizes": {}})
+    >>> dilations(model)
+    {'0': (2, 2)}
+    """
+    set_dilations(model, record["dilations"])
+    for name, (height, width) in record["resizes"].items():
+        parent, _, child = name.rpartition(".")
+        try:
+            part = model.get_submodule(name)
+        except AttributeError as error:
+            raise ValueError(f"the model has no part {name!r} to resize") from error
+        setattr(model.get_submodule(parent), child, fixed_resize(part, (height, width)))
+
+
 class _FixedResize(nn.Module):
     """What `fixed_resize` traces: whole-number arithmetic on sizes, and tensor methods, which fx records."""
 
