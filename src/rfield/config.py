@@ -125,7 +125,7 @@ class TrainConfig:
     out: str
     """The run folder."""
     model: str = "largefov_vgg16"
-    """The network: largefov_vgg16, efficientnet_lite0, small_cnn, or timm:NAME for any of timm, such as timm:resnet18."""
+    """The network: largefov_vgg16, efficientnet_lite0, small_cnn, or timm:NAME, such as timm:resnet18."""
     weights: str | None = None
     """Pretrained weights of the backbone: imagenet (from an installed package, or downloaded), a local .pth or
     .safetensors file, or random. Default: imagenet for efficientnet_lite0 if its package is installed, else random."""

@@ -125,6 +125,8 @@ def _steps(module: nn.Module, factor: tuple[float, float]) -> Iterator[tuple[nn.
     elif isinstance(module, nn.Sequential):
         for child in module:
             yield from _steps(child, factor)
+    elif getattr(module, "receptive_field", None) is not None:
+        yield module, factor
     elif callable(chain := getattr(module, "chain", None)):
         for child in chain():
             yield from _steps(child, factor)

@@ -3,6 +3,7 @@
 One forward pass reads `parsing.py` -> `backbones.py` -> `heads.py` -> `layers/regulator.py` -> `ops/resize.py`.
 """
 
+import functools
 from collections.abc import Callable
 
 from rfield.models.backbones import Backbone, largefov_vgg16_backbone, small_cnn_backbone
@@ -18,6 +19,27 @@ MODELS: dict[str, Callable[..., ParsingNetwork]] = {
 }
 """The function that builds each network, by name; all take the same keyword arguments."""
 
+
+def find_model(name: str) -> Callable[..., ParsingNetwork]:
+    """The function that builds a network: of `MODELS`, or for timm:NAME any network of timm.
+
+    Raises:
+        ValueError: there is no such network, or timm is missing.
+
+    >>> find_model("small_cnn")(2, head_channels=4).stride
+    4
+    """
+    if name in MODELS:
+        return MODELS[name]
+    if not name.startswith("timm:"):
+        raise ValueError(f"model {name!r} is not known; the known ones are {', '.join(MODELS)} and timm:NAME")
+    try:
+        from rfield.models.timm_backbone import timm_network  # Local: the other networks do without timm.
+    except ImportError as error:
+        raise ValueError(f"model {name} needs the package timm: pip install timm") from error
+    return functools.partial(timm_network, name.removeprefix("timm:"))
+
+
 __all__ = [
     "MODELS",
     "Backbone",
@@ -29,6 +51,7 @@ __all__ = [
     "default_weights",
     "efficientnet_lite0",
     "efficientnet_lite0_backbone",
+    "find_model",
     "largefov_vgg16",
     "largefov_vgg16_backbone",
     "small_cnn",

@@ -5,6 +5,7 @@ k * stride + 1 px gives exactly k + 1 features.
 """
 
 from collections import OrderedDict
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -28,6 +29,11 @@ class Backbone(nn.Module):
         nominal_receptive_field_px: the receptive field in px that publications reckon for this backbone, where
             it differs from the exact one; `None` elsewhere.
         normalise: what the weights need done to images that ImageNet's mean and deviation have normalised.
+        fine: the layer after which a finer map can be had (its name in `layers`, or in a Sequential that is one of
+            them, such as `blocks.1`), the map's channels and its stride; `None` where there is no finer one.
+
+    Attributes:
+        fine_channels, fine_stride: of the finer map; 0 where there is none.
 
     Example:
         >>> import torch
@@ -44,6 +50,7 @@ class Backbone(nn.Module):
         stride: int,
         nominal_receptive_field_px: float | None = None,
         normalise: nn.Module | None = None,
+        fine: tuple[str, int, int] | None = None,
     ) -> None:
         super().__init__()
         self.normalise = normalise
@@ -51,6 +58,7 @@ class Backbone(nn.Module):
         self.out_channels = out_channels
         self.stride = stride
         self.nominal_receptive_field_px = nominal_receptive_field_px
+        self.fine_layer, self.fine_channels, self.fine_stride = fine or ("", 0, 0)
         for module in layers.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
@@ -67,6 +75,31 @@ class Backbone(nn.Module):
             image = self.normalise(image)
         features: Tensor = self.layers(image)
         return features
+
+    def pyramid(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """The finer map and the features of the same images.
+
+        Returns:
+            Tensor[N, fine_channels, k * r + 1, l * r + 1] with r = stride / fine_stride, and what `forward` gives.
+
+        Raises:
+            ValueError: there is no finer map.
+        """
+        if not self.fine_stride:
+            raise ValueError(f"This backbone has no map finer than its features of stride {self.stride}.")
+        features = image if self.normalise is None else self.normalise(image)
+        for name, layer in self._steps():
+            features = layer(features)
+            if name == self.fine_layer:
+                fine = features
+        return fine, features
+
+    def _steps(self) -> Iterator[tuple[str, nn.Module]]:
+        for name, layer in self.layers.named_children():
+            if isinstance(layer, nn.Sequential):
+                yield from ((f"{name}.{inner}", module) for inner, module in layer.named_children())
+            else:
+                yield name, layer
 
 
 def largefov_vgg16_backbone() -> Backbone:
@@ -94,7 +127,8 @@ def largefov_vgg16_backbone() -> Backbone:
             layers[f"relu{stage}_{number}"] = nn.ReLU(inplace=True)
             in_channels = width
         layers[f"pool{stage}"] = nn.MaxPool2d(3, stride=2 if stage <= 3 else 1, padding=1)
-    return Backbone(nn.Sequential(layers), out_channels=512, stride=8, nominal_receptive_field_px=212.0)
+    fine = ("relu3_3", 256, 4)
+    return Backbone(nn.Sequential(layers), out_channels=512, stride=8, nominal_receptive_field_px=212.0, fine=fine)
 
 
 def small_cnn_backbone(channels: int = 32) -> Backbone:
@@ -114,7 +148,7 @@ def small_cnn_backbone(channels: int = 32) -> Backbone:
     for number, (in_channels, stride) in enumerate(((3, 2), (channels, 2), (channels, 1)), start=1):
         layers[f"conv{number}"] = nn.Conv2d(in_channels, channels, 3, stride=stride, padding=1)
         layers[f"relu{number}"] = nn.ReLU(inplace=True)
-    return Backbone(nn.Sequential(layers), out_channels=channels, stride=4)
+    return Backbone(nn.Sequential(layers), out_channels=channels, stride=4, fine=("relu1", channels, 2))
 
 
 def load_vgg16_weights(

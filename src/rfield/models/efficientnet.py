@@ -79,7 +79,9 @@ def efficientnet_lite0_backbone(output_stride: int = 8, block: int = 4) -> Backb
     layers = OrderedDict[str, nn.Module](conv_stem=whole.conv_stem, bn1=whole.bn1, blocks=blocks)
     channels = blocks[-1][-1].feature_info("bottleneck")["num_chs"]
     stride = min(output_stride, _LITE0_STRIDES[block])
-    return _LiteBackbone(nn.Sequential(layers), channels, stride, normalise=InputNormalisation(_MEAN, _STD))
+    fine = ("blocks.1", blocks[1][-1].feature_info("bottleneck")["num_chs"], 4) if stride > 4 else None
+    normalise = InputNormalisation(_MEAN, _STD)
+    return _LiteBackbone(nn.Sequential(layers), channels, stride, normalise=normalise, fine=fine)
 
 
 def load_efficientnet_lite0_weights(backbone: Backbone, weights: str | Path) -> None:
