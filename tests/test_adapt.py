@@ -1,6 +1,7 @@
 """`adapt` and `regulate`: what they choose, what they share, what they refuse, and whom they get along with."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -130,6 +131,16 @@ class TestShare:
         first.set_factor(0.5)
         assert (first.effective_dilation[0], second.effective_dilation[0]) == pytest.approx((4, 8))
         assert len(rfield.parameter_groups(model, 0.1, 0.01)[1]["params"]) == 1
+
+    def test_is_saved_by_safetensors(self, tmp_path: Path) -> None:
+        safetensors = pytest.importorskip("safetensors.torch")
+        model, other = network(), network()
+        adapt(model, "head", share="parallel")[0].set_factor(0.5)
+        safetensors.save_file(model.state_dict(), tmp_path / "model.safetensors")
+        adapt(other, "head", share="parallel")
+        other.load_state_dict(safetensors.load_file(tmp_path / "model.safetensors"))
+        assert [layer.factor.item() for (layer, *_) in learned_layers(other)] == [0.5]
+        assert torch.equal(other(IMAGE), model(IMAGE))
 
     def test_a_flat_model_is_one_block(self) -> None:
         model = nn.Sequential(dilated(3, 2), nn.ReLU(), dilated(3, 4))

@@ -56,6 +56,7 @@ class LearnedFactor(nn.Module):
         self.held: Pair | None = None
         self.map_size: tuple[int, int] | None = None
         self._start = start
+        self._shares = False
 
     @property
     def factor(self) -> Tensor:
@@ -132,6 +133,13 @@ class LearnedFactor(nn.Module):
         """Uses the very same parameter as `other` from now on. Do this before the optimizer is made."""
         self.log_factor = other.log_factor
         self._start = other._start
+        self._shares = True
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._shares and not keep_vars:
+            # Two keys with one memory are what safetensors, and with it transformers, refuse to save.
+            destination[f"{prefix}log_factor"] = destination[f"{prefix}log_factor"].clone()
 
     def extra_repr(self) -> str:
         factor = ", ".join(f"{value:.4g}" for value in self.factor.tolist())
