@@ -44,8 +44,8 @@ def test_initialisation() -> None:
     torch.manual_seed(0)
     state = SinglePathHead(64, 50, 1, head_channels=64, regulate=False).layers.state_dict()
     assert not any(state[f"{name}.bias"].any() for name in ("fc6", "fc7", "fc8"))
-    assert state["fc6.weight"].std().item() == pytest.approx((2 / (64 * 9)) ** 0.5, rel=0.05)
-    assert state["fc7.weight"].std().item() == pytest.approx((2 / 64) ** 0.5, rel=0.05)
+    assert state["fc6.weight"].std().item() == pytest.approx((1 / (3 * 64 * 9)) ** 0.5, rel=0.05)
+    assert state["fc7.weight"].std().item() == pytest.approx((1 / (3 * 64)) ** 0.5, rel=0.05)
     assert state["fc8.weight"].std().item() == pytest.approx(0.01, rel=0.05)
 
 
