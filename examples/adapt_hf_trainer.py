@@ -34,7 +34,7 @@ class Step(TrainerCallback):
         self.search.step()
 
 
-def main(steps: int = 300, folder: str = "mobilevit") -> nn.Module:
+def main(steps: int = 300, folder: str = "runs/mobilevit") -> nn.Module:
     model = MobileViTForSemanticSegmentation(MobileViTConfig(num_labels=4))  # or .from_pretrained(...)
     rfield.adapt(model, share="parallel")
     images = SyntheticCues("train", size=(128, 128), length=4 * steps)

@@ -40,7 +40,7 @@ class Adapted(L.LightningModule):
         self.search.load_state_dict(checkpoint["search"])
 
 
-def main(steps: int = 300, folder: str = "lightning") -> nn.Module:
+def main(steps: int = 300, folder: str = "runs/lightning") -> nn.Module:
     module = Adapted(steps)
     images = SyntheticCues("train", size=(128, 128), length=4 * steps)
     trainer = L.Trainer(max_steps=steps, default_root_dir=folder, logger=False)

@@ -1,5 +1,7 @@
 """torchvision's DeepLabV3 learns the rates of its pyramid, in a plain training loop."""
 
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,7 +20,7 @@ def loss_fn(model: nn.Module, batch: Batch) -> Tensor:
     return F.cross_entropy(model(image / 255)["out"], mask.long(), ignore_index=255)
 
 
-def main(steps: int = 300, out: str = "deeplabv3.pt") -> nn.Module:
+def main(steps: int = 300, out: str = "runs/deeplabv3.pt") -> nn.Module:
     model = deeplabv3_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=4)
     rfield.adapt(model, "classifier", share="parallel")  # before the optimizer is made
     optimizer = torch.optim.AdamW(rfield.parameter_groups(model, lr=1e-3, factor_lr=1e-2))
@@ -32,6 +34,7 @@ def main(steps: int = 300, out: str = "deeplabv3.pt") -> nn.Module:
         search.step()
     plain = rfield.fuse(model)
     print(dilations(plain))
+    Path(out).parent.mkdir(exist_ok=True)
     torch.save(plain.state_dict(), out)  # the keys of torchvision's own model
     return plain
 
