@@ -79,6 +79,12 @@ def test_wrong_class_weights_say_what_they_are(value: Any) -> None:
         parse_class_weights(value)
 
 
+def test_a_decoder_needs_the_whole_backbone() -> None:
+    assert config_of(decoder=True).decoder
+    with pytest.raises(ValueError, match="decoder needs the backbone's finer map, but freeze_backbone keeps its"):
+        config_of(decoder=True, freeze_backbone=True)
+
+
 def test_label_smoothing_goes_with_cross_entropy() -> None:
     assert config_of(label_smoothing=0.1).label_smoothing == 0.1
     with pytest.raises(ValueError, match="label_smoothing goes with the loss cross_entropy, not dice"):

@@ -14,7 +14,8 @@ import yaml
 
 from rfield.cli import main, parse
 from rfield.config import TrainConfig
-from rfield.inference import load_config
+from rfield.data import load_dataset
+from rfield.inference import build_network, evaluate, load_config, load_run
 from rfield.losses import make_loss
 from rfield.models import small_cnn
 from rfield.training import ParsingModule, read_factor_csv, train
@@ -58,6 +59,41 @@ def test_other_losses_train(tiny: dict[str, Any], values: dict[str, Any]) -> Non
     assert all(0 < loss < 5 for loss in losses)
     written = load_config(Path(tiny["out"]) / "config.yaml")
     assert written.class_weights == values.get("class_weights")
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"loss_resolution": "image", "search": "gradient", "precision": "bf16-mixed"},
+        {"paths": 2, "class_groups": "auto", "path_guidance": "gradient"},
+        {"model": "timm:lcnet_035", "output_stride": 8, "search": "none"},
+    ],
+    ids=lambda values: "-".join(map(str, values)) or "plain",
+)
+def test_runs_with_a_decoder(tiny: dict[str, Any], values: dict[str, Any]) -> None:
+    if values.get("model"):
+        pytest.importorskip("timm")
+    metrics = train(TrainConfig(**tiny | values | {"decoder": True}))
+    run = load_run(tiny["out"])
+    assert run.network.decoder is not None
+    dataset = load_dataset(run.config.data, run.config.val_split)
+    assert evaluate(run.network, dataset)["miou"] == metrics["miou"]
+    assert math.isfinite(metrics["receptive_field_px"])
+
+
+def test_the_decoder_learns_with_the_head_s_rate(tiny: dict[str, Any]) -> None:
+    config = TrainConfig(**tiny | {"decoder": True, "max_steps": 1, "search": "none", "weight_decay": 0.0}).resolved()
+    train(config)
+    saved = torch.load(Path(tiny["out"]) / "checkpoints/last.ckpt", weights_only=True)
+    torch.manual_seed(config.seed)
+    start = build_network(config, 4).state_dict()
+    moved = {key: (saved["state_dict"][f"network.{key}"] - value).abs().max() for key, value in start.items()}
+    assert all(moved[key] > 0 for key in moved if key.endswith("weight"))
+    sizes = [len(group["params"]) for group in saved["optimizer_states"][0]["param_groups"]]
+    network = build_network(config, 4)
+    backbone = len(list(network.backbone.parameters()))
+    assert sizes == [len(list(network.parameters())) - backbone, backbone]
 
 
 def test_the_module_s_loss_is_the_run_s(tiny: dict[str, Any]) -> None:

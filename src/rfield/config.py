@@ -152,6 +152,9 @@ class TrainConfig:
     """Learn the receptive field's height and width apart."""
     head_channels: int = 1024
     """Width of the head."""
+    decoder: bool = False
+    """Refine the head's output with a finer feature map, for sharper borders, as DeepLabv3+; not with
+    freeze_backbone."""
     dropout: float | None = None
     """Dropout in the head. Default: 0 with freeze_backbone, else 0.5, as DeepLab."""
     search: Search = "sampled"
@@ -202,7 +205,8 @@ class TrainConfig:
     label_smoothing: float = 0.0
     """Share of a pixel's label that is spread over all classes, with the loss cross_entropy."""
     loss_resolution: Literal["features", "image"] = "features"
-    """Where the training loss is taken: on the feature grid (masks subsampled), or at the image's own pixels."""
+    """Where the training loss is taken: on the feature grid (with a decoder on its finer one; masks subsampled), or at
+    the image's own pixels."""
     crop_size: tuple[int, int] = _parsed((321, 321), parse_size)
     """Training crop."""
     scale_range: tuple[float, float] = _parsed((0.5, 1.5), parse_range)
@@ -245,6 +249,8 @@ class TrainConfig:
             raise ValueError(f"label_smoothing must be in [0, 1), got {self.label_smoothing}")
         if self.label_smoothing and self.loss != "cross_entropy":
             raise ValueError(f"label_smoothing goes with the loss cross_entropy, not {self.loss}")
+        if self.decoder and self.freeze_backbone:
+            raise ValueError("decoder needs the backbone's finer map, but freeze_backbone keeps its features alone")
         self.class_weights = parse_class_weights(self.class_weights)
         self.crop_size = parse_size(self.crop_size)
         self.canvas = None if self.canvas is None else parse_size(self.canvas)

@@ -93,6 +93,7 @@ def build_network(
             None if class_groups is None else tuple(class_groups),
             config.path_weight if config.path_guidance == "gradient" else 1.0,
         ),
+        decoder=config.decoder,
         **options,
     )
     for module in network.modules():

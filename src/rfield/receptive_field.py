@@ -91,8 +91,8 @@ def receptive_field_px(model: nn.Module) -> tuple[float, float]:
     """The receptive field that run files record: height and width, in input px.
 
     Where the model's backbone has a `nominal_receptive_field_px`, that figure stands for the backbone's exact one:
-    212 + 16 * dilation / factor for LargeFOV VGG16, as in Wei et al., CVPR 2017. Elsewhere it is
-    `theoretical_receptive_field`.
+    212 + 16 * dilation / factor for LargeFOV VGG16, as in Wei et al., CVPR 2017; what a network of timm with
+    squeeze-excite sees besides that. Elsewhere it is `theoretical_receptive_field`.
 
     Raises:
         ValueError: the model holds a module whose receptive field is not known; names it.
@@ -104,13 +104,21 @@ def receptive_field_px(model: nn.Module) -> tuple[float, float]:
         >>> receptive_field_px(small_cnn(2, dilation=4))
         (47.0, 47.0)
     """
-    height, width = theoretical_receptive_field(model)
     backbone = getattr(model, "backbone", None)
     nominal = getattr(backbone, "nominal_receptive_field_px", None)
-    if not isinstance(backbone, nn.Module) or nominal is None:
-        return height, width
-    exact = theoretical_receptive_field(backbone)
-    return height - exact[0] + nominal, width - exact[1] + nominal
+    if backbone is None or nominal is None or not callable(chain := getattr(model, "chain", None)):
+        return theoretical_receptive_field(model)
+    layers = [_Nominal(nominal, layer.stride) if layer is backbone else layer for layer in chain()]
+    return theoretical_receptive_field(nn.Sequential(*layers))
+
+
+class _Nominal(nn.Module):
+    """Stands for a backbone of which a figure is known."""
+
+    def __init__(self, field: float, stride: int) -> None:
+        super().__init__()
+        self.receptive_field = (field, field)
+        self.stride = stride
 
 
 def _steps(module: nn.Module, factor: tuple[float, float]) -> Iterator[tuple[nn.Module, tuple[float, float]]]:

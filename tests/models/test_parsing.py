@@ -149,6 +149,22 @@ class TestSmallCNN(NetworkTester):
             small_cnn(2, weights="imagenet")
 
 
+class TestDecoder(NetworkTester):
+    """On a stride of 8, whose finer map has 4."""
+
+    build = functools.partial(largefov_vgg16, decoder=True)
+    stride = 8
+
+    def test_forward_is_pad_backbone_head_crop(self) -> None:
+        """With the decoder before the crop."""
+        network, image = self.network().eval(), torch.randn(1, 3, 10, 19)
+        padded = network.pad(image)
+        fine, features = network.backbone.pyramid(padded)
+        assert network.decoder is not None
+        logits = network.decoder(fine, network.head(features, (5, 7)), (17, 25))
+        assert torch.equal(network(image), logits[..., :10, :19])
+
+
 class TestTimmMobileNet(NetworkTester):
     """Of odd kernels, with squeeze-excite."""
 

@@ -92,10 +92,18 @@ def test_the_place_and_the_field_are_the_gradient_s(name: str, output_stride: in
 
 
 def test_squeeze_excite_sees_the_whole_image() -> None:
-    network = timm_network("mobilenetv3_small_050", 2, head_channels=4)
+    network = timm_network("mobilenetv3_small_050", 2, dilation=3, head_channels=4)
     infinite = (float("inf"), float("inf"))
-    assert theoretical_receptive_field(network) == receptive_field_px(network) == infinite
+    assert theoretical_receptive_field(network) == infinite
     assert probe_receptive_field(network.backbone) == infinite
+    local = 639 + 2 * 3 * 16
+    assert receptive_field_px(network) == (local, local)
+
+
+def test_attention_leaves_the_head_s_own_share_to_record() -> None:
+    network = timm_network("efficientvit_b0", 2, dilation=3, head_channels=4, output_stride=32)
+    assert theoretical_receptive_field(network) == (float("inf"), float("inf"))
+    assert receptive_field_px(network) == (1 + 2 * 3 * 32, 1 + 2 * 3 * 32)
 
 
 def test_the_field_of_a_network() -> None:

@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable
 
 from rfield.models.backbones import Backbone, largefov_vgg16_backbone, small_cnn_backbone
+from rfield.models.decoder import Decoder
 from rfield.models.efficientnet import default_weights, efficientnet_lite0_backbone
 from rfield.models.heads import SinglePathHead
 from rfield.models.multi_path import MultiPathHead, Paths, aspp_head
@@ -43,6 +44,7 @@ def find_model(name: str) -> Callable[..., ParsingNetwork]:
 __all__ = [
     "MODELS",
     "Backbone",
+    "Decoder",
     "MultiPathHead",
     "ParsingNetwork",
     "Paths",

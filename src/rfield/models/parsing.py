@@ -13,6 +13,7 @@ from rfield.models.backbones import (
     load_vgg16_weights,
     small_cnn_backbone,
 )
+from rfield.models.decoder import Decoder, output_layers
 from rfield.models.efficientnet import efficientnet_lite0_backbone, load_efficientnet_lite0_weights
 from rfield.models.heads import Mechanism, SinglePathHead
 from rfield.models.multi_path import ONE_PATH, MultiPathHead, Paths
@@ -23,19 +24,22 @@ class ParsingNetwork(nn.Module):
 
     The receptive-field arithmetic is exact for image sides of k * stride + 1 px only, so images are padded right
     and bottom to such a size and the logits are cropped back. The two halves can be run apart:
-    `network.backbone(network.pad(image))` gives features, `network.head(features, output_size)` logits.
+    `network.backbone(network.pad(image))` gives features, `network.head(features, output_size)` logits; with a
+    decoder the head gives features too, and `network.logits(network.pad(image))` runs all three.
 
     Args:
         backbone: maps Tensor[N, 3, H, W] to Tensor[N, C, h, w].
         head: maps Tensor[N, C, h, w] to Tensor[N, K, H, W].
         min_size: least side in px, or (height, width), that images are padded to.
+        decoder: makes logits of the head's output and a finer map of the backbone.
 
     Attributes:
         stride: input px between neighbouring features.
+        logit_stride: input px between neighbouring logits where no size is asked for.
         num_classes: number of classes K.
 
     Raises:
-        ValueError: the head does not fit the backbone, or `min_size` is below 1.
+        ValueError: the head does not fit the backbone or the decoder, or `min_size` is below 1.
 
     Example:
         >>> import torch
@@ -48,7 +52,11 @@ class ParsingNetwork(nn.Module):
     """
 
     def __init__(
-        self, backbone: Backbone, head: SinglePathHead | MultiPathHead, min_size: int | tuple[int, int] | None = None
+        self,
+        backbone: Backbone,
+        head: SinglePathHead | MultiPathHead,
+        min_size: int | tuple[int, int] | None = None,
+        decoder: Decoder | None = None,
     ) -> None:
         super().__init__()
         if head.in_channels != backbone.out_channels:
@@ -56,18 +64,27 @@ class ParsingNetwork(nn.Module):
                 f"The head takes {head.in_channels} channels, but the backbone gives {backbone.out_channels}; "
                 f"build the head with in_channels={backbone.out_channels}."
             )
+        if decoder is not None:
+            if head.num_classes != decoder.in_channels:
+                raise ValueError(
+                    f"The decoder takes {decoder.in_channels} channels, but the head gives {head.num_classes}; "
+                    f"build the head with num_classes={decoder.in_channels}."
+                )
+            decoder.start(head)
         least = (1, 1) if min_size is None else (min_size, min_size) if isinstance(min_size, int) else min_size
         if len(least) != 2 or min(least) < 1:
             raise ValueError(f"min_size must be at least 1 px, one number or (height, width), got {min_size!r}.")
         self.backbone = backbone
         self.head = head
+        self.decoder = decoder
         self.stride = backbone.stride
-        self.num_classes = head.num_classes
+        self.logit_stride = backbone.stride if decoder is None else backbone.fine_stride
+        self.num_classes = head.num_classes if decoder is None else decoder.num_classes
         self.min_size = least
 
     def chain(self) -> list[nn.Module]:
         """The modules in their order of execution."""
-        return [self.backbone, self.head]
+        return [self.backbone, self.head] if self.decoder is None else [self.backbone, self.head, self.decoder]
 
     def pad(self, image: Tensor) -> Tensor:
         """Pads with zeros, the image mean after normalisation, right and bottom to sides of k * stride + 1 px.
@@ -104,9 +121,29 @@ class ParsingNetwork(nn.Module):
             ValueError: `image` has another rank, another number of channels, no pixels or whole numbers.
         """
         padded = self.pad(image)
-        features = self.backbone(padded)
-        logits: Tensor = self.head(features, output_size=(padded.shape[-2], padded.shape[-1]))
+        logits = self.logits(padded, output_size=(padded.shape[-2], padded.shape[-1]))
         return logits[..., : image.shape[-2], : image.shape[-1]]
+
+    def logits(self, padded: Tensor, output_size: tuple[int, int] | None = None, mask: Tensor | None = None) -> Tensor:
+        """Maps images of `pad` to logits.
+
+        Args:
+            padded: Tensor[N, 3, H, W].
+            output_size: height and width of the logits; `None` gives one every `logit_stride` px.
+            mask: labels, for the guidance of a `MultiPathHead`.
+
+        Returns:
+            Tensor[N, K, *output_size].
+        """
+        guidance = () if mask is None or not isinstance(self.head, MultiPathHead) else (mask,)
+        logits: Tensor
+        if self.decoder is None:
+            logits = self.head(self.backbone(padded), output_size, *guidance)
+            return logits
+        fine, features = self.backbone.pyramid(padded)
+        context = self.head(features, (fine.shape[-2], fine.shape[-1]), *guidance)
+        logits = self.decoder(fine, context, output_size)
+        return logits
 
 
 def largefov_vgg16(
@@ -120,6 +157,7 @@ def largefov_vgg16(
     mechanism: Mechanism = "regulator",
     paths: Paths = ONE_PATH,
     output_stride: int = 8,
+    decoder: bool = False,
 ) -> ParsingNetwork:
     """DeepLab-LargeFOV (Chen et al., ICLR 2015) with a learned receptive field (Wei et al., CVPR 2017).
 
@@ -139,6 +177,7 @@ def largefov_vgg16(
         mechanism: what realises the learned receptive field, see `SinglePathHead`.
         paths: several paths, fixed rates, or a rectangular field.
         output_stride: input px between neighbouring features: 8, there is no other.
+        decoder: sharper borders by a finer map of the backbone, see `Decoder`.
 
     Raises:
         FileNotFoundError: there is no such weights file.
@@ -152,13 +191,14 @@ def largefov_vgg16(
     """
     backbone = largefov_vgg16_backbone()
     _check_stride("largefov_vgg16", backbone, output_stride)
-    head = paths.head(backbone.out_channels, num_classes, dilation, head_channels, dropout, regulate, mechanism)
+    channels, refined = output_layers(backbone, num_classes, decoder)
+    head = paths.head(backbone.out_channels, channels, dilation, head_channels, dropout, regulate, mechanism)
     if weights is not None:
         for path in head.paths if isinstance(head, MultiPathHead) else [head]:
             layers = dict(path.named_modules())
             fc6, fc7 = (next(layers[name] for name in layers if name.endswith(suffix)) for suffix in ("fc6", "fc7"))
             load_vgg16_weights(backbone, cast(nn.Conv2d | AdaptiveConv2d, fc6), cast(nn.Conv2d, fc7), weights)
-    return ParsingNetwork(backbone, head, min_size)
+    return ParsingNetwork(backbone, head, min_size, refined)
 
 
 def small_cnn(
@@ -172,6 +212,7 @@ def small_cnn(
     mechanism: Mechanism = "regulator",
     paths: Paths = ONE_PATH,
     output_stride: int = 4,
+    decoder: bool = False,
 ) -> ParsingNetwork:
     """A network of six convolutions that trains from scratch in minutes on a CPU, for demonstrations and tests.
 
@@ -188,6 +229,7 @@ def small_cnn(
         mechanism: what realises the learned receptive field, see `SinglePathHead`.
         paths: several paths, fixed rates, or a rectangular field.
         output_stride: input px between neighbouring features: 4, there is no other.
+        decoder: sharper borders by a finer map of the backbone, see `Decoder`.
 
     Raises:
         ValueError: `weights` are given, a size is below 1, or there is no such `output_stride`.
@@ -201,8 +243,9 @@ def small_cnn(
         raise ValueError(f"small_cnn has no pretrained weights, got weights={str(weights)!r}; leave them out.")
     backbone = small_cnn_backbone()
     _check_stride("small_cnn", backbone, output_stride)
-    head = paths.head(backbone.out_channels, num_classes, dilation, head_channels, dropout, regulate, mechanism)
-    return ParsingNetwork(backbone, head, min_size)
+    channels, refined = output_layers(backbone, num_classes, decoder)
+    head = paths.head(backbone.out_channels, channels, dilation, head_channels, dropout, regulate, mechanism)
+    return ParsingNetwork(backbone, head, min_size, refined)
 
 
 def efficientnet_lite0(
@@ -216,6 +259,7 @@ def efficientnet_lite0(
     mechanism: Mechanism = "regulator",
     paths: Paths = ONE_PATH,
     output_stride: int = 8,
+    decoder: bool = False,
 ) -> ParsingNetwork:
     """EfficientNet-Lite0 (Tan and Le, ICML 2019) up to its block 4, with a learned receptive field.
 
@@ -234,6 +278,7 @@ def efficientnet_lite0(
         mechanism: what realises the learned receptive field, see `SinglePathHead`.
         paths: several paths, fixed rates, or a rectangular field.
         output_stride: input px between neighbouring features, 8 or 16.
+        decoder: sharper borders by a finer map of the backbone, see `Decoder`.
 
     Raises:
         FileNotFoundError: there is no such weights file.
@@ -246,10 +291,11 @@ def efficientnet_lite0(
         torch.Size([2, 11, 40, 65])
     """
     backbone = efficientnet_lite0_backbone(output_stride)
-    head = paths.head(backbone.out_channels, num_classes, dilation, head_channels, dropout, regulate, mechanism)
+    channels, refined = output_layers(backbone, num_classes, decoder)
+    head = paths.head(backbone.out_channels, channels, dilation, head_channels, dropout, regulate, mechanism)
     if weights is not None:
         load_efficientnet_lite0_weights(backbone, weights)
-    return ParsingNetwork(backbone, head, min_size)
+    return ParsingNetwork(backbone, head, min_size, refined)
 
 
 def _check_stride(name: str, backbone: Backbone, output_stride: int) -> None:

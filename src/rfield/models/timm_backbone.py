@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rfield.models.backbones import Backbone
+from rfield.models.decoder import output_layers
 from rfield.models.heads import Mechanism
 from rfield.models.multi_path import ONE_PATH, Paths
 from rfield.models.normalise import IMAGENET_MEAN, IMAGENET_STD, InputNormalisation
@@ -38,6 +39,8 @@ class _Placement:
     """Px from p * stride to the middle of what feature p sees."""
     field: float
     """Receptive field in px."""
+    local_field: float
+    """The same without squeeze-excite, attention and other global layers."""
 
 
 class TimmBackbone(Backbone):
@@ -57,6 +60,8 @@ class TimmBackbone(Backbone):
 
     Attributes:
         receptive_field: (height, width) in px; infinite with squeeze-excite, attention or other global layers.
+        nominal_receptive_field_px: then, what it sees without them, and 1 px where that cannot be told: run files
+            record a figure that the head's dilation can add to.
         offset_px: px from p * stride to the middle of what feature p sees.
 
     Raises:
@@ -77,6 +82,9 @@ class TimmBackbone(Backbone):
         self._channels_last = str(getattr(net, "output_fmt", "NCHW")).endswith("NHWC")
         self.placement = _place(self, name)
         self.receptive_field = (self.placement.field, self.placement.field)
+        if math.isinf(self.placement.field):
+            local = self.placement.local_field
+            self.nominal_receptive_field_px = local if math.isfinite(local) else 1.0
         self.offset_px = self.placement.offset
 
     def maps(self, image: Tensor) -> list[Tensor]:
@@ -153,6 +161,7 @@ def timm_network(
     mechanism: Mechanism = "regulator",
     paths: Paths = ONE_PATH,
     output_stride: int = 16,
+    decoder: bool = False,
 ) -> ParsingNetwork:
     """A network of timm with a learned receptive field: `--model timm:NAME`.
 
@@ -168,6 +177,7 @@ def timm_network(
         mechanism: what realises the learned receptive field, see `SinglePathHead`.
         paths: several paths, fixed rates, or a rectangular field.
         output_stride: input px between neighbouring features: 8, 16 or 32.
+        decoder: sharper borders by a finer map of the backbone, see `Decoder`.
 
     Raises:
         FileNotFoundError: there is no such weights file, or the download failed.
@@ -178,8 +188,9 @@ def timm_network(
         torch.Size([1, 21, 40, 65])
     """
     backbone = timm_backbone(name, output_stride, weights)
-    head = paths.head(backbone.out_channels, num_classes, dilation, head_channels, dropout, regulate, mechanism)
-    return ParsingNetwork(backbone, head, min_size)
+    channels, refined = output_layers(backbone, num_classes, decoder)
+    head = paths.head(backbone.out_channels, channels, dilation, head_channels, dropout, regulate, mechanism)
+    return ParsingNetwork(backbone, head, min_size, refined)
 
 
 def _create(name: str, stride: int) -> tuple[nn.Module, dict[str, Any]]:
@@ -300,7 +311,7 @@ def _placement(backbone: TimmBackbone, more: int) -> _Placement:
         fine = probe_window(_Map(backbone, 0), 1, **options)
         away = before - offset(fine, backbone.fine_stride)
         start = min(max(round(away / backbone.fine_stride), 0), more // backbone.fine_stride)
-    return _Placement(before, more - before, start, offset(window, stride) - before, window.size)
+    return _Placement(before, more - before, start, offset(window, stride) - before, window.size, window.local)
 
 
 class _Map(nn.Module):

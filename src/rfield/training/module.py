@@ -114,17 +114,20 @@ class ParsingModule(L.LightningModule):
         assert isinstance(network, ParsingNetwork)
         input, mask = (part.to(self.device) for part in batch)
         input = input.contiguous(memory_format=torch.channels_last)
-        features = input.float() if self.config.freeze_backbone else network.backbone(network.pad(input))
-        height, width = ((size - 1) * network.stride + 1 for size in features.shape[2:])
+        frozen = self.config.freeze_backbone
+        input = input.float() if frozen else network.pad(input)
+        height, width = ((size - 1) * network.stride + 1 if frozen else size for size in input.shape[2:])
         mask = F.pad(mask, (0, width - mask.shape[2], 0, height - mask.shape[1]), value=IGNORE_INDEX)
         output_size = None
         if self.config.loss_resolution == "features":
-            mask = mask[:, :: network.stride, :: network.stride]
+            mask = mask[:, :: network.logit_stride, :: network.logit_stride]
         else:
             output_size = (mask.shape[1], mask.shape[2])
+        if not frozen:
+            return network.logits(input, output_size, mask).float(), mask
         if isinstance(network.head, MultiPathHead):
-            return network.head(features, output_size, mask).float(), mask
-        return network.head(features, output_size).float(), mask
+            return network.head(input, output_size, mask).float(), mask
+        return network.head(input, output_size).float(), mask
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         learned = [regulator for regulator in self.regulators if regulator.log_factor.requires_grad]
@@ -206,7 +209,9 @@ class ParsingModule(L.LightningModule):
         self.search = self._make_search(max(1, round((config.search_share or 1.0) * steps)))
         factors = factor_parameters(self.network)
         known = {id(factor) for factor in factors}
-        head = [weight for weight in self.network.head.parameters() if id(weight) not in known]
+        # The head and the decoder, if there is one.
+        known |= {id(weight) for weight in self.network.backbone.parameters()}
+        head = [weight for weight in self.network.parameters() if id(weight) not in known]
         groups: list[dict[str, Any]] = [{"params": head, "lr": lr * config.head_lr_scale}]
         if factors:
             groups.append({"params": factors, "lr": factor_lr, "weight_decay": 0.0})
