@@ -11,18 +11,16 @@ once() { # once NAME FLAGS...
     [ -f "$folder/metrics.json" ] || $run --resume --out "$folder" "$@" > "$folder.log" 2>&1
 }
 mkdir -p "$out"
-once fixed-14 --search none --dilation 14
+once fixed-14 --search none --dilation 14 &
 once shared --search sampled --dilation 14 --no-search-narrowing --search-share 1
-once plain --search gradient --dilation 14 &
-once taps --search gradient --dilation 14 --mechanism dilation
-wait
-once off-one --search gradient --dilation 7 --factor 0.5 &
-once fast-factor --search gradient --dilation 14 --factor-lr 0.1
-wait
-once slow-weights --search gradient --dilation 14 --lr 0.00002 &
-once off-one-slow --search gradient --dilation 7 --factor 0.5 --lr 0.00002
-wait
-once image-loss --search gradient --dilation 14 --loss-resolution image &
-once image-loss-off-one --search gradient --dilation 7 --factor 0.5 --loss-resolution image
 wait
 python "$(dirname "$0")/local_gradient.py" "$out/fixed-14" "$out/shared" --out "$out"
+once plain --search gradient --dilation 14 &
+once off-one --search gradient --dilation 7 --factor 0.5
+wait
+once fast-factor --search gradient --dilation 14 --factor-lr 0.1 &
+once slow-weights --search gradient --dilation 14 --lr 0.00001
+wait
+once taps --search gradient --dilation 14 --mechanism dilation &
+once image-loss --search gradient --dilation 14 --loss-resolution image
+wait
