@@ -13,7 +13,7 @@ from rfield.config import TuneConfig
 from rfield.experiments.tables import deviation, field_of, markdown, summarise, sweep_table
 from rfield.experiments.trials import Point, finish_trials
 from rfield.inference import Progress
-from rfield.models import MODELS
+from rfield.models import find_model
 from rfield.training import write_json, write_text
 
 
@@ -99,9 +99,7 @@ def curve_at(curve: Mapping[float, float], dilation: float) -> float:
 
 
 def _own_dilation(model: str) -> int:
-    if model not in MODELS:
-        raise ValueError(f"model {model!r} is not known; the known ones are {', '.join(MODELS)}")
-    dilation: int = inspect.signature(MODELS[model]).parameters["dilation"].default
+    dilation: int = inspect.signature(find_model(model)).parameters["dilation"].default
     return dilation
 
 
