@@ -14,6 +14,7 @@ SRC = Path(__file__).parents[1] / "src" / "rfield"
 # The second entry names the third-party packages that the room may use, beside those of the rooms it imports.
 ROOMS: dict[str, set[str]] = {
     "config": set(),
+    "ship_config": set(),
     "ops": {"torch"},
     "layers": {"torch"},
     "adapting": {"torch"},
@@ -27,8 +28,11 @@ ROOMS: dict[str, set[str]] = {
     "plots": {"numpy", "matplotlib"},
     "inference": {"torch", "torchvision", "numpy", "PIL", "yaml"},
     "plain_run": {"torch", "safetensors", "yaml"},
+    "sharing": set(),
     "training": {"torch", "lightning", "tensorboard", "rich", "numpy", "yaml"},
-    "export": {"torch", "onnx", "onnxscript", "onnxruntime"},
+    "deployed": {"torch", "onnxruntime"},
+    "exporting": {"torch", "onnx", "onnxscript", "onnxruntime"},
+    "quantising": {"torch", "numpy", "onnx", "onnxruntime"},
     "experiments": {"torch", "numpy", "optuna", "rich"},
     "sources": {"torch", "torchvision", "timm", "segmentation_models_pytorch", "transformers"},
     "cli": {"jsonargparse", "docstring_parser", "rich"},

@@ -29,6 +29,7 @@ from rfield.config import (
     TrainConfig,
     TuneConfig,
 )
+from rfield.ship_config import ExportConfig, PushConfig
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -82,11 +83,16 @@ def evaluate(config: EvaluateConfig) -> None:
     from rfield.inference import evaluate_run, load_run
     from rfield.training import write_json
 
+    if config.run.endswith(".onnx"):
+        _evaluate_onnx(config)
+        return
     run = load_run(config.run, config.checkpoint)
+    if not (config.data or run.config.data):
+        raise ValueError(f"{config.run} does not say what it was trained on: give --data")
     dataset = load_dataset(config.data or run.config.data, config.split)
     with _progress("scoring") as progress:
         scores = evaluate_run(run, dataset, progress)
-    path = Path(config.json or Path(config.run) / f"evaluation-{config.split}.json")
+    path = Path(config.json or run.folder / f"evaluation-{config.split}.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, {**scores, "data": config.data or run.config.data, "split": config.split})
     _print_scores(scores)
@@ -97,10 +103,18 @@ def predict(config: PredictConfig) -> None:
     """Label photographs: a palette-PNG mask and a coloured overlay of each."""
     from rfield.inference import find_images, load_run, predict_run
 
-    run = load_run(config.run, config.checkpoint)
-    images = find_images(config.images)
+    if config.run.endswith(".onnx"):
+        from rfield.deployed import load_onnx, predict_onnx
+
+        model = load_onnx(config.run)
+        images = find_images(config.images)
+        masks = predict_onnx(model, images, Path(config.out))
+    else:
+        run = load_run(config.run, config.checkpoint)
+        images = find_images(config.images)
+        masks = predict_run(run, images, Path(config.out))
     with _progress("labelling") as progress:
-        for done, _ in enumerate(predict_run(run, images, Path(config.out)), start=1):
+        for done, _ in enumerate(masks, start=1):
             progress(done, len(images))
     print(f"{len(images)} masks and overlays are in {config.out}")
 
@@ -118,6 +132,40 @@ def fuse(config: FuseConfig) -> None:
             before, after = score_change(config.run, config.out, config.checkpoint, dataset, progress)
         print(f"mIoU {before:.4f} before, {after:.4f} after: {after - before:+.4f}")
     print(f"the plain network is in {config.out}")
+
+
+def export(config: ExportConfig) -> None:
+    """Write a trained network as an ONNX or torch.export file, checked against the network."""
+    from rfield.data import load_dataset
+    from rfield.exporting import export_run
+    from rfield.inference import load_run
+
+    run = load_run(config.run, config.checkpoint)
+    if config.int8:
+        from rfield.quantising import export_int8
+
+        images = load_dataset(str(config.data), run.config.train_split)
+        dataset = load_dataset(str(config.data), config.split)
+        with _progress("quantising") as progress:
+            made, before, after = export_int8(
+                run, config.out, images, config.calibration_images, dataset, config.size, config.mode, progress
+            )
+    else:
+        made = export_run(run, config.out, config.size, config.mode)
+    sizes = "any size" if made.size is None else f"{made.size[0]}x{made.size[1]} px"
+    print(
+        f"{config.out} takes images of {sizes}; its logits{' before int8' * config.int8} differ from the network's by "
+        f"{made.difference:.1g} of their range, {made.agreement:.2%} of the pixels get the same label"
+    )
+    if config.int8:
+        print(f"mIoU {before:.4f} before int8, {after:.4f} after: {after - before:+.4f}")
+
+
+def push(config: PushConfig) -> None:
+    """Upload a trained network to the Hugging Face Hub, with a card of its scores and receptive field."""
+    from rfield.sharing import push_run
+
+    print(f"the network is at {push_run(config.run, config.repo_id, config.checkpoint, config.private)}")
 
 
 def convert(config: ConvertConfig) -> None:
@@ -172,6 +220,8 @@ COMMANDS: dict[str, tuple[Any, Any]] = {
     "tune": (TuneConfig, tune),
     "reproduce": (ReproduceConfig, reproduce),
     "fuse": (FuseConfig, fuse),
+    "export": (ExportConfig, export),
+    "push": (PushConfig, push),
     "convert": (ConvertConfig, convert),
 }
 
@@ -238,6 +288,24 @@ def _worded(parse: Callable[[Any], Any]) -> Callable[[Any], Any]:
             raise argparse.ArgumentTypeError(str(error)) from error
 
     return parse_argument
+
+
+def _evaluate_onnx(config: EvaluateConfig) -> None:
+    from rfield.data import load_dataset
+    from rfield.deployed import evaluate_onnx, load_onnx
+    from rfield.training import write_json
+
+    if config.data is None:
+        raise ValueError(f"{config.run} does not say what it was trained on: give --data")
+    model = load_onnx(config.run)
+    dataset = load_dataset(config.data, config.split)
+    with _progress("scoring") as progress:
+        scores = evaluate_onnx(model, dataset, progress)
+    path = Path(config.json or model.path.with_name(f"evaluation-{config.split}.json"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, {**scores, "data": config.data, "split": config.split})
+    _print_scores(scores)
+    print(f"\nwritten to {path}")
 
 
 def _print_scores(scores: dict[str, Any]) -> None:

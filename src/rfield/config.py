@@ -398,7 +398,7 @@ class EvaluateConfig:
     """Scoring a trained network."""
 
     run: str = _positional()
-    """A run folder."""
+    """A run folder, an .onnx file of rfield export, or a model on the Hugging Face Hub (hf:USER/NAME)."""
     data: str | None = None
     """What to score on, as in train; any data of the same classes. Default: what the run was trained on."""
     split: str = "val"
@@ -406,7 +406,7 @@ class EvaluateConfig:
     checkpoint: Literal["last", "best"] = "last"
     """Which of the run's checkpoints."""
     json: str | None = None
-    """Where to write the scores. Default: evaluation-SPLIT.json in the run folder."""
+    """Where to write the scores. Default: evaluation-SPLIT.json in the run folder, or beside the file."""
 
 
 @dataclasses.dataclass
@@ -414,7 +414,7 @@ class PredictConfig:
     """Labelling photographs."""
 
     run: str = _positional()
-    """A run folder."""
+    """A run folder, an .onnx file of rfield export, or a model on the Hugging Face Hub (hf:USER/NAME)."""
     images: str = _positional()
     """An image, a folder of images, or a glob in quotes."""
     out: str = "out"

@@ -143,7 +143,9 @@ def fixed_resize(module: nn.Module, factor: tuple[float, float]) -> fx.GraphModu
     """
     tensors = [tensor for tensor in module.parameters() if tensor.is_floating_point()]
     dtype = torch.promote_types(tensors[0].dtype, torch.float32) if tensors else torch.float32
-    return _graft(_FixedResize(module, factor, dtype), module)
+    resized = _graft(_FixedResize(module, factor, dtype), module)
+    resized.meta["factor"] = factor  # `meta` is kept by copies.
+    return resized
 
 
 def restore_fused(model: nn.Module, record: dict[str, Any]) -> None:

@@ -25,6 +25,7 @@ from rfield.fusing import restore_fused
 from rfield.layers import LearnedFactor
 from rfield.metrics import confusion_matrix, helen_scores, segmentation_scores
 from rfield.models import ParsingNetwork, Paths, find_model
+from rfield.models.hub import find_folder
 from rfield.models.weights import read_weights
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
@@ -103,17 +104,19 @@ def build_network(
 
 
 def load_run(folder: str | Path, checkpoint: str = "last") -> Run:
-    """Opens the network that `rfield train` or `rfield fuse` has left in a run folder.
+    """Opens the network that `rfield train` or `rfield fuse` has left in a run folder, or `rfield push` on the Hub.
 
     Args:
-        folder: the run folder.
+        folder: the run folder, or a model of the Hub, see `rfield.models.hub.find_folder`.
         checkpoint: `last` or `best`.
 
     Raises:
         FileNotFoundError: if the folder is no run folder or has no such checkpoint.
         ValueError: if a file in it cannot be understood.
     """
-    folder = Path(folder)
+    folder = find_folder(folder)
+    if (folder / "config.json").is_file() and not (folder / "config.yaml").exists():
+        return _load_shared(folder)
     for name in ("config.yaml", "classes.json"):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} is not a run folder: it has no {name}")
@@ -144,6 +147,30 @@ def load_run(folder: str | Path, checkpoint: str = "last") -> Run:
     except Exception as error:  # Damaged files raise a dozen different types.
         raise ValueError(f"{path} is damaged or not a checkpoint of this run: {error}") from error
     return Run(folder, config, class_names, palette, network.eval(), size)
+
+
+def _load_shared(folder: Path) -> Run:
+    """The run that `rfield.models.hub` keeps in a folder; its config is what use needs, its data are not known."""
+    network: ParsingNetwork = ParsingNetwork.from_pretrained(folder)
+    try:
+        notes = json.loads((folder / "config.json").read_text())
+        recipe = notes["network"]
+        config = TrainConfig(
+            data="",
+            out=str(folder),
+            model=recipe["model"],
+            dilation=recipe["dilation"],
+            search="none",
+            freeze_backbone=bool(notes.get("freeze_backbone")),
+            canvas=None if recipe["min_size"] is None else network.min_size,
+        )
+        palette = [(r, g, b) for r, g, b in notes["palette"]]
+        size = parse_size(notes["size"]) if notes.get("size") else None
+        return Run(folder, config, tuple(notes["class_names"]), palette, network, size)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{folder / 'config.json'} does not say what rfield push writes of the classes: {error}"
+        ) from error
 
 
 def load_config(path: Path) -> TrainConfig:
@@ -209,22 +236,46 @@ def evaluate(
     Raises:
         ValueError: if the data set's classes are not as many as the network's.
     """
-    if dataset.num_classes != network.num_classes:
-        raise ValueError(
-            f"the network was trained on {network.num_classes} classes, but the data set has {dataset.num_classes}: "
-            f"{', '.join(dataset.class_names)}"
-        )
-    device = next(network.parameters()).device
     transform = evaluation_transform()
-    confusion = confusion_matrix(network.num_classes).to(device)
-    for index in range(len(dataset)):
+
+    def label(index: int) -> tuple[Tensor, Tensor]:
         if features is not None:
             cached, mask = features.plain(index)
-            logits = feature_logits(network, cached, (mask.shape[0], mask.shape[1]))
-        else:
-            image, mask = transform(*dataset[index])
-            logits = predict_logits(network, image, frozen)
-        confusion.update(logits.argmax(0), mask.to(device))
+            return feature_logits(network, cached, (mask.shape[0], mask.shape[1])), mask
+        image, mask = transform(*dataset[index])
+        return predict_logits(network, image, frozen), mask
+
+    return score(label, network.num_classes, dataset, progress)
+
+
+def score(
+    label: Callable[[int], tuple[Tensor, Tensor]],
+    num_classes: int,
+    dataset: ParsingDataset,
+    progress: Progress = _silent,
+) -> dict[str, Any]:
+    """Scores whatever labels the samples of a data set, as `evaluate` does.
+
+    Args:
+        label: the logits Tensor[K, H, W] and the mask Tensor[H, W] of a sample, by its index.
+        num_classes: K.
+        dataset: the samples' classes and number.
+        progress: called with (images done, images in all).
+
+    Raises:
+        ValueError: if the data set has not K classes.
+    """
+    if dataset.num_classes != num_classes:
+        raise ValueError(
+            f"the network was trained on {num_classes} classes, but the data set has {dataset.num_classes}: "
+            f"{', '.join(dataset.class_names)}"
+        )
+    confusion = confusion_matrix(num_classes)
+    for index in range(len(dataset)):
+        logits, mask = label(index)
+        if index == 0:
+            confusion = confusion.to(logits.device)
+        confusion.update(logits.argmax(0), mask.to(logits.device))
         progress(index + 1, len(dataset))
     counts = confusion.compute()
     faces = helen_scores(counts) if dataset.class_names == HELEN_CLASSES else {}
@@ -260,10 +311,25 @@ def find_images(pattern: str) -> list[Path]:
 
 
 def predict_run(run: Run, images: Sequence[Path], out: Path) -> Iterator[Path]:
+    """Labels photographs with a run's network, see `label_images`."""
+    network = run.network.to(compute_device())
+    frozen = run.config.freeze_backbone
+    yield from label_images(lambda image: predict_logits(network, image, frozen), run.palette, run.size, images, out)
+
+
+def label_images(
+    logits_of: Callable[[Tensor], Tensor],
+    colours: list[tuple[int, int, int]],
+    size: tuple[int, int] | None,
+    images: Sequence[Path],
+    out: Path,
+) -> Iterator[Path]:
     """Labels photographs: a palette PNG of each at its own size, `NAME.png`, and an overlay, `NAME_overlay.jpg`.
 
     Args:
-        run: the trained network.
+        logits_of: maps a normalised image Tensor[3, H, W] to logits Tensor[K, H, W].
+        colours: red, green and blue of each class, 0..255.
+        size: (height, width) in px that photographs are brought to before; None leaves them as they are.
         images: files to label.
         out: folder for the results; made if it is missing.
 
@@ -271,8 +337,8 @@ def predict_run(run: Run, images: Sequence[Path], out: Path) -> Iterator[Path]:
         The mask's path, after each image.
 
     Raises:
-        ValueError: if a file is not an image that can be read, or if two images would give one result; before
-            anything is written for it.
+        ValueError: if a file is not an image that can be read or labelled, or if two images would give one result;
+            before anything is written for it.
     """
     stems = Counter(image.stem for image in images)
     for image in images:
@@ -281,9 +347,8 @@ def predict_run(run: Run, images: Sequence[Path], out: Path) -> Iterator[Path]:
         if (out / f"{image.stem}.png").resolve() == image.resolve():
             raise ValueError(f"the mask of {image} would replace it: give another --out")
     out.mkdir(parents=True, exist_ok=True)
-    network = run.network.to(compute_device())
     transform = evaluation_transform()
-    palette = np.array(run.palette, dtype=np.uint8)
+    palette = np.array(colours, dtype=np.uint8)
     for path in images:
         try:
             with PIL.Image.open(path) as file:
@@ -291,9 +356,12 @@ def predict_run(run: Run, images: Sequence[Path], out: Path) -> Iterator[Path]:
         except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
             raise ValueError(f"{path} cannot be read as an image: {error}") from error
         whole = TF.to_image(photograph)
-        image = transform(whole if run.size is None else TF.resize(whole, list(run.size), antialias=True))
-        logits = predict_logits(network, image, run.config.freeze_backbone)
-        if run.size is not None:
+        image = transform(whole if size is None else TF.resize(whole, list(size), antialias=True))
+        try:
+            logits = logits_of(image)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        if size is not None:
             logits = F.interpolate(logits[None], whole.shape[-2:], mode="bilinear")[0]
         labels = logits.argmax(0).to(torch.uint8).cpu().numpy()
         mask = PIL.Image.fromarray(labels)

@@ -40,6 +40,8 @@ def fuse_run(
     if not (out / "fused.json").is_file() and ((out / "config.yaml").exists() or (out / "checkpoints").exists()):
         raise FileExistsError(f"{out} holds a run that was trained: give another --out")
     run = load_run(run_folder, checkpoint)
+    if not (run.folder / "config.yaml").is_file():
+        raise ValueError(f"{run_folder} comes from the Hub and is plain already")
     plain = fuse(run.network, mode)
     found = dilations(plain)
     layers = {name: module for name, module in run.network.named_modules() if isinstance(module, LearnedFactor)}

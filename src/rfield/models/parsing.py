@@ -1,8 +1,9 @@
 """Parsing networks: an image in, the logits of every pixel out."""
 
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -16,10 +17,11 @@ from rfield.models.backbones import (
 from rfield.models.decoder import Decoder, output_layers
 from rfield.models.efficientnet import efficientnet_lite0_backbone, load_efficientnet_lite0_weights
 from rfield.models.heads import Mechanism, SinglePathHead
+from rfield.models.hub import HubMixin
 from rfield.models.multi_path import ONE_PATH, MultiPathHead, Paths
 
 
-class ParsingNetwork(nn.Module):
+class ParsingNetwork(HubMixin):
     """A backbone and a head: labels every pixel of images of any size.
 
     The receptive-field arithmetic is exact for image sides of k * stride + 1 px only, so images are padded right
@@ -32,6 +34,7 @@ class ParsingNetwork(nn.Module):
         head: maps Tensor[N, C, h, w] to Tensor[N, K, H, W].
         min_size: least side in px, or (height, width), that images are padded to.
         decoder: makes logits of the head's output and a finer map of the backbone.
+        recipe: how to build it again, for `save_pretrained`, see `HubMixin`.
 
     Attributes:
         stride: input px between neighbouring features.
@@ -57,8 +60,10 @@ class ParsingNetwork(nn.Module):
         head: SinglePathHead | MultiPathHead,
         min_size: int | tuple[int, int] | None = None,
         decoder: Decoder | None = None,
+        recipe: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
+        self.recipe = recipe
         if head.in_channels != backbone.out_channels:
             raise ValueError(
                 f"The head takes {head.in_channels} channels, but the backbone gives {backbone.out_channels}; "
@@ -110,7 +115,8 @@ class ParsingNetwork(nn.Module):
             )
         missing = []
         for size, least in zip(image.shape[-2:], self.min_size, strict=True):
-            steps = -(-(max(size, least) - 1) // self.stride)
+            # Traceable, and no division of negative numbers, which ONNX rounds the other way.
+            steps = (cast(int, torch.sym_max(size, least)) + self.stride - 2) // self.stride
             missing.append(steps * self.stride + 1 - size)
         return F.pad(image, (0, missing[1], 0, missing[0]))
 
@@ -189,6 +195,7 @@ def largefov_vgg16(
         >>> network(torch.randn(1, 3, 40, 65)).shape
         torch.Size([1, 21, 40, 65])
     """
+    recipe = {"model": "largefov_vgg16", **locals()}
     backbone = largefov_vgg16_backbone()
     _check_stride("largefov_vgg16", backbone, output_stride)
     channels, refined = output_layers(backbone, num_classes, decoder)
@@ -198,7 +205,7 @@ def largefov_vgg16(
             layers = dict(path.named_modules())
             fc6, fc7 = (next(layers[name] for name in layers if name.endswith(suffix)) for suffix in ("fc6", "fc7"))
             load_vgg16_weights(backbone, cast(nn.Conv2d | AdaptiveConv2d, fc6), cast(nn.Conv2d, fc7), weights)
-    return ParsingNetwork(backbone, head, min_size, refined)
+    return ParsingNetwork(backbone, head, min_size, refined, recipe)
 
 
 def small_cnn(
@@ -239,13 +246,14 @@ def small_cnn(
         >>> small_cnn(2)(torch.randn(1, 3, 20, 30)).shape
         torch.Size([1, 2, 20, 30])
     """
+    recipe = {"model": "small_cnn", **locals()}
     if weights is not None:
         raise ValueError(f"small_cnn has no pretrained weights, got weights={str(weights)!r}; leave them out.")
     backbone = small_cnn_backbone()
     _check_stride("small_cnn", backbone, output_stride)
     channels, refined = output_layers(backbone, num_classes, decoder)
     head = paths.head(backbone.out_channels, channels, dilation, head_channels, dropout, regulate, mechanism)
-    return ParsingNetwork(backbone, head, min_size, refined)
+    return ParsingNetwork(backbone, head, min_size, refined, recipe)
 
 
 def efficientnet_lite0(
@@ -290,12 +298,13 @@ def efficientnet_lite0(
         >>> network(torch.randn(2, 3, 40, 65)).shape
         torch.Size([2, 11, 40, 65])
     """
+    recipe = {"model": "efficientnet_lite0", **locals()}
     backbone = efficientnet_lite0_backbone(output_stride)
     channels, refined = output_layers(backbone, num_classes, decoder)
     head = paths.head(backbone.out_channels, channels, dilation, head_channels, dropout, regulate, mechanism)
     if weights is not None:
         load_efficientnet_lite0_weights(backbone, weights)
-    return ParsingNetwork(backbone, head, min_size, refined)
+    return ParsingNetwork(backbone, head, min_size, refined, recipe)
 
 
 def _check_stride(name: str, backbone: Backbone, output_stride: int) -> None:

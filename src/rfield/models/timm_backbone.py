@@ -187,10 +187,11 @@ def timm_network(
         >>> timm_network("resnet10t", 21, head_channels=16)(torch.randn(1, 3, 40, 65)).shape
         torch.Size([1, 21, 40, 65])
     """
+    recipe = {"model": f"timm:{name}", **locals()}
     backbone = timm_backbone(name, output_stride, weights)
     channels, refined = output_layers(backbone, num_classes, decoder)
     head = paths.head(backbone.out_channels, channels, dilation, head_channels, dropout, regulate, mechanism)
-    return ParsingNetwork(backbone, head, min_size, refined)
+    return ParsingNetwork(backbone, head, min_size, refined, recipe)
 
 
 def _create(name: str, stride: int) -> tuple[nn.Module, dict[str, Any]]:

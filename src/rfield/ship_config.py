@@ -1,0 +1,55 @@
+"""The flags of the commands that bring a trained network to its users. Imports nothing but Python."""
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+from rfield.config import parse_size
+
+
+@dataclasses.dataclass
+class ExportConfig:
+    """Bringing a trained network into a file for other runtimes."""
+
+    run: str = dataclasses.field(metadata={"positional": True})
+    """A run folder; learned layers are fused first."""
+    out: str = dataclasses.field(kw_only=True)
+    """The file to make: .onnx, or .pt2 for torch.export. An earlier one is replaced."""
+    size: tuple[int, int] | None = dataclasses.field(default=None, metadata={"parse": parse_size})
+    """The one (height, width) of image that the file takes. Default: any size, where the network has no fixed
+    resizes."""
+    mode: Literal["resize", "dilation"] = "resize"
+    """As in fuse."""
+    checkpoint: Literal["last", "best"] = "last"
+    """Which of the run's checkpoints."""
+    int8: bool = False
+    """Compute in whole numbers of 8 bits (.onnx), calibrated on training images of `data`."""
+    data: str | None = None
+    """What to calibrate and score int8 on, as in train."""
+    split: str = "val"
+    """Split to score."""
+    calibration_images: int = 32
+    """How many training images int8 is calibrated on."""
+
+    def __post_init__(self) -> None:
+        self.size = None if self.size is None else parse_size(self.size)
+        if Path(self.out).suffix not in (".onnx", ".pt2"):
+            raise ValueError(f"out must end in .onnx or .pt2, got {self.out}")
+        if self.int8 and (self.data is None or Path(self.out).suffix != ".onnx"):
+            raise ValueError("int8 needs data to be calibrated on, and an .onnx file as out")
+        if self.calibration_images < 1:
+            raise ValueError(f"calibration_images must be positive, got {self.calibration_images}")
+
+
+@dataclasses.dataclass
+class PushConfig:
+    """Bringing a trained network to the Hugging Face Hub."""
+
+    run: str = dataclasses.field(metadata={"positional": True})
+    """A run folder; learned layers are fused first."""
+    repo_id: str = dataclasses.field(metadata={"positional": True})
+    """The model's name on the Hub, USER/NAME."""
+    checkpoint: Literal["last", "best"] = "last"
+    """Which of the run's checkpoints."""
+    private: bool = False
+    """Make the repository private, if it is new."""
