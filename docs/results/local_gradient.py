@@ -111,7 +111,6 @@ def main() -> None:
     dataset = load_dataset(config.data, config.val_split)
     network = build_network(config, len(adapted.class_names), config.weights).eval()
     cached = cache_features(network, dataset, mirrored=False)
-    height, width = ((size - 1) // 8 * 8 + 1 for size in config.canvas)
     batches = []
     for first in range(0, IMAGES, 4):
         samples = [cached[0, index] for index in range(first, first + 4)]

@@ -72,7 +72,6 @@ class MultiPathHead(nn.Module):
                 raise ValueError(f"a class group holds classes from 0 to {num_classes - 1}, got {sorted(group)}")
         self.in_channels = in_channels
         self.num_classes = num_classes
-        self.dilation = max(dilations)
         self.class_groups = None if class_groups is None else [tuple(sorted(group)) for group in class_groups]
         self.paths = nn.ModuleList(
             SinglePathHead(
