@@ -6,7 +6,15 @@ from torch import Tensor, nn
 
 from rfield.layers import ReceptiveFieldRegulator
 from rfield.models import MODELS, ParsingNetwork, largefov_vgg16, small_cnn
-from rfield.receptive_field import probe_receptive_field, probe_window, receptive_field_px, theoretical_receptive_field
+from rfield.receptive_field import (
+    LetPass,
+    output_map,
+    probe_copy,
+    probe_receptive_field,
+    probe_window,
+    receptive_field_px,
+    theoretical_receptive_field,
+)
 
 
 def with_factor(network: ParsingNetwork, factor: float | tuple[float, float]) -> ParsingNetwork:
@@ -211,3 +219,49 @@ def test_the_probe_of_what_sees_nothing() -> None:
 
     with pytest.raises(ValueError, match="no gradient reaches the image"):
         probe_receptive_field(Blind())
+
+
+class Tower(nn.Module):
+    """Groups, an addition in place, and a product of two branches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, stride=2, padding=1)
+        self.grouped = nn.Conv2d(8, 12, 3, padding=2, dilation=2, groups=4)
+        self.depthwise = nn.Conv2d(12, 12, (5, 1), padding="same", groups=12)
+        self.linear = nn.Linear(12, 12)
+
+    def forward(self, image: Tensor) -> Tensor:
+        features = self.grouped(self.stem(image))
+        wide = self.depthwise(features)
+        wide += features
+        gate: Tensor = self.linear(wide.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return features * gate
+
+
+def test_uniform_layers_are_run_cheaply_and_give_the_same_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gradient() -> Tensor:
+        image = torch.ones(1, 3, 33, 35, dtype=torch.float64, requires_grad=True)
+        with LetPass():
+            output = probe_copy(Tower())(image)
+        output[0, :, 8, 8].sum().backward()
+        assert image.grad is not None
+        return image.grad
+
+    cheap = gradient()
+    monkeypatch.setattr(
+        "rfield.receptive_field._uniform", lambda name, *args, **kwargs: getattr(nn.functional, name)(*args, **kwargs)
+    )
+    torch.testing.assert_close(cheap, gradient(), rtol=1e-12, atol=0)
+    # Height: 1 + 2 * 1 + (4 + 4) * 2; width without the depthwise convolution.
+    assert probe_receptive_field(Tower()) == (19.0, 11.0)
+
+
+def test_the_map_that_a_model_means() -> None:
+    fine, coarse = torch.zeros(1, 4, 8, 8), torch.zeros(1, 4, 2, 2)
+    for output in (coarse, {"aux": fine, "out": coarse}, {"logits": coarse}, (coarse, fine), [fine, (coarse, 1)]):
+        assert output_map(output) is coarse
+    with pytest.raises(ValueError, match="returns no map but a dict"):
+        output_map({})
+    with pytest.raises(ValueError, match=r"no map \(N, C, h, w\) but a tensor of shape \(1, 7, 8\)"):
+        output_map(torch.zeros(1, 7, 8))

@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -220,28 +220,70 @@ def probe_window(
         >>> probe_window(nn.Conv2d(1, 1, 2, stride=2), axis=1, channels=1, lengths=[9])
         Window(size=2.0, local=2.0, centre=4.5, position=2, count=4)
     """
-    probe = _probe_copy(model)
+    probe = probe_copy(model)
     for length in lengths:
         shape = (length, thickness) if axis == 0 else (thickness, length)
         image = torch.ones(1, channels, *shape, dtype=torch.float64, requires_grad=True)
-        with _LetPass() as mode, torch.enable_grad():
-            output = probe(image).movedim(2 + axis, 3)
+        with LetPass() as mode, torch.enable_grad():
+            output = output_map(probe(image)).movedim(2 + axis, 3)
         position = output.shape[3] // 2
         if output.requires_grad:
-            output[0, :, output.shape[2] // 2, position].sum().backward()
+            output[0, :, output.shape[2] // 2, position].sum().backward()  # type: ignore[no-untyped-call]
         weight = torch.zeros(length) if image.grad is None else image.grad[0].abs().sum((0, 2 - axis))
-        seen = weight.nonzero().flatten()
-        if not len(seen) and not mode.looks_everywhere:
+        local = extent(weight)
+        if local == 0 and not mode.looks_everywhere:
             raise ValueError("no gradient reaches the image: the receptive field of this model cannot be probed")
-        inside = len(seen) > 0 and seen[0] > 0 and seen[-1] < length - 1
-        if inside or not len(seen):
+        if math.isfinite(local):
             break
-    local = float(seen[-1] - seen[0] + 1) if inside else math.inf
+    local = local or math.inf
     centre = float((weight * torch.arange(length)).sum() / weight.sum())
     return Window(math.inf if mode.looks_everywhere else local, local, centre, position, output.shape[3])
 
 
-def _probe_copy(model: nn.Module) -> nn.Module:
+def extent(weight: Tensor) -> float:
+    """How many px of Tensor[L] are seen, from the first to the last; infinite if one is at an end, 0 if there is none.
+
+    >>> extent(torch.tensor([0.0, 0.5, 0.0, 0.1, 0.0])), extent(torch.tensor([0.0, 0.1])), extent(torch.zeros(3))
+    (3.0, inf, 0.0)
+    """
+    seen = weight.nonzero().flatten()
+    if not len(seen):
+        return 0.0
+    return float(seen[-1] - seen[0] + 1) if seen[0] > 0 and seen[-1] < len(weight) - 1 else math.inf
+
+
+def output_map(output: Any) -> Tensor:
+    """The map that a model means by what it returns.
+
+    Args:
+        output: Tensor[N, C, h, w]; a dict or an output class that has it as `out` or `logits`, or as its first; a
+            tuple of which it is the first; a list of features of which it is the last. Tensor[N, C] counts as a map of
+            one pixel.
+
+    Raises:
+        ValueError: there is no such map.
+
+    >>> output_map({"aux": None, "out": torch.zeros(1, 4, 2, 3)}).shape, output_map(torch.zeros(1, 4)).shape
+    (torch.Size([1, 4, 2, 3]), torch.Size([1, 4, 1, 1]))
+    """
+    found = output
+    while not isinstance(found, Tensor):
+        if isinstance(found, Mapping) and found:
+            found = found.get("out", found.get("logits", next(iter(found.values()))))
+        elif isinstance(found, (tuple, list)) and found:
+            found = found[0 if isinstance(found, tuple) else -1]
+        elif isinstance(getattr(found, "logits", None), Tensor):
+            found = found.logits
+        else:
+            raise ValueError(f"the model returns no map but a {type(output).__name__}: wrap it so that it returns one")
+    if found.dim() == 2:
+        found = found[..., None, None]
+    if found.dim() != 4:
+        raise ValueError(f"the model returns no map (N, C, h, w) but a tensor of shape {tuple(found.shape)}")
+    return found
+
+
+def probe_copy(model: nn.Module) -> nn.Module:
     """The model in float64 and eval mode, with kernels that average; they take no memory."""
     factors = {id(module.log_factor) for module in model.modules() if isinstance(module, LearnedFactor)}
     memo: dict[int, Any] = {}
@@ -266,12 +308,14 @@ _EVERYWHERE = (
 _REDUCTIONS = ("mean", "sum", "amax", "norm", "vector_norm", "std", "var", "std_mean", "var_mean")
 
 
-class _LetPass(TorchFunctionMode):
+class LetPass(TorchFunctionMode):
     """Runs a model so that its gradients tell where it looks, and nothing else."""
 
     def __init__(self) -> None:
         super().__init__()
         self.looks_everywhere = False
+        self.looking: Callable[[], None] = lambda: None
+        """Called when a layer that looks at the whole image runs."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Collection[type], args: Sequence[Any] = (), kwargs: Any = None
@@ -283,6 +327,8 @@ class _LetPass(TorchFunctionMode):
             return func(*args, **kwargs)
         if name in _PASSED:
             return first
+        if name in ("conv2d", "linear") and len(args) > 1 and not any(args[1].stride()):
+            return _uniform(name, first, *args[1:], **kwargs)
         if name in ("mul", "mul_") and all(isinstance(part, Tensor) and part.requires_grad for part in args[:2]):
             return (first + args[1]) / 2  # A chain of products would outgrow every number.
         if name in _SATURATING:
@@ -291,6 +337,7 @@ class _LetPass(TorchFunctionMode):
             pooled = F.avg_pool2d(first, *args[1:4], **_pooling(kwargs))
             return (pooled, None) if name.endswith("indices") else pooled
         if first.requires_grad and (name in _EVERYWHERE or (name in _REDUCTIONS and _is_spatial(name, args, kwargs))):
+            self.looking()
             if name in ("group_norm", "instance_norm"):
                 return _Everywhere.apply(first, self, True)
             # Held still, so that what is seen besides can be told.
@@ -300,11 +347,28 @@ class _LetPass(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+def _uniform(name: str, input: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
+    """A convolution or a linear layer all of whose weights are one number, in a thousandth of the time.
+
+    The bias is left out: it moves no gradient.
+    """
+    value, outputs = weight[(0,) * weight.dim()] * weight.shape[1], weight.shape[0]
+    if name == "linear":
+        mean = input.mean(-1, keepdim=True) * value
+        return mean.expand(*input.shape[:-1], outputs).contiguous()
+    options: dict[str, Any] = {**dict(zip(("stride", "padding", "dilation", "groups"), args, strict=False)), **kwargs}
+    groups = options.get("groups", 1)
+    mean = input.reshape(*input.shape[:-3], groups, -1, *input.shape[-2:]).mean(-3)
+    output = F.conv2d(mean, value.expand(groups, 1, *weight.shape[2:]), **options).unsqueeze(-3)
+    output = output.expand(*output.shape[:-3], outputs // groups, *output.shape[-2:])
+    return output.flatten(-4, -3).contiguous()  # Models add to their maps in place.
+
+
 class _Everywhere(torch.autograd.Function):
     """The identity; a gradient that comes by tells that the output looks at the whole image, and may end here."""
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, mode: _LetPass, passes: bool) -> Tensor:
+    def forward(ctx: Any, input: Tensor, mode: LetPass, passes: bool) -> Tensor:
         ctx.mode, ctx.passes = mode, passes
         return input.view_as(input)
 
