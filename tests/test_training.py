@@ -21,6 +21,7 @@ from rfield.cli import main
 from rfield.config import TrainConfig
 from rfield.data import AugmentedDataset, EpochSampler, load_dataset, training_transform
 from rfield.inference import build_network, load_config, load_run
+from rfield.search import SampledSearch
 from rfield.training import FACTOR_COLUMNS, ParsingModule, read_factor_csv, train
 
 STEPS_AN_EPOCH = 3
@@ -581,6 +582,38 @@ def test_a_sampled_search_holds_images_out_and_gives_them_back(make: Make, monke
     curve = dict(metrics["search"]["curve"])
     assert min(curve, key=lambda dilation: curve[dilation]) == pytest.approx(metrics["effective_dilation"], abs=1)
     assert all(loss > 0 for loss in curve.values())
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "dice"])
+def test_the_curve_counts_small_classes_unless_the_loss_says_what_counts(
+    make: Make, loss: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    read: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]] = []
+    real_logits, real_losses = ParsingModule._logits, SampledSearch._losses
+
+    def watched_logits(self: ParsingModule, network: torch.nn.Module, batch: Any) -> Any:
+        seen.append(real_logits(self, network, batch))
+        return seen[-1]
+
+    def watched_losses(self: SampledSearch, batch: Any) -> Any:
+        output = real_losses(self, batch)
+        if not self.model.training:
+            read.append((batch[1], *seen[-1], output[1]))
+        return output
+
+    monkeypatch.setattr(ParsingModule, "_logits", watched_logits)
+    monkeypatch.setattr(SampledSearch, "_losses", watched_losses)
+    train(make(search="sampled", search_share=0.6, loss=loss))
+    whole = {mask.numpy().tobytes(): mask for mask, *_ in read}
+    labels = torch.cat([mask[mask != 255] for mask in whole.values()])
+    for _, logits, mask, guides in read:
+        losses = [
+            F.cross_entropy(logits[0, :, y, x], mask[0, y, x]) * (len(labels) / (labels == mask[0, y, x]).sum()).sqrt()
+            for y, x in (mask[0] != 255).nonzero().tolist()
+        ]
+        expected = torch.stack(losses).mean().item()
+        assert (guides.item() == pytest.approx(expected, rel=1e-4)) == (loss == "cross_entropy")
 
 
 def test_the_start_of_a_sampled_search_does_not_matter(make: Make) -> None:

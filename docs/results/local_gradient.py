@@ -141,7 +141,8 @@ def main() -> None:
     (arguments.out / "local_gradient.json").write_text(json.dumps(report, indent=1) + "\n")
     curves = {}
     for name in ("adapted weights", "shared weights"):
-        for way, losses in report[name]["loss"].items():
+        for way in ("resampled, F = 1", "bilinear taps"):  # F = 8 would lie upon F = 1.
+            losses = report[name]["loss"][way]
             curves[f"{way}, {name}"] = {start / factor: [loss] for factor, loss in zip(FACTORS, losses, strict=True)}
     plots.save(plots.rf_curve(curves, "loss", {"start": start}), arguments.out / "local_gradient.png")
 

@@ -14,7 +14,7 @@ mkdir -p "$out"
 once fixed-14 --search none --dilation 14 &
 once shared --search sampled --dilation 14 --no-search-narrowing --search-share 1
 wait
-python "$(dirname "$0")/local_gradient.py" "$out/fixed-14" "$out/shared" --out "$out"
+[ -f "$out/local_gradient.png" ] || python "$(dirname "$0")/local_gradient.py" "$out/fixed-14" "$out/shared" --out "$out"
 once plain --search gradient --dilation 14 &
 once off-one --search gradient --dilation 7 --factor 0.5
 wait

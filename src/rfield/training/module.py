@@ -38,6 +38,8 @@ class ParsingModule(L.LightningModule):
         held_out: gives the batches that a sampled search reads its curve on.
         class_groups: the classes of each path, to guide its receptive field by.
         class_weights: how much each class counts in the loss; `config.class_weights` may say how to find them.
+        reading_weights: how much each class counts when a sampled search reads its curve, Tensor[num_classes]; by
+            default the curve is the loss.
 
     Raises:
         ValueError: the loss does not fit the weights or the classes, or needs a package that is missing.
@@ -51,6 +53,7 @@ class ParsingModule(L.LightningModule):
         held_out: Iterable[Batch] = (),
         class_groups: Sequence[tuple[int, ...]] | None = None,
         class_weights: Sequence[float] | None = None,
+        reading_weights: Tensor | None = None,
     ) -> None:
         super().__init__()
         # Plain types only, so that a checkpoint loads with weights_only.
@@ -64,6 +67,7 @@ class ParsingModule(L.LightningModule):
         self.held_out = held_out
         self.class_groups = class_groups
         self.criterion = make_loss(config.loss, len(class_names), class_weights, config.label_smoothing)
+        self.reading_weights = reading_weights
         self.factor_start = 0
         self.search: Search | None = None
         self.search_seconds = 0.0
@@ -98,16 +102,24 @@ class ParsingModule(L.LightningModule):
         logits, mask = self._logits(network, batch)
         return self.criterion(logits, mask)
 
-    def _guided_loss(self, network: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The same, and for each path the cross-entropy with its own classes' pixels weighted, Tensor[paths]."""
+    def _guided_loss(self, network: nn.Module, batch: Batch) -> Tensor | tuple[Tensor, Tensor]:
+        """The same, and for each factor what it is learned by: the cross-entropy, its path's classes weighing more."""
+        assert self.search is not None
         logits, mask = self._logits(network, batch)
+        loss = self.criterion(logits, mask)
+        reading = isinstance(self.search, SampledSearch)
+        if reading and torch.is_grad_enabled():
+            return loss  # A drawn step teaches the weights alone.
         losses = F.cross_entropy(logits, mask, ignore_index=IGNORE_INDEX, reduction="none")
+        if reading and self.reading_weights is not None:
+            losses = losses * self.reading_weights.to(mask.device)[mask.clamp(max=len(self.class_names) - 1)]
+        if self._guided:
+            owned = [torch.isin(mask, torch.tensor(group, device=mask.device)) for group in self.class_groups or ()]
+            weighted = [losses * torch.where(own, self.config.path_weight, 1.0) for own in owned]
+        else:
+            weighted = [losses] * len(self.search.groups)
         count = (mask != IGNORE_INDEX).sum().clamp(min=1)
-        guides = []
-        for group in self.class_groups or ():
-            own = torch.isin(mask, torch.tensor(group, device=mask.device))
-            guides.append((losses * torch.where(own, self.config.path_weight, 1.0)).sum() / count)
-        return self.criterion(logits, mask), torch.stack(guides)
+        return loss, torch.stack([path.sum() / count for path in weighted])
 
     def _logits(self, network: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """Logits and mask where the loss is taken."""
@@ -225,12 +237,17 @@ class ParsingModule(L.LightningModule):
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.0, 1 - step / steps) ** 0.9)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    @property
+    def _guided(self) -> bool:
+        """Whether each path's factor is learned by that path's classes."""
+        return self.class_groups is not None and self.config.path_guidance == "search"
+
     def _make_search(self, steps: int) -> Search | None:
         kind, seed = self.config.search, self.config.seed
         if kind == "none":
             return None
-        guided = self.class_groups is not None and self.config.path_guidance == "search"
-        loss = self._guided_loss if guided else self._loss
+        reads = kind == "sampled" and self.reading_weights is not None
+        loss = self._guided_loss if self._guided or reads else self._loss
         if kind == "gradient":
             return GradientSearch(self.network, loss, steps, seed)
         if kind == "spsa":

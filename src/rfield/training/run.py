@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from rfield import plots
 from rfield.config import TrainConfig, differences
 from rfield.data import (
+    IGNORE_INDEX,
     AugmentedDataset,
     EpochSampler,
     ParsingDataset,
@@ -124,6 +125,16 @@ class _HeldOut:
             input, mask = self.samples[index]
             yield input[None], mask[None]
 
+    def class_weights(self, num_classes: int) -> Tensor:
+        """The root of one over each class's share of the labelled pixels, so that all count, and large ones count more.
+
+        The loss counts pixels, and the scores that count are means over classes or parts.
+        """
+        masks = [self.samples[index][1] for index in self.indices]
+        labels = torch.cat([mask[mask != IGNORE_INDEX] for mask in masks])
+        shares = torch.bincount(labels, minlength=num_classes) / len(labels)
+        return torch.where(shares > 0, shares.rsqrt(), 0.0)
+
 
 def train(config: TrainConfig, progress: Progress | None = None) -> dict[str, Any]:
     """Trains a network and leaves a run folder.
@@ -164,7 +175,10 @@ def train(config: TrainConfig, progress: Progress | None = None) -> dict[str, An
         train_samples = AugmentedDataset(train_set, transform, config.seed)
     held_out = _draw_held_out(train_set, config)
     reading = _HeldOut(_WholeImages(train_set, train_features), held_out)
-    module = ParsingModule(network, config, train_set.class_names, reading, indices, weights)
+    # A loss that says itself what counts is read as it is.
+    plain = config.loss == "cross_entropy" and config.class_weights is None
+    reading_weights = reading.class_weights(train_set.num_classes) if held_out and plain else None
+    module = ParsingModule(network, config, train_set.class_names, reading, indices, weights, reading_weights)
     if _is_first_process():
         _start_run_folder(out, config, train_set, groups)
         _tell_of_random_weights(config)
