@@ -128,3 +128,14 @@ def test_fingerprint_changes_with_any_file(root: Path) -> None:
         seen.append(CityscapesDataset(root).fingerprint())
     assert len(set(seen)) == 4
     assert CityscapesDataset(root).fingerprint() == seen[-1]
+
+
+def test_a_folder_may_be_a_link_but_a_file_may_not_lead_outside(root: Path) -> None:
+    image, mask = root / IMAGE, root / MASK
+    image.parent.rename(root.parent / "photographs")
+    image.parent.symlink_to(root.parent / "photographs")
+    assert len(CityscapesDataset(root)) == 3
+    mask.rename(root.parent / "outside.png")
+    mask.symlink_to(root.parent / "outside.png")
+    with pytest.raises(ValueError, match=f"{mask} is a link to a file outside {root}; put the file itself there"):
+        CityscapesDataset(root)

@@ -1,11 +1,7 @@
 """Data sets: what they share, one file for each family, and the transforms of their samples."""
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from rfield.data.camvid import CAMVID_CLASSES, CamVidDataset
 from rfield.data.cityscapes import CITYSCAPES_CLASSES, CityscapesDataset
@@ -14,6 +10,7 @@ from rfield.data.faces import Conversion, convert_celebamask, convert_lapa
 from rfield.data.folder import FolderDataset
 from rfield.data.helen import HELEN_CLASSES, HelenDataset
 from rfield.data.resized import ResizedDataset
+from rfield.data.spec import parse_spec
 from rfield.data.synthetic import SyntheticCues
 from rfield.data.transforms import (
     IMAGENET_MEAN,
@@ -84,65 +81,14 @@ def load_dataset(spec: str, split: str = "train") -> ParsingDataset:
         >>> len(dataset), dataset.class_names
         (40, ('neither', 'green below', 'red right', 'both'))
     """
-    if spec.endswith((".yaml", ".yml")):
-        return _load_config(Path(spec), split)
-    name, _, root = spec.partition(":")
-    if name in _FOLDERS and root:
-        return _FOLDERS[name](Path(root).expanduser(), split)
-    if spec == "synthetic":
-        return SyntheticCues(split)
-    raise ValueError(
-        f"data {spec!r} is not understood; write {', '.join(f'{layout}:ROOT' for layout in _FOLDERS)}, "
-        f"synthetic, or the path of a .yaml file with a format of {', '.join(_FORMATS)}"
-    )
-
-
-def _load_config(path: Path, split: str) -> ParsingDataset:
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no data config {path}")
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(config, dict) or "format" not in config:
-        raise ValueError(f"{path} must hold keys and values, `format` ({', '.join(_FORMATS)}) among them")
-    data_format = config.pop("format")
-    if not isinstance(data_format, str) or data_format not in _FORMATS:
-        raise ValueError(f"{path}: format {data_format!r} is not known; the known ones are {', '.join(_FORMATS)}")
-    load, keys = _FORMATS[data_format]
-    unknown = [str(key) for key in config if key not in keys]
-    if unknown:
-        raise ValueError(
-            f"{path}: unknown key {', '.join(unknown)}; a config of format {data_format} has the keys format, "
-            f"{', '.join(keys)}"
-        )
-    return load(path, config, split)
-
-
-def _load_folder(
-    open_folder: Callable[[Path, str], ParsingDataset], path: Path, config: dict[str, Any], split: str
-) -> ParsingDataset:
-    if "root" not in config:
-        raise ValueError(f"{path}: the key root is missing, the folder that holds the data")
-    size = config.pop("size", None)
-    for key, value in config.items():
-        if not isinstance(value, str):
-            raise ValueError(f"{path}: {key} must be text, got {value!r}; put it in quotation marks")
-    root = path.parent / Path(config.pop("root")).expanduser()
-    dataset = open_folder(root, config.get(split, split))
-    if size is None:
-        return dataset
-    try:
-        return ResizedDataset(dataset, size)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-
-
-def _load_synthetic(path: Path, config: dict[str, Any], split: str) -> ParsingDataset:
-    try:
-        return SyntheticCues(split, **config)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+    source = parse_spec(spec)
+    if source.root is None:
+        try:
+            return SyntheticCues(split, **source.options)
+        except ValueError as error:
+            raise ValueError(f"{source.file}: {error}" if source.file else str(error)) from error
+    dataset = _FOLDERS[source.format](source.root, source.splits.get(split, split))
+    return dataset if source.size is None else ResizedDataset(dataset, source.size)
 
 
 _FOLDERS: dict[str, Callable[[Path, str], ParsingDataset]] = {
@@ -151,12 +97,4 @@ _FOLDERS: dict[str, Callable[[Path, str], ParsingDataset]] = {
     "helen": HelenDataset,
     "cityscapes": CityscapesDataset,
     "folder": FolderDataset,
-}
-_FORMATS: dict[str, tuple[Callable[[Path, dict[str, Any], str], ParsingDataset], tuple[str, ...]]] = {
-    "voc": (partial(_load_folder, VOCDataset), ("root", "train", "val", "test", "size")),
-    "camvid": (partial(_load_folder, CamVidDataset), ("root", "size")),
-    "helen": (partial(_load_folder, HelenDataset), ("root", "size")),
-    "cityscapes": (partial(_load_folder, CityscapesDataset), ("root", "size")),
-    "folder": (partial(_load_folder, FolderDataset), ("root", "size")),
-    "synthetic": (_load_synthetic, ("size", "distance", "length", "seed")),
 }

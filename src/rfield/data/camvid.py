@@ -18,6 +18,7 @@ from rfield.data.files import (
     read_mask,
     sample_path,
 )
+from rfield.data.listing import Entry, Listing, Refuse, list_entries, plain_labels, raise_error
 
 CAMVID_CLASSES = (
     "sky",
@@ -34,6 +35,7 @@ CAMVID_CLASSES = (
 )
 
 _VOID = len(CAMVID_CLASSES)
+_ADVICE = f"correct the mask; {_VOID} stands for no label too"
 _PREFIX = "/SegNet/CamVid/"
 _COLOURS = [
     (128, 128, 128),
@@ -88,19 +90,12 @@ class CamVidDataset(ParsingDataset):
 
     def __init__(self, root: str | os.PathLike[str], split: str = "train") -> None:
         self.root = Path(root)
-        if not self.root.is_dir():
-            raise FileNotFoundError(f"{self.root} is not a folder; name the one that holds train.txt and val.txt")
-        self.class_names = read_class_names(self.root / "classes.txt", CAMVID_CLASSES)
-        if len(self.class_names) != _VOID:
-            raise ValueError(
-                f"{self.root / 'classes.txt'} holds {len(self.class_names)} class names, but the masks of the SegNet "
-                f"tutorial have {_VOID} classes and the value {_VOID} for void; name the {_VOID}, without void"
-            )
-        pairs = _read_pairs(self.root, split)
-        self.image_paths = [image for image, _ in pairs]
-        self.mask_paths = [mask for _, mask in pairs]
-        check_files([*self.image_paths, *self.mask_paths], f"the split {split!r}")
-        self.ids = [path.stem for path in self.image_paths]
+        listing = list_camvid(self.root, split)
+        check_files(listing.files, f"the split {split!r}")
+        self.class_names = listing.class_names
+        self.image_paths = [entry.image for entry in listing.entries]
+        self.mask_paths = [entry.masks[0] for entry in listing.entries]
+        self.ids = [entry.name for entry in listing.entries]
         self.palette = _COLOURS + voc_palette()[len(_COLOURS) : IGNORE_INDEX] + [(0, 0, 0)]
 
     def __getitem__(self, index: int) -> tuple[Image, Mask]:
@@ -108,7 +103,7 @@ class CamVidDataset(ParsingDataset):
         path = self.mask_paths[index]
         mask = read_mask(path, (image.shape[1], image.shape[2]))
         mask[mask == _VOID] = IGNORE_INDEX
-        check_labels(mask, _VOID, path, f"correct the mask; {_VOID} stands for no label too")
+        check_labels(mask, _VOID, path, _ADVICE)
         return image, Mask(torch.from_numpy(mask))
 
     def fingerprint(self) -> str:
@@ -124,23 +119,42 @@ class CamVidDataset(ParsingDataset):
         return image_sizes(self.image_paths)
 
 
-def _read_pairs(root: Path, split: str) -> list[tuple[Path, Path]]:
+def list_camvid(root: Path, split: str, refuse: Refuse = raise_error) -> Listing:
+    """What the list of a split names; a line that is no pair or leaves the root goes to `refuse`.
+
+    Raises:
+        FileNotFoundError: if the root or the list is missing.
+        ValueError: if the list is empty or not text, or `classes.txt` does not fit.
+    """
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root} is not a folder; name the one that holds train.txt and val.txt")
+    class_names = read_class_names(root / "classes.txt", CAMVID_CLASSES)
+    if len(class_names) != _VOID:
+        raise ValueError(
+            f"{root / 'classes.txt'} holds {len(class_names)} class names, but the masks of the SegNet "
+            f"tutorial have {_VOID} classes and the value {_VOID} for void; name the {_VOID}, without void"
+        )
     lists = sorted(path.stem for path in root.glob("*.txt") if path.name != "classes.txt")
     if split not in lists:
         raise FileNotFoundError(
             f"there is no list {split}.txt in {root}; there are lists of: {', '.join(lists) or 'none'}"
         )
-    path = root / f"{split}.txt"
-    pairs = []
-    for line in read_lines(path):
+    source = root / f"{split}.txt"
+    lines = read_lines(source)
+    if not lines:
+        raise ValueError(f"{source} is empty; each of its lines must name an image and its mask")
+
+    def make(line: str) -> Entry:
         names = [name.removeprefix(_PREFIX) for name in line.split()]
         if len(names) != 2:
-            raise ValueError(f"{path} has the line {line!r}; a line names an image and its mask, with a blank between")
-        image, mask = (_entry(root, name, path) for name in names)
-        pairs.append((image, mask))
-    if not pairs:
-        raise ValueError(f"{path} is empty; each of its lines must name an image and its mask")
-    return pairs
+            raise ValueError(
+                f"{source} has the line {line!r}; a line names an image and its mask, with a blank between"
+            )
+        image, mask = (_entry(root, name, source) for name in names)
+        return Entry(image.stem, image, (mask,))
+
+    entries = list_entries(lines, make, source, refuse)
+    return Listing(class_names, plain_labels(_VOID, void=_VOID), entries, _ADVICE)
 
 
 def _entry(root: Path, name: str, listed_in: Path) -> Path:

@@ -10,15 +10,16 @@ from torchvision.tv_tensors import Image, Mask
 
 from rfield.data.dataset import IGNORE_INDEX, ParsingDataset, voc_palette
 from rfield.data.files import fingerprint_of, image_sizes, read_image, read_mask
+from rfield.data.listing import UNKNOWN, Entry, Listing, Refuse, entries_inside, raise_error
 
 _SPLITS = ("train", "val", "test")
 _SCORED = sorted((entry for entry in Cityscapes.classes if not entry.ignore_in_eval), key=lambda entry: entry.train_id)
-_UNKNOWN = -1
-_TRAIN_IDS = np.full(256, _UNKNOWN, np.int16)
+_TRAIN_IDS = np.full(256, UNKNOWN, np.int16)
 for _entry in Cityscapes.classes:
     if _entry.id >= 0:  # the licence plate, -1, is never drawn
         _TRAIN_IDS[_entry.id] = _entry.train_id
 _IMAGE_SUFFIX = "_leftImg8bit.png"
+_MASK_SUFFIX = "_gtFine_labelIds.png"
 
 CITYSCAPES_CLASSES = tuple(entry.name for entry in _SCORED)
 
@@ -61,10 +62,16 @@ class CityscapesDataset(ParsingDataset):
 
     def __init__(self, root: str | os.PathLike[str], split: str = "train") -> None:
         self.root = Path(root)
-        pairs = _find_pairs(self.root, split)
-        self.image_paths = [image for image, _ in pairs]
-        self.mask_paths = [mask for _, mask in pairs]
-        self.ids = [path.name.removesuffix(_IMAGE_SUFFIX) for path in self.image_paths]
+        listing = list_cityscapes(self.root, split)
+        self.image_paths = [entry.image for entry in listing.entries]
+        self.mask_paths = [entry.masks[0] for entry in listing.entries]
+        self.ids = [entry.name for entry in listing.entries]
+        missing = [mask for mask in self.mask_paths if not mask.is_file()]
+        if missing:
+            raise FileNotFoundError(
+                f"{missing[0]} is missing ({len(missing)} of the {len(self)} masks of the split {split!r}); "
+                f"unpack gtFine_trainvaltest.zip of Cityscapes in {self.root} again"
+            )
         colours = [entry.color for entry in _SCORED]
         self.palette = colours + voc_palette()[len(colours) : IGNORE_INDEX] + [(0, 0, 0)]
 
@@ -73,7 +80,7 @@ class CityscapesDataset(ParsingDataset):
         path = self.mask_paths[index]
         label_ids = read_mask(path, (image.shape[1], image.shape[2]))
         mask = _TRAIN_IDS[label_ids]
-        unknown = label_ids[mask == _UNKNOWN]
+        unknown = label_ids[mask == UNKNOWN]
         if unknown.size:
             raise ValueError(
                 f"{path} holds {unknown.size} px of the label ids {np.unique(unknown).tolist()}, which Cityscapes does "
@@ -94,30 +101,37 @@ class CityscapesDataset(ParsingDataset):
         return image_sizes(self.image_paths)
 
 
-def _find_pairs(root: Path, split: str) -> list[tuple[Path, Path]]:
+def list_cityscapes(root: Path, split: str, refuse: Refuse = raise_error) -> Listing:
+    """The photographs in the folders of a split; one whose files lie elsewhere goes to `refuse`.
+
+    Raises:
+        FileNotFoundError: if a folder is missing or there are no photographs.
+        OSError: if there are files among the cities.
+        ValueError: if the split has another name.
+    """
     if split not in _SPLITS:
         raise ValueError(f"Cityscapes has no split {split!r}; it has {', '.join(_SPLITS)}")
-    # Looked at first, because torchvision would unpack archives that lie there, and its error names no folder.
     for folder, archive in (("leftImg8bit", "leftImg8bit_trainvaltest.zip"), ("gtFine", "gtFine_trainvaltest.zip")):
         if not (root / folder / split).is_dir():
             raise FileNotFoundError(
                 f"{root / folder / split} is not a folder; unpack {archive} of Cityscapes in {root}"
             )
-    try:
-        listing = Cityscapes(root, split=split, mode="fine", target_type="semantic")
-    except (OSError, RuntimeError) as error:
+    cities = sorted((root / "leftImg8bit" / split).iterdir())
+    files = [path for path in cities if not path.is_dir()]
+    if files:
         raise OSError(
-            f"{root} cannot be read as Cityscapes ({error}); leftImg8bit/{split} must hold one folder for each city"
-        ) from error
-    # In the order of their names: the file system's is another on every machine.
-    pairs = sorted((Path(image), Path(masks[0])) for image, masks in zip(listing.images, listing.targets, strict=True))
-    pairs = [(image, mask) for image, mask in pairs if image.name.endswith(_IMAGE_SUFFIX)]
-    if not pairs:
-        raise FileNotFoundError(f"{root / 'leftImg8bit' / split} holds no photograph CITY/ID{_IMAGE_SUFFIX}")
-    missing = [mask for _, mask in pairs if not mask.is_file()]
-    if missing:
-        raise FileNotFoundError(
-            f"{missing[0]} is missing ({len(missing)} of the {len(pairs)} masks of the split {split!r}); "
-            f"unpack gtFine_trainvaltest.zip of Cityscapes in {root} again"
+            f"{root} cannot be read as Cityscapes ({files[0]} is a file); leftImg8bit/{split} must hold one folder for "
+            "each city"
         )
-    return pairs
+    # In the order of their names: the file system's is another on every machine.
+    images = [path for city in cities for path in sorted(city.glob(f"*{_IMAGE_SUFFIX}"))]
+    if not images:
+        raise FileNotFoundError(f"{root / 'leftImg8bit' / split} holds no photograph CITY/ID{_IMAGE_SUFFIX}")
+
+    masks = root / "gtFine" / split
+    pairs = []
+    for image in images:
+        name = image.name.removesuffix(_IMAGE_SUFFIX)
+        pairs.append(Entry(name, image, (masks / image.parent.name / f"{name}{_MASK_SUFFIX}",)))
+    advice = "Cityscapes has the label ids 0..33; use the file as it was downloaded"
+    return Listing(CITYSCAPES_CLASSES, _TRAIN_IDS, entries_inside(pairs, root, refuse), advice)

@@ -20,7 +20,7 @@ def read_image(path: Path) -> Image:
         OSError: if the file is not an image or a damaged one.
     """
     with _open(path) as file:
-        pixels = np.array(_load(file, path).convert("RGB"))
+        pixels = np.array(_load(file, path, "RGB"))
     return Image(torch.from_numpy(pixels).permute(2, 0, 1).contiguous())
 
 
@@ -84,8 +84,15 @@ def fingerprint_of(root: Path, paths: Sequence[Path], *facts: object) -> str:
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a text file that hold something, without the blanks around them."""
-    lines = path.read_text(encoding="utf-8-sig").splitlines()
+    """The lines of a text file that hold something, without the blanks around them.
+
+    Raises:
+        ValueError: if it is not text in UTF-8.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not text in UTF-8 ({error}); save it as such") from error
     return [line.strip() for line in lines if line.strip()]
 
 
@@ -114,10 +121,18 @@ def sample_path(root: Path, folder: str, name: str, suffix: str, listed_in: str)
         ValueError: if the file would lie elsewhere; names `listed_in`, where the name was read.
     """
     path = root / folder / f"{name}{suffix}"
-    resolved = path.resolve()
-    if not any(resolved.is_relative_to(place.resolve()) for place in (root, root / folder)):
+    if not lies_in(path, root, root / folder):
         raise ValueError(f"{listed_in} names {name!r}, a file outside {root}; remove that line")
     return path
+
+
+def lies_in(path: Path, *folders: Path) -> bool:
+    """Whether a file, all links followed, is in one of the folders, which may be links themselves."""
+    try:
+        resolved = path.resolve()
+        return any(resolved.is_relative_to(folder.resolve()) for folder in folders)
+    except (OSError, RuntimeError, ValueError):  # a link to itself, a name with a zero byte
+        return False
 
 
 def check_files(paths: Sequence[Path], what: str) -> None:
@@ -130,10 +145,14 @@ def check_files(paths: Sequence[Path], what: str) -> None:
         )
 
 
+def has_few_bits(image: PIL.Image.Image) -> bool:
+    """Whether it is grey of 1, 2 or 4 bits, whose values Pillow spreads over 0..255, other classes than meant."""
+    return image.mode == "L" and image.format == "PNG" and any(tile[3] != "L" for tile in getattr(image, "tile", []))
+
+
 def _read_values(path: Path, size: tuple[int, int], modes: tuple[str, ...], wanted: str) -> npt.NDArray[np.uint8]:
     with _open(path) as file:
-        # Pillow spreads the values of 1, 2 and 4-bit grey over 0..255, which would make other classes of them.
-        few_bits = file.mode == "L" and file.format == "PNG" and file.tile[0][3] != "L"
+        few_bits = has_few_bits(file)
         if file.mode not in modes or few_bits:
             raise ValueError(
                 f"{path} is of Pillow mode {file.mode!r}{' with less than 8 bits' if few_bits else ''}; {wanted}"
@@ -150,13 +169,13 @@ def _read_values(path: Path, size: tuple[int, int], modes: tuple[str, ...], want
 def _open(path: Path) -> PIL.Image.Image:
     try:
         return PIL.Image.open(path)
-    except (OSError, PIL.Image.DecompressionBombError) as error:
+    except Exception as error:  # Pillow raises many kinds for damaged files
         raise OSError(f"{path} cannot be opened as an image ({error}); replace the file") from error
 
 
-def _load(image: PIL.Image.Image, path: Path) -> PIL.Image.Image:
+def _load(image: PIL.Image.Image, path: Path, mode: str | None = None) -> PIL.Image.Image:
     try:
         image.load()
-    except (OSError, SyntaxError, ValueError) as error:
+        return image if mode is None else image.convert(mode)
+    except Exception as error:
         raise OSError(f"{path} is a damaged image ({error}); replace the file") from error
-    return image

@@ -16,6 +16,7 @@ from rfield.data.files import (
     read_image,
     read_mask,
 )
+from rfield.data.listing import Entry, Listing, Refuse, entries_inside, plain_labels, raise_error
 
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 
@@ -56,16 +57,11 @@ class FolderDataset(ParsingDataset):
 
     def __init__(self, root: str | os.PathLike[str], split: str = "train") -> None:
         self.root = Path(root)
-        if not self.root.is_dir():
-            raise FileNotFoundError(f"{self.root} is not a folder; name the one that holds classes.txt and train")
-        classes = self.root / "classes.txt"
-        if not classes.is_file():
-            raise FileNotFoundError(f"{classes} is missing; it must name the classes, one a line, from mask value 0 on")
-        self.class_names = read_class_names(classes, ())
-        pairs = _find_pairs(self.root, split)
-        self.ids = list(pairs)
-        self.image_paths = [image for image, _ in pairs.values()]
-        self.mask_paths = [mask for _, mask in pairs.values()]
+        listing = list_folder(self.root, split)
+        self.class_names, self.advice = listing.class_names, listing.advice
+        self.ids = [entry.name for entry in listing.entries]
+        self.image_paths = [entry.image for entry in listing.entries]
+        self.mask_paths = [entry.masks[0] for entry in listing.entries]
         own = palette_of(self.mask_paths[0])
         self.palette = own + voc_palette()[len(own) :]
 
@@ -73,8 +69,7 @@ class FolderDataset(ParsingDataset):
         image = read_image(self.image_paths[index])
         path = self.mask_paths[index]
         mask = read_mask(path, (image.shape[1], image.shape[2]))
-        advice = f"correct the mask or name all classes, one a line, in {self.root / 'classes.txt'}"
-        check_labels(mask, self.num_classes, path, advice)
+        check_labels(mask, self.num_classes, path, self.advice)
         return image, Mask(torch.from_numpy(mask))
 
     def fingerprint(self) -> str:
@@ -90,33 +85,55 @@ class FolderDataset(ParsingDataset):
         return image_sizes(self.image_paths)
 
 
-def _find_pairs(root: Path, split: str) -> dict[str, tuple[Path, Path]]:
+def list_folder(root: Path, split: str, refuse: Refuse = raise_error) -> Listing:
+    """The photographs in the folders of a split; one without a mask and what else does not fit goes to `refuse`.
+
+    Raises:
+        FileNotFoundError: if the root, `classes.txt` or the split is missing.
+        ValueError: if `classes.txt` does not fit, or there is no photograph.
+    """
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root} is not a folder; name the one that holds classes.txt and train")
+    classes = root / "classes.txt"
+    if not classes.is_file():
+        raise FileNotFoundError(f"{classes} is missing; it must name the classes, one a line, from mask value 0 on")
+    class_names = read_class_names(classes, ())
     splits = sorted(path.parent.name for path in root.glob("*/images"))
     if split not in splits:
         raise FileNotFoundError(
             f"there is no folder {split}/images in {root}; there are the splits: {', '.join(splits) or 'none'}"
         )
-    folder = root / split
-    images: dict[str, Path] = {}
-    for path in sorted((folder / "images").iterdir()):
-        if path.suffix.lower() not in _IMAGE_SUFFIXES:
-            continue
-        if path.stem in images:
-            raise ValueError(f"{images[path.stem]} and {path} would have one mask; rename or remove one of them")
-        images[path.stem] = path
-    masks = {path.stem: path for path in (folder / "masks").glob("*.png")}
-    without_mask = [path for name, path in images.items() if name not in masks]
-    if without_mask:
-        raise FileNotFoundError(
-            f"{folder / 'masks' / without_mask[0].stem}.png is missing, the mask of {without_mask[0]} "
-            f"({len(without_mask)} of {len(images)} images have none); add the mask or remove the image"
+    images, masks = root / split / "images", root / split / "masks"
+    photographs: dict[str, Path] = {}
+    for path in sorted(path for path in images.iterdir() if path.suffix.lower() in _IMAGE_SUFFIXES):
+        other = photographs.setdefault(path.stem, path)
+        if other != path:
+            refuse(path, ValueError(f"{other} and {path} would have one mask; rename or remove one of them"))
+    own = {path.stem: path for path in masks.glob("*.png")}
+    _refuse_single(photographs, own, images, masks, refuse)
+    if not photographs:
+        raise ValueError(f"{images} holds no image ({', '.join(_IMAGE_SUFFIXES)})")
+
+    pairs = [Entry(name, image, (own[name],)) for name, image in photographs.items() if name in own]
+    advice = f"correct the mask or name all classes, one a line, in {classes}"
+    return Listing(class_names, plain_labels(len(class_names)), entries_inside(pairs, root, refuse), advice)
+
+
+def _refuse_single(
+    photographs: dict[str, Path], own: dict[str, Path], images: Path, masks: Path, refuse: Refuse
+) -> None:
+    """Photographs without a mask and masks without a photograph."""
+    without_mask = [path for name, path in photographs.items() if name not in own]
+    for path in without_mask:
+        error = FileNotFoundError(
+            f"{masks / path.stem}.png is missing, the mask of {path} "
+            f"({len(without_mask)} of {len(photographs)} images have none); add the mask or remove the image"
         )
-    without_image = sorted(path for name, path in masks.items() if name not in images)
-    if without_image:
-        raise FileNotFoundError(
-            f"{without_image[0]} is the mask of no image in {folder / 'images'} ({len(without_image)} of {len(masks)} "
+        refuse(masks / f"{path.stem}.png", error)
+    without_image = sorted(path for name, path in own.items() if name not in photographs)
+    for path in without_image:
+        error = FileNotFoundError(
+            f"{path} is the mask of no image in {images} ({len(without_image)} of {len(own)} "
             f"masks have none of {', '.join(_IMAGE_SUFFIXES)}); add the image or remove the mask"
         )
-    if not images:
-        raise ValueError(f"{folder / 'images'} holds no image ({', '.join(_IMAGE_SUFFIXES)})")
-    return {name: (path, masks[name]) for name, path in images.items()}
+        refuse(path, error)

@@ -17,6 +17,7 @@ from rfield.data.files import (
     read_lines,
     sample_path,
 )
+from rfield.data.listing import Entry, Listing, Refuse, list_entries, plain_labels, raise_error
 
 HELEN_CLASSES = (
     "background",
@@ -91,21 +92,12 @@ class HelenDataset(ParsingDataset):
 
     def __init__(self, root: str | os.PathLike[str], split: str = "train") -> None:
         self.root = Path(root)
-        if split not in HELEN_LISTS:
-            raise ValueError(f"Helen has no split {split!r}; it has {', '.join(HELEN_LISTS)}")
-        if not self.root.is_dir():
-            raise FileNotFoundError(f"{self.root} is not a folder; name the one that holds images and labels")
-        listed_in = self.root / HELEN_LISTS[split]
-        self.ids = _read_ids(listed_in)
-        self.image_paths = [sample_path(self.root, "images", name, ".jpg", str(listed_in)) for name in self.ids]
-        self.map_paths = [
-            [
-                sample_path(self.root, "labels", f"{name}/{Path(name).name}", f"_lbl{label:02d}.png", str(listed_in))
-                for label in range(self.num_classes)
-            ]
-            for name in self.ids
-        ]
-        check_files(self._files(), f"the split {split!r}")
+        listing = list_helen(self.root, split)
+        self._files = listing.files
+        check_files(self._files, f"the split {split!r}")
+        self.ids = [entry.name for entry in listing.entries]
+        self.image_paths = [entry.image for entry in listing.entries]
+        self.map_paths = [entry.masks for entry in listing.entries]
         self.palette = _COLOURS + voc_palette()[len(_COLOURS) :]
 
     def __getitem__(self, index: int) -> tuple[Image, Mask]:
@@ -116,7 +108,7 @@ class HelenDataset(ParsingDataset):
 
     def fingerprint(self) -> str:
         """A hexadecimal hash of every file's name, size and time of change."""
-        return fingerprint_of(self.root, self._files(), "Helen")
+        return fingerprint_of(self.root, self._files, "Helen")
 
     def sizes(self) -> list[tuple[int, int]]:
         """The (height, width) in px of every photograph, read from the files' headers.
@@ -126,19 +118,35 @@ class HelenDataset(ParsingDataset):
         """
         return image_sizes(self.image_paths)
 
-    def _files(self) -> list[Path]:
-        return [*self.image_paths, *(path for maps in self.map_paths for path in maps)]
 
+def list_helen(root: Path, split: str, refuse: Refuse = raise_error) -> Listing:
+    """What the list of a split names; a line that is not understood or leaves the root goes to `refuse`.
 
-def _read_ids(path: Path) -> list[str]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; it must hold a line `number , ID` for each photograph")
-    ids = []
-    for line in read_lines(path):
+    Raises:
+        FileNotFoundError: if the root or the list is missing.
+        ValueError: if the split has another name, or the list is empty or not text.
+    """
+    if split not in HELEN_LISTS:
+        raise ValueError(f"Helen has no split {split!r}; it has {', '.join(HELEN_LISTS)}")
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root} is not a folder; name the one that holds images and labels")
+    source = root / HELEN_LISTS[split]
+    if not source.is_file():
+        raise FileNotFoundError(f"{source} is missing; it must hold a line `number , ID` for each photograph")
+    lines = read_lines(source)
+    if not lines:
+        raise ValueError(f"{source} is empty; it must hold a line `number , ID` for each photograph")
+
+    def make(line: str) -> Entry:
         _, comma, name = line.partition(",")
-        if not comma or not name.strip():
-            raise ValueError(f"{path} has the line {line!r}; a line reads `number , ID`")
-        ids.append(name.strip())
-    if not ids:
-        raise ValueError(f"{path} is empty; it must hold a line `number , ID` for each photograph")
-    return ids
+        name = name.strip()
+        if not comma or not name:
+            raise ValueError(f"{source} has the line {line!r}; a line reads `number , ID`")
+        maps = [
+            sample_path(root, "labels", f"{name}/{Path(name).name}", f"_lbl{label:02d}.png", str(source))
+            for label in range(len(HELEN_CLASSES))
+        ]
+        return Entry(name, sample_path(root, "images", name, ".jpg", str(source)), tuple(maps))
+
+    entries = list_entries(lines, make, source, refuse)
+    return Listing(HELEN_CLASSES, plain_labels(len(HELEN_CLASSES)), entries, maps=True)

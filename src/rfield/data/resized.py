@@ -1,6 +1,7 @@
 """One working size for images of many sizes."""
 
 import hashlib
+from typing import Any
 
 from torch import Tensor
 from torchvision.transforms import v2
@@ -31,11 +32,8 @@ class ResizedDataset(ParsingDataset):
     """
 
     def __init__(self, dataset: ParsingDataset, size: tuple[int, int]) -> None:
-        whole = isinstance(size, (tuple, list)) and all(type(side) is int and side >= 1 for side in size)
-        if not whole or len(size) != 2:
-            raise ValueError(f"size must be [height, width] in whole px, both above 0; got {size!r}")
         self.dataset = dataset
-        self.size = (size[0], size[1])
+        self.size = working_size(size)
         self.class_names = dataset.class_names
         self.mirrored_classes = dataset.mirrored_classes
         self.palette = dataset.palette
@@ -52,6 +50,18 @@ class ResizedDataset(ParsingDataset):
     def sizes(self) -> list[tuple[int, int]]:
         """The size, once for every image."""
         return [self.size] * len(self)
+
+
+def working_size(size: Any) -> tuple[int, int]:
+    """The (height, width) in px that a list of two stands for.
+
+    Raises:
+        ValueError: if it is not two whole numbers of at least 1.
+    """
+    whole = isinstance(size, (tuple, list)) and all(type(side) is int and side >= 1 for side in size)
+    if not whole or len(size) != 2:
+        raise ValueError(f"size must be [height, width] in whole px, both above 0; got {size!r}")
+    return size[0], size[1]
 
 
 def resize_mask(mask: Mask, size: tuple[int, int]) -> Mask:

@@ -25,6 +25,7 @@ from rfield.data.files import (
     read_mask,
     sample_path,
 )
+from rfield.data.listing import Entry, Listing, Refuse, list_entries, plain_labels, raise_error
 
 VOC_CLASSES = (
     "background",
@@ -87,16 +88,14 @@ class VOCDataset(ParsingDataset):
 
     def __init__(self, root: str | os.PathLike[str], split: str = "train") -> None:
         self.root = Path(root)
-        if not self.root.is_dir():
-            raise FileNotFoundError(
-                f"{self.root} is not a folder; name the one that holds JPEGImages and SegmentationClass"
-            )
         self.split = split
-        self.class_names = read_class_names(self.root / "classes.txt", VOC_CLASSES)
-        self.ids = _read_list(self.root, split)
-        masks = "SegmentationClassAug" if split == "train_aug" else "SegmentationClass"
-        self.image_paths = _sample_paths(self.root, "JPEGImages", self.ids, ".jpg", split)
-        self.mask_paths = _sample_paths(self.root, masks, self.ids, ".png", split)
+        listing = list_voc(self.root, split)
+        self.class_names, self.advice = listing.class_names, listing.advice
+        self.ids = [entry.name for entry in listing.entries]
+        self.image_paths = [entry.image for entry in listing.entries]
+        self.mask_paths = [entry.masks[0] for entry in listing.entries]
+        for paths in (self.image_paths, self.mask_paths):
+            check_files(paths, f"the split {split!r} in {paths[0].relative_to(self.root).parts[0]}")
         own = palette_of(self.mask_paths[0])
         self.palette = own + voc_palette()[len(own) :]
 
@@ -104,8 +103,7 @@ class VOCDataset(ParsingDataset):
         image = read_image(self.image_paths[index])
         path = self.mask_paths[index]
         mask = read_mask(path, (image.shape[1], image.shape[2]))
-        advice = f"correct the mask or name all classes, one a line, in {self.root / 'classes.txt'}"
-        check_labels(mask, self.num_classes, path, advice)
+        check_labels(mask, self.num_classes, path, self.advice)
         return image, Mask(torch.from_numpy(mask))
 
     def fingerprint(self) -> str:
@@ -119,6 +117,29 @@ class VOCDataset(ParsingDataset):
             OSError: if a file is not an image; the message names it.
         """
         return image_sizes(self.image_paths)
+
+
+def list_voc(root: Path, split: str, refuse: Refuse = raise_error) -> Listing:
+    """What the list of a split names; a line that leaves the root goes to `refuse`.
+
+    Raises:
+        FileNotFoundError: if the root or the list is missing.
+        ValueError: if the list is empty or not text, or `classes.txt` does not fit.
+    """
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root} is not a folder; name the one that holds JPEGImages and SegmentationClass")
+    class_names = read_class_names(root / "classes.txt", VOC_CLASSES)
+    masks = "SegmentationClassAug" if split == "train_aug" else "SegmentationClass"
+
+    def make(name: str) -> Entry:
+        listed_in = f"the list of the split {split!r}"
+        image = sample_path(root, "JPEGImages", name, ".jpg", listed_in)
+        return Entry(name, image, (sample_path(root, masks, name, ".png", listed_in),))
+
+    source = root / "ImageSets" / "Segmentation" / f"{split}.txt"
+    entries = list_entries(_read_list(root, split), make, source, refuse)
+    advice = f"correct the mask or name all classes, one a line, in {root / 'classes.txt'}"
+    return Listing(class_names, plain_labels(len(class_names)), entries, advice)
 
 
 def download_voc2012(root: str | os.PathLike[str], augmented: bool = False) -> Path:
@@ -230,10 +251,3 @@ def _read_list(root: Path, split: str) -> list[str]:
     if not ids:
         raise ValueError(f"{folder / f'{split}.txt'} is empty; it must name the images, one a line, without .jpg")
     return ids
-
-
-def _sample_paths(root: Path, folder: str, ids: list[str], suffix: str, split: str) -> list[Path]:
-    listed_in = f"the list of the split {split!r}"
-    paths = [sample_path(root, folder, name, suffix, listed_in) for name in ids]
-    check_files(paths, f"the split {split!r} in {folder}")
-    return paths

@@ -1,0 +1,101 @@
+"""What a data set is called by: a short text or a YAML file."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rfield.data.resized import working_size
+
+_KEYS: dict[str, tuple[str, ...]] = {
+    "voc": ("root", "train", "val", "test", "size"),
+    "camvid": ("root", "size"),
+    "helen": ("root", "size"),
+    "cityscapes": ("root", "size"),
+    "folder": ("root", "size"),
+    "synthetic": ("size", "distance", "length", "seed"),
+}
+_LAYOUTS = [name for name in _KEYS if name != "synthetic"]
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """Where a data set is and how it is read.
+
+    Attributes:
+        format: the name of its layout, or "synthetic".
+        root: its folder; none for synthetic.
+        size: the working size, (height, width) in px, if there is one.
+        splits: the lists that stand for splits of other names.
+        options: of `SyntheticCues`.
+        file: the YAML file that says so, if there is one.
+    """
+
+    format: str
+    root: Path | None = None
+    size: tuple[int, int] | None = None
+    splits: dict[str, str] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+    file: Path | None = None
+
+
+def parse_spec(spec: str) -> DataSource:
+    """What `load_dataset` is given; nothing of the data is opened.
+
+    Raises:
+        ValueError: if the spec, the file's text, its format or one of its keys or values is not understood.
+        FileNotFoundError: if the YAML file is missing.
+
+    >>> parse_spec("voc:VOC2012").root
+    PosixPath('VOC2012')
+    """
+    if spec.endswith((".yaml", ".yml")):
+        return _read_config(Path(spec))
+    name, _, root = spec.partition(":")
+    if name in _LAYOUTS and root:
+        return DataSource(name, Path(root).expanduser())
+    if spec == "synthetic":
+        return DataSource(spec)
+    raise ValueError(
+        f"data {spec!r} is not understood; write {', '.join(f'{layout}:ROOT' for layout in _LAYOUTS)}, "
+        f"synthetic, or the path of a .yaml file with a format of {', '.join(_KEYS)}"
+    )
+
+
+def _read_config(path: Path) -> DataSource:
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no data config {path}")
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(config, dict) or "format" not in config:
+        raise ValueError(f"{path} must hold keys and values, `format` ({', '.join(_KEYS)}) among them")
+    data_format = config.pop("format")
+    if not isinstance(data_format, str) or data_format not in _KEYS:
+        raise ValueError(f"{path}: format {data_format!r} is not known; the known ones are {', '.join(_KEYS)}")
+    unknown = [str(key) for key in config if key not in _KEYS[data_format]]
+    if unknown:
+        raise ValueError(
+            f"{path}: unknown key {', '.join(unknown)}; a config of format {data_format} has the keys format, "
+            f"{', '.join(_KEYS[data_format])}"
+        )
+    if data_format == "synthetic":
+        return DataSource(data_format, options=config, file=path)
+    return _folder_source(path, data_format, config)
+
+
+def _folder_source(path: Path, data_format: str, config: dict[str, Any]) -> DataSource:
+    if "root" not in config:
+        raise ValueError(f"{path}: the key root is missing, the folder that holds the data")
+    size = config.pop("size", None)
+    for key, value in config.items():
+        if not isinstance(value, str):
+            raise ValueError(f"{path}: {key} must be text, got {value!r}; put it in quotation marks")
+    try:
+        size = None if size is None else working_size(size)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    root = path.parent / Path(config.pop("root")).expanduser()
+    return DataSource(data_format, root, size, splits=config, file=path)
