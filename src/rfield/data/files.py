@@ -1,6 +1,7 @@
 """Reading the files of a data set, with errors that name the file and say what to do."""
 
 import hashlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,8 +19,13 @@ def read_image(path: Path) -> Image:
 
     Raises:
         OSError: if the file is not an image or a damaged one.
+        ValueError: if it has more than 8 bits a pixel, of which Pillow would keep 0..255 and make the rest white.
     """
     with _open(path) as file:
+        if is_deep(file):
+            raise ValueError(
+                f"{path} has more than 8 bits a pixel (Pillow mode {file.mode!r}); scale its values to 8 bits"
+            )
         pixels = np.array(_load(file, path, "RGB"))
     return Image(torch.from_numpy(pixels).permute(2, 0, 1).contiguous())
 
@@ -67,11 +73,16 @@ def image_sizes(paths: Sequence[Path]) -> list[tuple[int, int]]:
     return sizes
 
 
-def palette_of(path: Path) -> list[tuple[int, int, int]]:
-    """The colours in a palette image's file; none in that of a grey one."""
-    with _open(path) as image:
-        levels = image.getpalette() or []
-    return list(zip(levels[::3], levels[1::3], levels[2::3], strict=True))
+def palette_of(paths: Sequence[Path]) -> list[tuple[int, int, int]]:
+    """The colours in the first of the files that can be opened, if it is a palette image."""
+    for path in paths:
+        try:
+            with _open(path) as image:
+                levels = image.getpalette() or []
+        except OSError:  # a finding for who reads the sample
+            continue
+        return list(zip(levels[::3], levels[1::3], levels[2::3], strict=True))
+    return []
 
 
 def fingerprint_of(root: Path, paths: Sequence[Path], *facts: object) -> str:
@@ -121,7 +132,9 @@ def sample_path(root: Path, folder: str, name: str, suffix: str, listed_in: str)
         ValueError: if the file would lie elsewhere; names `listed_in`, where the name was read.
     """
     path = root / folder / f"{name}{suffix}"
-    if not lies_in(path, root, root / folder):
+    # A file right in the folder leaves it as a link alone; following every path takes long.
+    plain = not {"/", os.sep} & {*name} and name not in ("", ".", "..") and not path.is_symlink()
+    if not plain and not lies_in(path, root, root / folder):
         raise ValueError(f"{listed_in} names {name!r}, a file outside {root}; remove that line")
     return path
 
@@ -143,6 +156,11 @@ def check_files(paths: Sequence[Path], what: str) -> None:
             f"{missing[0]} is missing ({len(missing)} of the {len(paths)} files of {what}); "
             "add the file or remove its line from the list"
         )
+
+
+def is_deep(image: PIL.Image.Image) -> bool:
+    """Whether it is grey of more than 8 bits."""
+    return image.mode.startswith("I") or image.mode == "F"
 
 
 def has_few_bits(image: PIL.Image.Image) -> bool:

@@ -62,7 +62,7 @@ class FolderDataset(ParsingDataset):
         self.ids = [entry.name for entry in listing.entries]
         self.image_paths = [entry.image for entry in listing.entries]
         self.mask_paths = [entry.masks[0] for entry in listing.entries]
-        own = palette_of(self.mask_paths[0])
+        own = palette_of(self.mask_paths)
         self.palette = own + voc_palette()[len(own) :]
 
     def __getitem__(self, index: int) -> tuple[Image, Mask]:

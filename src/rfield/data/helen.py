@@ -1,6 +1,7 @@
 """Faces in the layout of the Helen face-parsing data set: one map for each class of each photograph."""
 
 import os
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -142,10 +143,11 @@ def list_helen(root: Path, split: str, refuse: Refuse = raise_error) -> Listing:
         name = name.strip()
         if not comma or not name:
             raise ValueError(f"{source} has the line {line!r}; a line reads `number , ID`")
-        maps = [
-            sample_path(root, "labels", f"{name}/{Path(name).name}", f"_lbl{label:02d}.png", str(source))
-            for label in range(len(HELEN_CLASSES))
-        ]
+        path = partial(sample_path, root, "labels", f"{name}/{Path(name).name}", listed_in=str(source))
+        first = path("_lbl00.png")
+        maps = [first.with_name(f"{first.name[:-6]}{label:02d}.png") for label in range(len(HELEN_CLASSES))]
+        # The others lie in the folder where the first does, unless they are links.
+        maps = [path(other.name[-10:]) if other.is_symlink() else other for other in maps]
         return Entry(name, sample_path(root, "images", name, ".jpg", str(source)), tuple(maps))
 
     entries = list_entries(lines, make, source, refuse)

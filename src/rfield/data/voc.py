@@ -96,7 +96,7 @@ class VOCDataset(ParsingDataset):
         self.mask_paths = [entry.masks[0] for entry in listing.entries]
         for paths in (self.image_paths, self.mask_paths):
             check_files(paths, f"the split {split!r} in {paths[0].relative_to(self.root).parts[0]}")
-        own = palette_of(self.mask_paths[0])
+        own = palette_of(self.mask_paths)
         self.palette = own + voc_palette()[len(own) :]
 
     def __getitem__(self, index: int) -> tuple[Image, Mask]:

@@ -1,0 +1,248 @@
+"""What is wrong with the files of one sample."""
+
+import hashlib
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import PIL.Image
+
+from rfield.data.dataset import IGNORE_INDEX
+from rfield.data.files import has_few_bits, is_deep
+from rfield.data.listing import UNKNOWN, Entry, Listing
+
+Level = Literal["error", "warning"]
+Found = Callable[[Level, Path, str], None]
+
+# Pillow's own limit: it warns from here on and refuses twice as many.
+_MOST_PIXELS = 89_478_485
+_ORIENTATION = 0x0112
+_TAILS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
+_ALPHA = ("RGBA", "RGBa", "LA", "La", "PA")
+_MOST_VALUES = 8
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong with a data set.
+
+    Attributes:
+        level: an error ruins the training or ends it; a warning may be meant.
+        file: what it is about.
+        split: where it was found.
+        index: of the sample in the split; none if it is about the split.
+        text: what was found and what to do.
+    """
+
+    level: Level
+    file: str
+    split: str
+    index: int | None
+    text: str
+
+
+@dataclass
+class Sample:
+    """What a sample was found to be: `classes` and `digest` of the photograph's pixels where they were read."""
+
+    findings: list[Finding] = field(default_factory=list)
+    classes: set[int] = field(default_factory=set)
+    digest: bytes | None = None
+
+
+def check_sample(
+    listing: Listing, entry: Entry, split: str, index: int, pixels: bool = True, values: bool = True
+) -> Sample:
+    """Looks at the files of one sample.
+
+    Args:
+        listing: that it is of.
+        entry: the sample.
+        split: of the listing, for the findings.
+        index: in the split, for the findings.
+        pixels: read the photograph's; without it only the header, and the pixels of a file that does not end as a
+            whole one does.
+        values: the same for the mask; without it only the first of a face's maps is looked at.
+    """
+    sample = Sample()
+
+    def found(level: Level, path: Path, text: str) -> None:
+        sample.findings.append(Finding(level, str(path), split, index, f"{path} {text}"))
+
+    image_size, swapped = None, False
+    opened = _open(entry.image, found)
+    if opened is not None:
+        with opened as image:
+            image_size = (image.height, image.width)
+            _check_kind_of_image(image, entry.image, found)
+            if _load(image, entry.image, pixels, found) and pixels:
+                sample.digest = _digest(image, entry.image, found)
+            swapped = _check_orientation(image, entry.image, found)
+    maps = []
+    for path in entry.masks if values else entry.masks[:1]:
+        mask = _read_mask(path, entry, listing, image_size, swapped, values, found)
+        if mask is not None:
+            maps.append(mask)
+    if len(maps) == len(entry.masks) and maps:
+        name = entry.masks[0]
+        sample.classes = (
+            _classes_of_maps(maps, name, found) if listing.maps else _classes(maps[0], name, listing, found)
+        )
+    return sample
+
+
+def _open(path: Path, found: Found) -> PIL.Image.Image | None:
+    """The image of a file whose header is sound and which is safe to decode."""
+    try:
+        if not path.is_file():
+            found("error", path, "is missing; add the file or take its sample out of the split")
+            return None
+        image = PIL.Image.open(path)
+    except PIL.Image.DecompressionBombError as error:
+        found("error", path, f"is of an absurd size and was not decoded ({error}); replace or scale it down")
+        return None
+    except Exception as error:  # Pillow raises many kinds for damaged files
+        found("error", path, f"cannot be opened as an image ({error}); replace the file")
+        return None
+    if image.width * image.height > _MOST_PIXELS:
+        image.close()
+        text = f"is of an absurd size, {image.height}x{image.width} px, and was not decoded; replace or scale it down"
+        found("error", path, text)
+        return None
+    return image
+
+
+def _load(image: PIL.Image.Image, path: Path, pixels: bool, found: Found) -> bool:
+    """Decodes the file, or if `pixels` is not set only one whose end is missing; whether it is whole."""
+    if not pixels and _ends_well(path, image.format):
+        return True
+    try:
+        image.load()
+    except Exception as error:
+        found("error", path, f"is a damaged image ({error}); replace the file")
+        return False
+    return True
+
+
+def _ends_well(path: Path, kind: str | None) -> bool:
+    if kind not in _TAILS:
+        return True
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 64))
+        return _TAILS[kind] in file.read()
+
+
+def _check_kind_of_image(image: PIL.Image.Image, path: Path, found: Found) -> None:
+    if is_deep(image):
+        found("error", path, f"has more than 8 bits a pixel (Pillow mode {image.mode!r}); scale its values to 8 bits")
+    elif image.format == "PNG" and any(";16" in str(tile[3]) for tile in getattr(image, "tile", [])):
+        found("warning", path, "is a 16-bit image, of which the upper 8 bits are read; save it with 8 bits")
+    if image.mode in _ALPHA or "transparency" in image.info:
+        text = "has an alpha channel, which is left out: what is transparent shows the colour behind it"
+        found("warning", path, f"{text}; save it without one, on the background that is meant")
+
+
+def _check_orientation(image: PIL.Image.Image, path: Path, found: Found) -> bool:
+    """Warns of EXIF rotation; whether it exchanges height and width."""
+    try:
+        # Pillow decodes a PNG to look for it behind the pixels.
+        orientation = image.getexif().get(_ORIENTATION, 1) if image.format != "PNG" or "exif" in image.info else 1
+    except Exception:  # damaged EXIF data turns nothing
+        orientation = 1
+    if orientation not in range(2, 9):
+        return False
+    text = f"has the EXIF orientation {orientation}, which viewers apply and reading does not: its mask may be turned"
+    found("warning", path, f"{text} against it; turn the pixels (PIL.ImageOps.exif_transpose) and look at both")
+    return orientation >= 5
+
+
+def _digest(image: PIL.Image.Image, path: Path, found: Found) -> bytes | None:
+    try:
+        pixels = np.array(image.convert("RGB"))
+    except Exception as error:
+        found("error", path, f"cannot be read as RGB ({error}); replace the file")
+        return None
+    return hashlib.blake2b(repr(pixels.shape).encode() + pixels.data, digest_size=16).digest()
+
+
+def _read_mask(
+    path: Path, entry: Entry, listing: Listing, size: tuple[int, int] | None, swapped: bool, values: bool, found: Found
+) -> npt.NDArray[np.uint8] | None:
+    """The values of a mask that is sound as far as its file goes; none where it is not, or `values` is not set."""
+    opened = _open(path, found)
+    if opened is None:
+        return None
+    with opened as mask:
+        sound = _check_kind_of_mask(mask, path, listing.maps, found)
+        own = (mask.height, mask.width)
+        if size is not None and own != size:
+            sound = False
+            turned = swapped and own == size[::-1]
+            fix = "turn its pixels as EXIF says" if turned else "both must have one size"
+            text = f"is {own[0]}x{own[1]} px (height x width) but its image {entry.image.name} is {size[0]}x{size[1]}"
+            found("error", path, f"{text}; {fix}")
+        if not _load(mask, path, values, found) or not sound or not values:
+            return None
+        return np.array(mask)
+
+
+def _check_kind_of_mask(mask: PIL.Image.Image, path: Path, is_map: bool, found: Found) -> bool:
+    if mask.format == "JPEG":
+        found("warning", path, "is a JPEG file, whose compression changes values; save masks as PNG")
+    few_bits = has_few_bits(mask)
+    if mask.mode in (("L",) if is_map else ("L", "P")) and not few_bits:
+        return True
+    what, fix = f"is of Pillow mode {mask.mode!r}", "save it as 8-bit grey whose values are class indices"
+    if mask.mode in ("RGB", "RGBA"):
+        colours = _count_colours(mask)
+        what = f"holds colours{colours}, not class indices: a palette mask that was read and saved as {mask.mode}?"
+        fix = "map each colour to its class and save an 8-bit grey or palette image"
+    elif mask.mode.startswith("I"):
+        what = f"has more than 8 bits a pixel (Pillow mode {mask.mode!r})"
+    elif few_bits or mask.mode == "1":
+        what = "has less than 8 bits a pixel, which reading spreads over 0..255"
+    elif mask.mode == "P":
+        what, fix = "is a palette image where a map of one class is wanted", "save how sure each pixel is as 8-bit grey"
+    found("error", path, f"{what}; {fix}")
+    return False
+
+
+def _count_colours(mask: PIL.Image.Image) -> str:
+    try:
+        colours = mask.getcolors(256)
+    except Exception:  # a damaged file, which is a finding of its own
+        return ""
+    return f" ({len(colours)} different)" if colours else ""
+
+
+def _classes(mask: npt.NDArray[np.uint8], path: Path, listing: Listing, found: Found) -> set[int]:
+    """The classes in a mask."""
+    counts = np.bincount(mask.ravel(), minlength=256)
+    wrong = np.flatnonzero((counts > 0) & (listing.labels == UNKNOWN)).tolist()
+    if wrong:
+        shown = ", ".join(f"{value} ({counts[value]} px)" for value in wrong[:_MOST_VALUES])
+        more = f" and {len(wrong) - _MOST_VALUES} more" * (len(wrong) > _MOST_VALUES)
+        text = f"holds the value{'s' * (len(wrong) > 1)} {shown}{more}, which no class has"
+        found("error", path, f"{text} (there are {len(listing.class_names)}); {listing.advice}")
+    labels = set(listing.labels[np.flatnonzero(counts)].tolist())
+    if labels == {IGNORE_INDEX}:
+        found("warning", path, "has no labelled pixel, so that nothing is learned of it; label or remove it")
+    return labels - {IGNORE_INDEX, UNKNOWN}
+
+
+def _classes_of_maps(maps: list[npt.NDArray[np.uint8]], path: Path, found: Found) -> set[int]:
+    """The classes that are the surest somewhere."""
+    stack = np.stack(maps)
+    if not stack.any():
+        text = "and the other maps of its face are 0 everywhere, so that all of it is background; label or remove it"
+        found("warning", path, text)
+    return set(np.unique(stack.argmax(0)).tolist())
+
+
+def quiet_bombs() -> None:
+    """Keeps Pillow's warning of large images away; they are findings. Call within `warnings.catch_warnings`."""
+    warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
