@@ -19,6 +19,7 @@ from jsonargparse import ActionYesNo, ArgumentParser
 
 from rfield import __version__
 from rfield.config import (
+    CheckDataConfig,
     ConvertConfig,
     DemoConfig,
     EvaluateConfig,
@@ -180,6 +181,22 @@ def convert(config: ConvertConfig) -> None:
     print(f"{counts} faces are in {made.root}; the source's left was {sides}")
 
 
+def check_data(config: CheckDataConfig) -> None:
+    """Find what would ruin a training: missing, damaged and unfit files, wrong values, splits that overlap."""
+    from rfield.data.check import check_data as check
+    from rfield.data.check import summarise, write_findings
+
+    with _progress("checking") as progress:
+        findings = check(config.data, config.splits, config.workers, progress)
+    for finding in findings:
+        print(finding)
+    if config.json is not None:
+        write_findings(Path(config.json), config.data, findings)
+    print(summarise(config.data, findings))
+    if any(finding.level == "error" for finding in findings):
+        sys.exit(1)
+
+
 def demo(config: DemoConfig) -> None:
     """Learn a receptive field on synthetic images whose best one is known."""
     from rfield.experiments import run_demo
@@ -223,6 +240,7 @@ COMMANDS: dict[str, tuple[Any, Any]] = {
     "export": (ExportConfig, export),
     "push": (PushConfig, push),
     "convert": (ConvertConfig, convert),
+    "check-data": (CheckDataConfig, check_data),
 }
 
 

@@ -1,9 +1,11 @@
 """What ruins a training, found before it."""
 
+import json
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 
 from rfield.data.camvid import list_camvid
@@ -86,6 +88,25 @@ def check_data(
             if listing and not quick:
                 findings += _absent(listing, split, shown, source.root)
     return findings
+
+
+def summarise(spec: str, findings: Sequence[Finding]) -> str:
+    """The findings in one line.
+
+    >>> summarise("synthetic", [])
+    'synthetic: 0 errors, 0 warnings'
+    """
+    counts = [sum(finding.level == level for finding in findings) for level in ("error", "warning")]
+    words = [f"{count} {word}{'s' * (count != 1)}" for count, word in zip(counts, ("error", "warning"), strict=True)]
+    return f"{spec}: {', '.join(words)}"
+
+
+def write_findings(path: Path, spec: str, findings: Sequence[Finding]) -> None:
+    """Writes the findings as JSON: `data`, `errors`, `warnings` (counts) and `findings`."""
+    counts = {f"{level}s": sum(finding.level == level for finding in findings) for level in ("error", "warning")}
+    content = {"data": spec, **counts, "findings": [asdict(finding) for finding in findings]}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def refuse_bad_data(spec: str, splits: Sequence[str]) -> None:

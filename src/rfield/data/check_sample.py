@@ -44,6 +44,11 @@ class Finding:
     index: int | None
     text: str
 
+    def __str__(self) -> str:
+        place = self.split if self.index is None else f"{self.split}[{self.index}]"
+        line = f"{self.level}: {place}: {' '.join(self.text.split())}"
+        return line.encode("utf-8", "backslashreplace").decode()  # file names need not be text
+
 
 @dataclass
 class Sample:
