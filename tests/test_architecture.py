@@ -20,6 +20,8 @@ ROOMS: dict[str, set[str]] = {
     "adapting": {"torch"},
     "search": {"torch"},
     "receptive_field": {"torch"},
+    "layer_fields": {"torch"},
+    "effective_field": {"torch"},
     "fusing": {"torch"},
     "models": {"torch", "torchvision", "timm", "huggingface_hub", "safetensors"},
     "data": {"torch", "numpy", "PIL", "scipy", "torchvision", "yaml"},

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rfield.layers import ReceptiveFieldRegulator
+from rfield.layers import AdaptiveConv2d, ReceptiveFieldRegulator
 from rfield.models import MODELS, ParsingNetwork, largefov_vgg16, small_cnn
 from rfield.receptive_field import (
     LetPass,
@@ -242,19 +242,46 @@ class Tower(nn.Module):
 def test_uniform_layers_are_run_cheaply_and_give_the_same_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     def gradient() -> Tensor:
         image = torch.ones(1, 3, 33, 35, dtype=torch.float64, requires_grad=True)
-        with LetPass():
+        with LetPass(axis=0):
             output = probe_copy(Tower())(image)
         output[0, :, 8, 8].sum().backward()
         assert image.grad is not None
         return image.grad
 
     cheap = gradient()
-    monkeypatch.setattr(
-        "rfield.receptive_field._uniform", lambda name, *args, **kwargs: getattr(nn.functional, name)(*args, **kwargs)
-    )
+    monkeypatch.setattr("rfield.receptive_field._is_uniform", lambda weight: False)
     torch.testing.assert_close(cheap, gradient(), rtol=1e-12, atol=0)
     # Height: 1 + 2 * 1 + (4 + 4) * 2; width without the depthwise convolution.
     assert probe_receptive_field(Tower()) == (19.0, 11.0)
+
+
+class Padded(nn.Module):
+    """Dilated by 60 px where it pads by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 1, 3, dilation=60)
+
+    def forward(self, image: Tensor) -> Tensor:
+        output: Tensor = self.conv(nn.functional.pad(image, (60, 60, 60, 60)))
+        return output
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv2d(1, 1, 3, padding=60, dilation=60),
+        nn.Conv2d(1, 1, 3, padding="same", dilation=60),
+        AdaptiveConv2d(1, 1, 3, padding=60, dilation=60),
+        AdaptiveConv2d(1, 1, 3, padding=15, dilation=15, factor=0.25),
+        Padded(),
+    ],
+)
+def test_the_probe_minds_taps_that_jump_over_the_edge(layer: nn.Module) -> None:
+    for axis in (0, 1):
+        assert probe_window(layer, axis, channels=1, lengths=[65]).size == math.inf
+        window = probe_window(nn.Sequential(layer, layer), axis, channels=1, lengths=[65, 129, 257])
+        assert (window.size, window.count) == (241, 257)
 
 
 def test_the_map_that_a_model_means() -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
@@ -224,7 +225,7 @@ def probe_window(
     for length in lengths:
         shape = (length, thickness) if axis == 0 else (thickness, length)
         image = torch.ones(1, channels, *shape, dtype=torch.float64, requires_grad=True)
-        with LetPass() as mode, torch.enable_grad():
+        with LetPass(axis) as mode, torch.enable_grad():
             output = output_map(probe(image)).movedim(2 + axis, 3)
         position = output.shape[3] // 2
         if output.requires_grad:
@@ -292,7 +293,28 @@ def probe_copy(model: nn.Module) -> nn.Module:
             inputs = weight.numel() // weight.shape[0] if weight.dim() > 1 else 1
             value = torch.tensor(0.0 if name.endswith("bias") else 1 / inputs, dtype=torch.float64)
             memo[id(weight)] = nn.Parameter(value.expand(weight.shape), requires_grad=False)
-    return copy.deepcopy(model, memo).double().eval()
+    probe = copy.deepcopy(model, memo).double().eval().requires_grad_(False)
+    for module in probe.modules():
+        if isinstance(module, AdaptiveConv2d):
+            more = [
+                stride * math.ceil(dilation * (taps - 1) / 2 / stride)
+                for dilation, taps, stride in zip(
+                    module.realised_dilation, module.kernel_size, module.stride, strict=True
+                )
+            ]
+            module.register_forward_pre_hook(functools.partial(_widen, more))
+            module.register_forward_hook(functools.partial(_narrow, more))
+    return probe
+
+
+def _widen(more: Sequence[int], module: nn.Module, inputs: tuple[Tensor]) -> Tensor:
+    """Repeats the outermost pixels as `_pad` does, for a layer that pads by itself."""
+    return F.pad(inputs[0], [more[1], more[1], more[0], more[0]], mode="replicate")
+
+
+def _narrow(more: Sequence[int], module: AdaptiveConv2d, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+    height, width = more[0] // module.stride[0], more[1] // module.stride[1]
+    return output[:, :, height : output.shape[2] - height, width : output.shape[3] - width]
 
 
 _PASSED = (
@@ -311,8 +333,10 @@ _REDUCTIONS = ("mean", "sum", "amax", "norm", "vector_norm", "std", "var", "std_
 class LetPass(TorchFunctionMode):
     """Runs a model so that its gradients tell where it looks, and nothing else."""
 
-    def __init__(self) -> None:
+    def __init__(self, axis: int) -> None:
         super().__init__()
+        self.axis = axis
+        """Along which the model is probed."""
         self.looks_everywhere = False
         self.looking: Callable[[], None] = lambda: None
         """Called when a layer that looks at the whole image runs."""
@@ -327,8 +351,13 @@ class LetPass(TorchFunctionMode):
             return func(*args, **kwargs)
         if name in _PASSED:
             return first
-        if name in ("conv2d", "linear") and len(args) > 1 and not any(args[1].stride()):
-            return _uniform(name, first, *args[1:], **kwargs)
+        if name == "conv2d":
+            return _convolve(self.axis, *args, **kwargs)
+        if name == "linear" and len(args) > 1 and _is_uniform(args[1]):
+            mean = first.mean(-1, keepdim=True) * args[1][0, 0] * first.shape[-1]
+            return mean.expand(*first.shape[:-1], len(args[1])).contiguous()
+        if name == "pad" and first.dim() == 4 and kwargs.get("mode", [*args, "constant"][2]) == "constant":
+            return _pad(self.axis, first, kwargs.get("pad", [*args, None][1]))
         if name in ("mul", "mul_") and all(isinstance(part, Tensor) and part.requires_grad for part in args[:2]):
             return (first + args[1]) / 2  # A chain of products would outgrow every number.
         if name in _SATURATING:
@@ -347,21 +376,51 @@ class LetPass(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _uniform(name: str, input: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
-    """A convolution or a linear layer all of whose weights are one number, in a thousandth of the time.
-
-    The bias is left out: it moves no gradient.
-    """
-    value, outputs = weight[(0,) * weight.dim()] * weight.shape[1], weight.shape[0]
-    if name == "linear":
-        mean = input.mean(-1, keepdim=True) * value
-        return mean.expand(*input.shape[:-1], outputs).contiguous()
-    options: dict[str, Any] = {**dict(zip(("stride", "padding", "dilation", "groups"), args, strict=False)), **kwargs}
-    groups = options.get("groups", 1)
-    mean = input.reshape(*input.shape[:-3], groups, -1, *input.shape[-2:]).mean(-3)
-    output = F.conv2d(mean, value.expand(groups, 1, *weight.shape[2:]), **options).unsqueeze(-3)
-    output = output.expand(*output.shape[:-3], outputs // groups, *output.shape[-2:])
+def _convolve(
+    axis: int,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Tensor:
+    """`F.conv2d`, in a thousandth of the time where all weights are one number; the bias moves no gradient."""
+    rates, uniform = _pair(dilation), _is_uniform(weight)
+    if uniform:
+        input = input.reshape(*input.shape[:-3], groups, -1, *input.shape[-2:]).mean(-3)
+    if rates[axis] > 1 and padding != "valid":
+        missing = [rate * (taps - 1) for rate, taps in zip(rates, weight.shape[2:], strict=True)]
+        if padding == "same":
+            pads = [missing[1] // 2, (missing[1] + 1) // 2, missing[0] // 2, (missing[0] + 1) // 2]
+        else:
+            pads = [_pair(padding)[1]] * 2 + [_pair(padding)[0]] * 2
+        input, padding = _pad(axis, input, pads), 0
+    if not uniform:
+        return F.conv2d(input, weight, None, stride, padding, dilation, groups)
+    kernel = (weight[0, 0, 0, 0] * weight.shape[1]).expand(groups, 1, *weight.shape[2:])
+    output = F.conv2d(input, kernel, None, stride, padding, dilation, groups).unsqueeze(-3)
+    output = output.expand(*output.shape[:-3], len(weight) // groups, *output.shape[-2:])
     return output.flatten(-4, -3).contiguous()  # Models add to their maps in place.
+
+
+def _is_uniform(weight: Tensor) -> bool:
+    """Whether a weight is one number of `probe_copy`."""
+    return not any(weight.stride())
+
+
+def _pad(axis: int, input: Tensor, pads: Sequence[int]) -> Tensor:
+    """Padding by zeros that repeats the outermost pixels along an axis instead.
+
+    So a dilated kernel whose taps jump over an image's edge is seen to reach it.
+    """
+    if len(pads) != 4 or min(pads) < 0:
+        return F.pad(input, list(pads))
+    across, along = [*pads[:2], 0, 0], [0, 0, *pads[2:]]
+    if axis == 1:
+        across, along = along, across
+    return F.pad(F.pad(input, along, mode="replicate"), across)
 
 
 class _Everywhere(torch.autograd.Function):
