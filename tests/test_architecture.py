@@ -15,6 +15,7 @@ SRC = Path(__file__).parents[1] / "src" / "rfield"
 ROOMS: dict[str, set[str]] = {
     "config": set(),
     "ship_config": set(),
+    "data_config": set(),
     "ops": {"torch"},
     "layers": {"torch"},
     "adapting": {"torch"},

@@ -19,8 +19,6 @@ from jsonargparse import ActionYesNo, ArgumentParser
 
 from rfield import __version__
 from rfield.config import (
-    CheckDataConfig,
-    ConvertConfig,
     DemoConfig,
     EvaluateConfig,
     FuseConfig,
@@ -30,6 +28,7 @@ from rfield.config import (
     TrainConfig,
     TuneConfig,
 )
+from rfield.data_config import CheckDataConfig, ConvertConfig
 from rfield.ship_config import ExportConfig, PushConfig
 
 
@@ -76,6 +75,9 @@ def train(config: TrainConfig) -> None:
         f"\neffective dilation {metrics['effective_dilation']:.3g}, receptive field "
         f"{metrics['receptive_field_px']:.4g} px, {metrics['train_seconds']:.0f} s; the run is in {config.out}"
     )
+    if "skipped" in metrics:
+        names = [f"{split} {name}" for split, found in metrics["skipped_samples"].items() for name in found]
+        print(f"{metrics['skipped']} samples were skipped{': ' * bool(names)}{', '.join(names)}")
 
 
 def evaluate(config: EvaluateConfig) -> None:

@@ -67,19 +67,6 @@ def parse_ints(value: Any) -> tuple[int, ...]:
     return tuple(numbers)
 
 
-def parse_names(value: Any) -> tuple[str, ...]:
-    """Names, none of them twice, from `train,val` or a list.
-
-    >>> parse_names("train,val"), parse_names(["test"])
-    (('train', 'val'), ('test',))
-    """
-    parts = value.split(",") if isinstance(value, str) else value
-    names = tuple(part.strip() for part in parts if isinstance(part, str)) if isinstance(parts, list | tuple) else ()
-    if not names or not all(names) or len(set(names)) < len(parts):
-        raise ValueError(f"a list is names with commas, none of them twice, such as train,val, got {value!r}")
-    return names
-
-
 def parse_groups(value: Any) -> Any:
     """Class groups from `auto`, `small=eye,brow/large=skin,hair` (the names may be missing), JSON, a list or a dict.
 
@@ -456,38 +443,6 @@ class FuseConfig:
     """What to score both networks on, as in train. Default: nothing is scored."""
     split: str = "val"
     """Split to score."""
-
-
-@dataclasses.dataclass
-class CheckDataConfig:
-    """Finding what would ruin a training, before it."""
-
-    data: str = _positional()
-    """What to check, as in train: voc:ROOT, camvid:ROOT, helen:ROOT, cityscapes:ROOT, folder:ROOT, synthetic, or a data
-    config (a .yaml file)."""
-    splits: tuple[str, ...] | None = _parsed(None, parse_names)
-    """Splits to check, such as train,val. Default: train and val, and test where there is one."""
-    json: str | None = None
-    """Where to write the findings too."""
-    workers: int | None = None
-    """Threads. Default: one for each core."""
-
-    def __post_init__(self) -> None:
-        self.splits = None if self.splits is None else parse_names(self.splits)
-        if self.workers is not None and self.workers < 1:
-            raise ValueError(f"workers must be positive, got {self.workers}")
-
-
-@dataclasses.dataclass
-class ConvertConfig:
-    """Bringing another data set of faces into the layout of Helen."""
-
-    format: Literal["celebamask", "lapa"] = _positional()
-    """What the source is: celebamask (CelebAMask-HQ) or lapa (LaPa)."""
-    source: str = _positional()
-    """The folder of the data set as it was downloaded."""
-    target: str = _positional()
-    """The folder to make, for --data helen:TARGET."""
 
 
 @dataclasses.dataclass

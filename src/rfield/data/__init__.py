@@ -4,12 +4,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 from rfield.data.camvid import CAMVID_CLASSES, CamVidDataset
+from rfield.data.check import check_data
+from rfield.data.check_sample import Finding
 from rfield.data.cityscapes import CITYSCAPES_CLASSES, CityscapesDataset
 from rfield.data.dataset import IGNORE_INDEX, ParsingDataset, voc_palette
 from rfield.data.faces import Conversion, convert_celebamask, convert_lapa
 from rfield.data.folder import FolderDataset
 from rfield.data.helen import HELEN_CLASSES, HelenDataset
 from rfield.data.resized import ResizedDataset
+from rfield.data.skipping import SkippingDataset
 from rfield.data.spec import parse_spec
 from rfield.data.synthetic import SyntheticCues
 from rfield.data.transforms import (
@@ -34,12 +37,15 @@ __all__ = [
     "CityscapesDataset",
     "Conversion",
     "EpochSampler",
+    "Finding",
     "FolderDataset",
     "HelenDataset",
     "ParsingDataset",
     "ResizedDataset",
+    "SkippingDataset",
     "SyntheticCues",
     "VOCDataset",
+    "check_data",
     "convert_celebamask",
     "convert_lapa",
     "convert_sbd",

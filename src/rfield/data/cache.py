@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from rfield.data.dataset import IGNORE_INDEX, ParsingDataset, exchange_classes
+from rfield.data.skipping import SkippingDataset
 from rfield.data.transforms import evaluation_transform
 from rfield.models import ParsingNetwork
 
@@ -62,13 +63,16 @@ class CachedFeatures(Dataset[tuple[Tensor, Tensor]]):
 
     Attributes:
         sizes: (H, W) of every image on the canvas.
+        skipped: the images that could not be read, in whose place others are.
     """
 
     def __init__(self, folder: Path, seed: int = 0, flip: bool = True) -> None:
         self.sizes: list[tuple[int, int]] = [(h, w) for h, w in np.load(folder / "sizes.npy").tolist()]
         self.seed = seed
         self.flip = flip
-        self._mirrored_classes = json.loads((folder / "meta.json").read_text())["mirrored_classes"]
+        meta = json.loads((folder / "meta.json").read_text())
+        self.skipped: list[int] = meta.get("skipped", [])
+        self._mirrored_classes = meta["mirrored_classes"]
         self._features = np.load(folder / "features.npy", mmap_mode="r")
         self._masks = np.load(folder / "masks.npy", mmap_mode="r")
 
@@ -132,7 +136,10 @@ def cache_features(
         if not _is_whole(path):
             shutil.rmtree(path, ignore_errors=True)
             _compute(network, dataset, path, mirrored, progress)
-    return CachedFeatures(path, seed, mirrored)
+    features = CachedFeatures(path, seed, mirrored)
+    if isinstance(dataset, SkippingDataset):
+        dataset.skip(features.skipped)
+    return features
 
 
 def _cache_path(network: ParsingNetwork, dataset: ParsingDataset, folder: Path | None, mirrored: bool) -> Path:
@@ -166,8 +173,7 @@ def _compute(
     network: ParsingNetwork, dataset: ParsingDataset, path: Path, mirrored: bool, progress: Callable[[int, int], None]
 ) -> None:
     canvas = network.min_size
-    sizes = dataset.sizes()
-    for name, size in zip(dataset.ids, sizes, strict=True):
+    for name, size in zip(dataset.ids, dataset.sizes(), strict=True):
         if size[0] > canvas[0] or size[1] > canvas[1]:
             raise ValueError(
                 f"image {name} is {size[0]}x{size[1]} px, larger than the canvas of {canvas[0]}x{canvas[1]}: "
@@ -180,6 +186,8 @@ def _compute(
     done = _finished(partial, shape)
     if done == 0:
         shutil.rmtree(partial, ignore_errors=True)
+    elif isinstance(dataset, SkippingDataset):
+        dataset.skip(json.loads((partial / "meta.json").read_text())["skipped"])
     a_sample = int(np.prod(shape[1:])) * 2 + canvas[0] * canvas[1]
     _check_room(path.parent, (len(dataset) - done) * a_sample)
     if done == 0:
@@ -187,26 +195,35 @@ def _compute(
     mode: Any = "r+" if done else "w+"
     features = np.lib.format.open_memmap(partial / "features.npy", mode, np.float16, shape)
     masks = np.lib.format.open_memmap(partial / "masks.npy", mode, np.uint8, (len(dataset), *canvas))
+    sizes = np.lib.format.open_memmap(partial / "sizes.npy", mode, np.int64, (len(dataset), 2))
     for index in range(done, len(dataset)):
         image, mask = transform(*dataset[index])
         features[index, 0] = image_features(network, image).cpu().numpy()
         if mirrored:
             features[index, 1] = image_features(network, image.flip(2)).cpu().numpy()
+        sizes[index] = mask.shape
         masks[index] = IGNORE_INDEX
         masks[index, : mask.shape[0], : mask.shape[1]] = mask.numpy()
         if (index + 1) % _FLUSH_EVERY == 0:
-            features.flush()
-            masks.flush()
+            for array in (features, masks, sizes):
+                array.flush()
+            _write_meta(partial, dataset)
             (partial / "done").write_text(str(index + 1))
         progress(index + 1, len(dataset))
-    features.flush()
-    masks.flush()
-    del features, masks
-    np.save(partial / "sizes.npy", np.array(sizes))
-    (partial / "meta.json").write_text(json.dumps({"mirrored_classes": dataset.mirrored_classes}))
+    for array in (features, masks, sizes):
+        array.flush()
+    del features, masks, sizes, array
+    _write_meta(partial, dataset)
     checksums = {name: _checksum(partial / name) for name in _FILES}
     (partial / "checksums.json").write_text(json.dumps(checksums))
     partial.rename(path)
+
+
+def _write_meta(partial: Path, dataset: ParsingDataset) -> None:
+    meta: dict[str, Any] = {"mirrored_classes": dataset.mirrored_classes}
+    if isinstance(dataset, SkippingDataset):
+        meta["skipped"] = dataset.skipped_indices()
+    (partial / "meta.json").write_text(json.dumps(meta))
 
 
 def _finished(partial: Path, shape: tuple[int, ...]) -> int:
@@ -214,7 +231,9 @@ def _finished(partial: Path, shape: tuple[int, ...]) -> int:
     try:
         if np.load(partial / "features.npy", mmap_mode="r").shape != shape:
             return 0
-        np.load(partial / "masks.npy", mmap_mode="r")
+        for name in ("masks.npy", "sizes.npy"):
+            np.load(partial / name, mmap_mode="r")
+        json.loads((partial / "meta.json").read_text())
         return int((partial / "done").read_text())
     except (OSError, ValueError):
         return 0

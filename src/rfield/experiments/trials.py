@@ -24,7 +24,7 @@ from rfield.inference import Progress, load_config
 from rfield.training import prepare, train
 
 # What may differ between the calls that share a study.
-_OWN = ("dilation", "seed", "search", "out", "workers", "cache", "resume")
+_OWN = ("dilation", "seed", "search", "out", "workers", "cache", "resume", "skip_bad")
 _DISTRIBUTIONS = {
     "dilation": IntDistribution(1, 2**20),
     "seed": IntDistribution(0, 2**32 - 1),

@@ -31,21 +31,26 @@ from rfield.data import (
     EpochSampler,
     ParsingDataset,
     ResizedDataset,
+    SkippingDataset,
     evaluation_transform,
     load_dataset,
     training_transform,
 )
 from rfield.data.cache import CachedFeatures, cache_features
+from rfield.data.check import refuse_bad_data
 from rfield.data.class_groups import ClassGroups, class_groups
 from rfield.inference import Progress, build_network, compute_device, evaluate, load_config, load_run
 from rfield.losses import class_weights
 from rfield.models import ParsingNetwork, default_weights
+from rfield.training.bad_samples import count_skipped, share_skipped, worker_message
 from rfield.training.callbacks import FactorLog, LastValidation, LineProgress, PathLog, read_factor_csv, read_paths_csv
 from rfield.training.module import Field, ParsingModule, present_fields
 
 # Share of the training images that a sampled search reads its curve on.
 _HELD_OUT = 0.1
 _MOST_HELD_OUT = 64
+# What a resumed run may do otherwise.
+_MAY_CHANGE = ("out", "workers", "cache", "skip_bad")
 _RUN_FILES = (
     "config.yaml",
     "classes.json",
@@ -201,11 +206,17 @@ def train(config: TrainConfig, progress: Progress | None = None) -> dict[str, An
             trainer.fit(module, datamodule=loaders, ckpt_path=checkpoint, weights_only=True)
         except SystemExit:  # Lightning's answer to Ctrl-C
             raise KeyboardInterrupt from None
+        except (ValueError, OSError) as error:
+            message = worker_message(error)
+            if message is None:
+                raise
+            raise type(error)(message) from error
+    share_skipped([train_set, val_set])
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()  # The first process scores the network alone.
     if not trainer.is_global_zero:
         return {}
-    return _finish(out, config, timer.time_elapsed("train"), val_set, val_features, progress)
+    return _finish(out, config, timer.time_elapsed("train"), train_set, val_set, val_features, progress)
 
 
 def prepare(config: TrainConfig, progress: Progress | None = None) -> None:
@@ -224,6 +235,10 @@ def _open_data(config: TrainConfig) -> tuple[TrainConfig, ParsingDataset, Parsin
     """The resolved config, the training and the validation split."""
     train_set = load_dataset(config.data, config.train_split)
     val_set = load_dataset(config.data, config.val_split)
+    if config.skip_bad:
+        train_set, val_set = SkippingDataset(train_set), SkippingDataset(val_set, labelled=False)
+    elif _is_first_process():
+        refuse_bad_data(config.data, list(dict.fromkeys((config.train_split, config.val_split))))
     config = config.resolved()
     config = dataclasses.replace(config, weights=config.weights or default_weights(config.model))
     if config.freeze_backbone:
@@ -259,6 +274,7 @@ def _finish(
     out: Path,
     config: TrainConfig,
     seconds: float,
+    train_set: ParsingDataset,
     val_set: ParsingDataset,
     val_features: CachedFeatures | None,
     progress: Progress,
@@ -275,6 +291,7 @@ def _finish(
         "receptive_field_px": fields[0].receptive_field_px,
         **_describe_paths(out, config, fields),
         **({"search": _describe_search(config, saved["search"])} if "search" in saved else {}),
+        **count_skipped(train_set, val_set),
         "train_seconds": seconds,
         "seed": config.seed,
         "versions": {
@@ -397,7 +414,7 @@ def _check_run_folder(out: Path, config: TrainConfig) -> None:
         return
     if not config.resume:
         raise FileExistsError(f"{out} holds a run already: give --resume to continue it, or another --out")
-    changed = differences(load_config(out / "config.yaml").plain(), config.plain(), ignored=("out", "workers", "cache"))
+    changed = differences(load_config(out / "config.yaml").plain(), config.plain(), ignored=_MAY_CHANGE)
     if changed:
         raise ValueError(f"{out} cannot be resumed with other settings: {'; '.join(changed)}")
 
@@ -405,6 +422,7 @@ def _check_run_folder(out: Path, config: TrainConfig) -> None:
 def _start_run_folder(out: Path, config: TrainConfig, dataset: ParsingDataset, groups: ClassGroups | None) -> None:
     out.mkdir(parents=True, exist_ok=True)
     classes: dict[str, Any] = {"class_names": dataset.class_names, "palette": dataset.palette}
+    dataset = dataset.dataset if isinstance(dataset, SkippingDataset) else dataset
     if isinstance(dataset, ResizedDataset):
         classes["size"] = list(dataset.size)
     if groups is not None:
