@@ -15,6 +15,7 @@ SRC = Path(__file__).parents[1] / "src" / "rfield"
 ROOMS: dict[str, set[str]] = {
     "config": set(),
     "ship_config": set(),
+    "inspect_config": set(),
     "data_config": set(),
     "ops": {"torch"},
     "layers": {"torch"},
@@ -37,7 +38,8 @@ ROOMS: dict[str, set[str]] = {
     "exporting": {"torch", "onnx", "onnxscript", "onnxruntime"},
     "quantising": {"torch", "numpy", "onnx", "onnxruntime"},
     "experiments": {"torch", "numpy", "optuna", "rich"},
-    "sources": {"torch", "torchvision", "timm", "segmentation_models_pytorch", "transformers"},
+    "sources": {"torch", "torchvision", "timm", "segmentation_models_pytorch", "transformers", "huggingface_hub"},
+    "inspecting": {"torch", "torchvision", "PIL"},
     "cli": {"jsonargparse", "docstring_parser", "rich"},
     "__main__": set(),
     "__init__": set(),

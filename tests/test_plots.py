@@ -317,3 +317,39 @@ def test_rf_curve_refuses(curves: dict[str, dict[float, list[float]]], marked: d
 def test_factor_paths_refuse(runs: dict[str, tuple[list[int], list[float]]]) -> None:
     with pytest.raises(ValueError, match=r"1 to 5 runs|one length|above 0|must rise"):
         plots.factor_paths({"group": runs})
+
+
+def test_effective_fields_share_colours_scale_and_canvas() -> None:
+    before, after = np.ones((20, 30)), np.full((20, 30), 5.0)
+    after[0, 0] = 0.0
+    figure = plots.effective_fields(
+        {"before": (before, {"theoretical": (40, 40), "50 %": (7, 7)}), "after": (after, {"50 %": (9, 9)})}
+    )
+    left, right, bar = figure.axes
+    assert [axes.get_title(loc="left") for axes in (left, right)] == ["before", "after"]
+    assert left.get_xlim() == right.get_xlim() == pytest.approx((-20.8, 20.8))
+    assert np.asarray(left.images[0].get_array()).max() == np.asarray(right.images[0].get_array()).max() == 1
+    assert np.asarray(right.images[0].get_array()).min() == 1e-4
+    assert [patch.get_bbox().bounds for patch in right.patches] == [(-4.5, -4.5, 9, 9)]
+    assert to_hex(right.patches[0].get_edgecolor()) == to_hex(left.patches[1].get_edgecolor())
+    assert [text.get_text() for text in left.get_legend().get_texts()] == ["theoretical  40 px", "50 %  7 px"]
+    assert bar.get_ylabel() == "contribution, relative to the largest"
+
+
+@pytest.mark.parametrize(
+    ("scores", "boxes", "message"),
+    [
+        (np.zeros((3, 3)), {}, "'x' must be"),
+        (np.full((3, 3), np.nan), {}, "'x' must be"),
+        (-np.ones((3, 3)), {}, "'x' must be"),
+        (np.ones(3), {}, "'x' must be"),
+        (np.ones((3, 3)), {str(side): (side, side) for side in range(6)}, "up to 5 boxes"),
+    ],
+)
+def test_effective_fields_that_cannot_be_drawn(
+    scores: npt.NDArray[np.float64], boxes: dict[str, tuple[float, float]], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        plots.effective_fields({"x": (scores, boxes)})
+    with pytest.raises(ValueError, match="1 to 3"):
+        plots.effective_fields({})

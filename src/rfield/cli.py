@@ -9,7 +9,7 @@ import functools
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -29,6 +29,7 @@ from rfield.config import (
     TuneConfig,
 )
 from rfield.data_config import CheckDataConfig, ConvertConfig
+from rfield.inspect_config import InspectConfig
 from rfield.ship_config import ExportConfig, PushConfig
 
 
@@ -230,6 +231,22 @@ def reproduce(config: ReproduceConfig) -> None:
         print(run_reproduce(config, progress))
 
 
+def inspect(config: InspectConfig) -> None:
+    """Measure what a network sees: the receptive field of every layer, and the effective field as a picture."""
+    from rfield.inspecting import run_inspect
+
+    with _progress("measuring") as progress:
+        found = run_inspect(config, progress)
+    _print_layers(list(found.values())[-1].layers, config.size)
+    for title, each in found.items():
+        print(f"{title}: {each.name}, {each.weights}" if title != each.name else f"{each.name}, {each.weights}")
+        for line in each.summary(config.size):
+            print(f"  {line}")
+        for warning in each.warnings:
+            print(f"  warning: {warning}")
+    print(f"written to {config.out}")
+
+
 COMMANDS: dict[str, tuple[Any, Any]] = {
     "demo": (DemoConfig, demo),
     "train": (TrainConfig, train),
@@ -242,6 +259,7 @@ COMMANDS: dict[str, tuple[Any, Any]] = {
     "export": (ExportConfig, export),
     "push": (PushConfig, push),
     "convert": (ConvertConfig, convert),
+    "inspect": (InspectConfig, inspect),
     "check-data": (CheckDataConfig, check_data),
 }
 
@@ -326,6 +344,29 @@ def _evaluate_onnx(config: EvaluateConfig) -> None:
     write_json(path, {**scores, "data": config.data, "split": config.split})
     _print_scores(scores)
     print(f"\nwritten to {path}")
+
+
+def _print_layers(layers: Sequence[Any], size: tuple[int, int]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    def pair(values: Sequence[float] | None, digits: int = 4) -> str:
+        if values is None or not math.isfinite(max(values)):
+            return "-"
+        height, width = (f"{value:.{digits}g}" for value in values)
+        return height if height == width else f"{height}x{width}"
+
+    table = Table("layer", "kind", "kernel", "dilation", "stride", "RF, px", "RF / image")
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for layer in layers:
+        field = pair(layer.local)
+        share = pair([extent / side for extent, side in zip(layer.local, size, strict=True)], digits=3)
+        if not math.isfinite(max(layer.field)):
+            field, share = "whole image" + f" + {field}" * (field != "-"), "1"
+        shape = (pair(layer.kernel), pair(layer.dilation), pair(layer.stride))
+        table.add_row(layer.name, layer.kind, *shape, field, share)
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 
 def _print_scores(scores: dict[str, Any]) -> None:
