@@ -127,6 +127,10 @@ def _load(image: PIL.Image.Image, path: Path, pixels: bool, found: Found) -> boo
         return True
     try:
         image.load()
+        if pixels and image.format == "PNG":
+            # Pillow shows what it can of a changed or cut-off PNG; its checksums tell.
+            with PIL.Image.open(path) as again:
+                again.verify()
     except Exception as error:
         found("error", path, f"is a damaged image ({error}); replace the file")
         return False
