@@ -179,6 +179,13 @@ def test_warnings_of_a_pyramid() -> None:
     )
 
 
+def test_one_warning_for_layers_of_one_rate_in_a_row() -> None:
+    stages = nn.Sequential(*(nn.Conv2d(3, 3, 3, padding=4, dilation=4) for _ in range(4)))
+    assert field_warnings(layer_receptive_fields(stages), (20, 20)) == [
+        "2 to 3: rate 4 at output stride 1 sees 1.6 x the image (33 of 20 px)"
+    ]
+
+
 def test_warnings_of_a_short_sight() -> None:
     layers = layer_receptive_fields(nn.Sequential(nn.Conv2d(3, 3, 9), nn.Conv2d(3, 3, 3, dilation=2)))
     assert field_warnings(layers, (41, 41)) == []

@@ -281,20 +281,15 @@ def field_warnings(layers: Sequence[LayerField], size: tuple[int, int]) -> list[
         1: rate 9 on a map of 13x13 px reads padding with 71 % of its taps
     """
     dilated = [layer for layer in layers if layer.kernel and max(layer.kernel) > 1 and max(layer.dilation or (1,)) > 1]
-    groups: dict[str, list[LayerField]] = {}
+    groups: dict[tuple[Any, ...], list[LayerField]] = {}
     for layer in dilated:
-        groups.setdefault(layer.parallel or layer.name, []).append(layer)
+        groups.setdefault((layer.parallel,) if layer.parallel else (layer.dilation, layer.stride), []).append(layer)
     found = []
-    for name, group in groups.items():
+    for group in groups.values():
         axis = max((0, 1), key=lambda axis: max(layer.local[axis] for layer in group) / size[axis])
-        widest = max(group, key=lambda layer: layer.local[axis])
-        if math.isfinite(widest.local[axis]) and widest.local[axis] > size[axis]:
-            rates = sorted({max(layer.dilation or (1,)) for layer in group})
-            found.append(
-                f"{name}: rate{'s' * (len(rates) > 1)} {'/'.join(map(_number, rates))} at output stride "
-                f"{_number(widest.stride[axis])} see{'s' * (len(rates) == 1)} {widest.local[axis] / size[axis]:.1f} x "
-                f"the image ({_number(widest.local[axis])} of {size[axis]} px)"
-            )
+        wide = [layer for layer in group if size[axis] < layer.local[axis] < math.inf]
+        if wide:
+            found.append(_width_warning(group, wide, axis, size[axis]))
     for layer in dilated:
         found += _padding_warning(layer, size)
     local = layers[-1].local
@@ -303,6 +298,16 @@ def field_warnings(layers: Sequence[LayerField], size: tuple[int, int]) -> list[
         of = f"{_number(local[0])}x{_number(local[1])} of {size[0]}x{size[1]} px"
         found.append(f"the output sees {100 * seen:.2g} % of the image ({of})")
     return found
+
+
+def _width_warning(group: Sequence[LayerField], wide: Sequence[LayerField], axis: int, side: int) -> str:
+    rates = sorted({max(layer.dilation or (1,)) for layer in group})
+    names = group[0].parallel or " to ".join(dict.fromkeys((wide[0].name, wide[-1].name)))
+    widest = max(wide, key=lambda layer: layer.local[axis])
+    field = widest.local[axis]
+    see = "rates {} at output stride {} see" if len(rates) > 1 else "rate {} at output stride {} sees"
+    seeing = see.format("/".join(map(_number, rates)), _number(widest.stride[axis]))
+    return f"{names}: {seeing} {field / side:.1f} x the image ({_number(field)} of {side} px)"
 
 
 def _padding_warning(layer: LayerField, size: tuple[int, int]) -> list[str]:

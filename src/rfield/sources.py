@@ -101,17 +101,16 @@ def _smp(name: str, pretrained: bool) -> nn.Module:
     return model
 
 
-class _LastMap(nn.Module):
-    """The last map of a feature extractor of timm, channels first."""
+class _ChannelsFirst(nn.Module):
+    """The last map of a feature extractor of timm that puts the channels last."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        self.channels_last = str(getattr(model, "output_fmt", "NCHW")).endswith("NHWC")
 
     def forward(self, image: Tensor) -> Tensor:
         features: Tensor = self.model(image)[-1]
-        return features.permute(0, 3, 1, 2) if self.channels_last else features
+        return features.permute(0, 3, 1, 2)
 
 
 def _timm(name: str, pretrained: bool) -> nn.Module:
@@ -124,9 +123,10 @@ def _timm(name: str, pretrained: bool) -> nn.Module:
     options: dict[str, Any] = {"pretrained": pretrained, "features_only": True, "out_indices": (-1,)}
     try:  # Transformers of any image size, where they can be.
         with _no_pickles():
-            return _LastMap(timm.create_model(name, **options, dynamic_img_size=True))
+            model: nn.Module = timm.create_model(name, **options, dynamic_img_size=True)
     except TypeError:
-        return _LastMap(_build(f"timm:{name}", timm.create_model, name, **options))
+        model = _build(f"timm:{name}", timm.create_model, name, **options)
+    return _ChannelsFirst(model) if str(getattr(model, "output_fmt", "NCHW")).endswith("NHWC") else model
 
 
 def _hub(name: str) -> Source:
