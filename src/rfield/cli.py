@@ -78,7 +78,7 @@ def train(config: TrainConfig) -> None:
     )
     if "skipped" in metrics:
         names = [f"{split} {name}" for split, found in metrics["skipped_samples"].items() for name in found]
-        print(f"{metrics['skipped']} samples were skipped{': ' * bool(names)}{', '.join(names)}")
+        print(f"skipped, as they cannot be read: {len(names)} samples{': ' * bool(names)}{', '.join(names)}")
 
 
 def evaluate(config: EvaluateConfig) -> None:
