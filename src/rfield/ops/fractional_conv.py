@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rfield.ops.sampling import sampling_matrix, separable_product
+from rfield.ops.sampling import sample_grid
 
 Pair = tuple[int, int]
 
@@ -65,12 +65,12 @@ def fractional_conv2d(
     with torch.autocast(input.device.type, enabled=False):
         real = dilation.to(dtype).expand(2)
         rows, columns = (
-            _tap_matrix(
+            _tap_positions(
                 real[axis], input.shape[axis + 2], kernel[axis], stride[axis], padding[axis], base_dilation[axis]
             )
             for axis in (0, 1)
         )
-        taps = separable_product(rows, input.to(dtype), columns).to(input.dtype)
+        taps = sample_grid(input.to(dtype), rows, columns, "zeros").to(input.dtype)
     # The taps of every output pixel stand side by side now, k_h x k_w of them.
     return F.conv2d(taps, weight, bias, stride=kernel, groups=groups)
 
@@ -94,13 +94,12 @@ def _integer_conv2d(
     return F.conv2d(input, weight, bias, stride, (max(follow[0], 0), max(follow[1], 0)), dilation, groups)
 
 
-def _tap_matrix(dilation: Tensor, source: int, kernel: int, stride: int, padding: int, base_dilation: int) -> Tensor:
-    """Where every tap of every output pixel of one axis reads, as a matrix of [output * kernel, source]."""
+def _tap_positions(dilation: Tensor, source: int, kernel: int, stride: int, padding: int, base_dilation: int) -> Tensor:
+    """Where every tap of every output pixel of one axis reads, in source pixels, Tensor[output * kernel]."""
     reach = base_dilation * (kernel - 1)
     target = (source + 2 * padding - reach - 1) // stride + 1
     if target < 1:
         raise ValueError(f"a map of {source} px, padded by {padding}, is smaller than the kernel's reach of {reach} px")
     centre = torch.arange(target, dtype=dilation.dtype, device=dilation.device) * stride - padding + reach / 2
     offset = torch.arange(kernel, dtype=dilation.dtype, device=dilation.device) - (kernel - 1) / 2
-    position = (centre[:, None] + offset * dilation).flatten()
-    return sampling_matrix(position, source, "zeros")
+    return (centre[:, None] + offset * dilation).flatten()

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from rfield.ops.sampling import sampling_matrix, separable_product
+from rfield.ops.sampling import sample_grid
 
 # Float noise in (size - 1) * factor must not flip the size at integers.
 _SIZE_SLACK = 1e-4
@@ -69,9 +69,8 @@ def resize_bilinear(input: Tensor, scale_factor: Tensor, output_size: tuple[int,
     dtype = torch.promote_types(input.dtype, torch.float32)
     with torch.autocast(input.device.type, enabled=False):
         factor = scale_factor.to(dtype)
-        rows = sampling_matrix(_positions(factor[0], output_size[0]), input.shape[2], "edge")
-        columns = sampling_matrix(_positions(factor[-1], output_size[1]), input.shape[3], "edge")
-        return separable_product(rows, input.to(dtype), columns).to(input.dtype)
+        rows, columns = (_positions(factor[axis], output_size[axis]) for axis in (0, -1))
+        return sample_grid(input.to(dtype), rows, columns, "edge").to(input.dtype)
 
 
 def _positions(scale: Tensor, target: int) -> Tensor:

@@ -1,7 +1,150 @@
-"""Linear sampling of one axis as a small matrix, differentiable in where it samples."""
+"""Bilinear sampling on a grid of rows and columns, differentiable in where it samples.
+
+Two ways that compute the same: by the few source pixels that each sample reads, through `F.embedding_bag`, whose
+kernels gather whole pixels (channels-last maps need no copy); and by two small matrices, for compiled graphs, second
+derivatives and other devices.
+"""
+
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+
+def sample_grid(input: Tensor, rows: Tensor, columns: Tensor, beyond: str) -> Tensor:
+    """Samples every channel bilinearly at each pair of a row and a column.
+
+    Gradients to `input`, `rows` and `columns` are exact. A position exactly on a pixel is a kink, whose derivative is
+    taken as the mean of the two sides, as a central difference sees it.
+
+    Args:
+        input: Tensor[N, C, h, w], float32 or float64.
+        rows: Tensor[T], in source pixels, of the dtype of `input`.
+        columns: Tensor[U].
+        beyond: what lies past the ends: `edge` (the last pixel; positions must not be negative) or `zeros`.
+
+    Returns:
+        Tensor[N, C, T, U], in the memory format of `input`.
+
+    >>> ramp = torch.arange(4.0).reshape(1, 1, 2, 2)
+    >>> sample_grid(ramp, torch.tensor([0.5]), torch.tensor([0.0, 0.25]), "edge")
+    tensor([[[[1.0000, 1.2500]]]])
+    """
+    if input.device.type != "cpu" or torch.compiler.is_compiling():
+        return _by_matrices(input, rows, columns, beyond)
+    sampled: Tensor = _ByPixels.apply(input, rows, columns, beyond)
+    return sampled
+
+
+class _ByPixels(torch.autograd.Function):
+    """Gathers; keeps nothing but what it was given, since gathering once more is cheap."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, rows: Tensor, columns: Tensor, beyond: str) -> Tensor:
+        ctx.save_for_backward(input, rows, columns)
+        ctx.beyond = beyond
+        row, row_weight, _ = _stencil(rows, input.shape[2], beyond, slopes=False)
+        column, column_weight, _ = _stencil(columns, input.shape[3], beyond, slopes=False)
+        table, bags, weights = _bags(input, row, row_weight, column, column_weight)
+        output = F.embedding_bag(bags, table, mode="sum", per_sample_weights=weights)
+        return _as_map(output, input, (len(rows), len(columns)))
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        input, rows, columns = ctx.saved_tensors
+        needed = ctx.needs_input_grad[:3]
+        if torch.is_grad_enabled():  # The gathering kernels have no second derivative.
+            sampled = _by_matrices(input, rows, columns, ctx.beyond)
+            wanted = [part for part, need in zip(ctx.saved_tensors, needed, strict=True) if need]
+            twice = iter(torch.autograd.grad(sampled, wanted, grad_outputs[0], create_graph=True))
+            return (*(next(twice) if need else None for need in needed), None)
+        row, row_weight, row_slope = _stencil(rows, input.shape[2], ctx.beyond, slopes=needed[1])
+        column, column_weight, column_slope = _stencil(columns, input.shape[3], ctx.beyond, slopes=needed[2])
+        table, bags, weights = _bags(input, row, row_weight, column, column_weight)
+        table, weights = table.detach().requires_grad_(needed[0]), weights.requires_grad_(needed[1] or needed[2])
+        with torch.enable_grad():
+            output = F.embedding_bag(bags, table, mode="sum", per_sample_weights=weights)
+        parts = [part for part in (table, weights) if part.requires_grad]
+        grads = list(torch.autograd.grad(output, parts, _as_table(grad_outputs[0])))
+        grad_input = grad_rows = grad_columns = None
+        if needed[0]:
+            grad_input = _as_map(grads[0], input, (input.shape[2], input.shape[3]))
+        if weights.requires_grad:
+            shape = (len(input), len(rows), len(columns), row.shape[1], column.shape[1])
+            grad_weights = grads[-1].view(shape).sum(0)
+            grad_rows = ((grad_weights * column_weight[:, None]).sum((1, 3)) * row_slope).sum(1)
+            grad_columns = ((grad_weights * row_weight[:, None, :, None]).sum((0, 2)) * column_slope).sum(1)
+        return grad_input, grad_rows if needed[1] else None, grad_columns if needed[2] else None, None
+
+
+def _bags(
+    input: Tensor, row: Tensor, row_weight: Tensor, column: Tensor, column_weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A table of pixels, one a row, which of them each sample reads, and how much of each."""
+    n, _, h, w = input.shape
+    pixels = (row[:, None, :, None] * w + column[:, None]).view(-1, row.shape[1] * column.shape[1])
+    weights = (row_weight[:, None, :, None] * column_weight[:, None]).view(pixels.shape)
+    if n > 1:
+        pixels = torch.cat([pixels + image * h * w for image in range(n)])
+    return _as_table(input), pixels, weights.repeat(n, 1)
+
+
+def _as_table(map: Tensor) -> Tensor:
+    """Tensor[N * h * w, C]: a view of a channels-last map, a copy of another."""
+    n, c, h, w = map.shape
+    if map.is_contiguous(memory_format=torch.channels_last):
+        return map.permute(0, 2, 3, 1).reshape(n * h * w, c)
+    # Image by image: torch transposes matrices in blocks, and maps pixel by pixel, which takes up to 8 times as long.
+    table = map.new_empty(n, h * w, c)
+    for pixels, image in zip(table, map, strict=True):
+        pixels.copy_(image.reshape(c, h * w).t())
+    return table.view(n * h * w, c)
+
+
+def _as_map(table: Tensor, like: Tensor, size: tuple[int, int]) -> Tensor:
+    """Tensor[N, C, *size] in the memory format of `like`."""
+    n, c = like.shape[:2]
+    pixels = table.view(n, size[0] * size[1], c)
+    if like.is_contiguous(memory_format=torch.channels_last):
+        return pixels.view(n, *size, c).permute(0, 3, 1, 2)
+    map = table.new_empty(n, c, *size)
+    for image, rows in zip(map, pixels, strict=True):
+        image.view(c, -1).copy_(rows.t())
+    return map
+
+
+def _stencil(position: Tensor, source: int, beyond: str, slopes: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Which pixels each sample of an axis reads, how much of each, and how that changes with its position.
+
+    Each is a Tensor[T, 2]; with slopes a Tensor[T, 3] if there are kinks, where the third pixel counts.
+    """
+    last = source - 1
+    at = position.clamp(max=last) if beyond == "edge" else position
+    first = at.floor()
+    share = at - first
+    index = torch.stack((first, first + 1), 1)
+    weight = torch.stack((1 - share, share), 1)
+    slope = weight
+    if slopes:
+        learned = ((position <= last) if beyond == "edge" else torch.ones_like(share)).to(weight)
+        slope = torch.stack((-learned, learned), 1)
+        kink = (share == 0) & (learned > 0) & ((position > 0) if beyond == "edge" else True)
+        if kink.any():
+            # The mean of both cells' slopes: from the pixel before to the one behind.
+            index = torch.cat((index, first[:, None] - 1), 1)
+            weight = F.pad(weight, (0, 1))
+            slope = torch.where(kink[:, None], slope.new_tensor([0.0, 0.5, -0.5]), F.pad(slope, (0, 1)))
+    if beyond == "zeros":
+        inside = (index >= 0) & (index <= last)
+        weight, slope = weight * inside, slope * inside
+    return index.clamp(0, last).long(), weight, slope
+
+
+def _by_matrices(input: Tensor, rows: Tensor, columns: Tensor, beyond: str) -> Tensor:
+    return separable_product(
+        sampling_matrix(rows, input.shape[2], beyond), input, sampling_matrix(columns, input.shape[3], beyond)
+    )
 
 
 def sampling_matrix(position: Tensor, source: int, beyond: str) -> Tensor:

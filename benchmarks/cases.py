@@ -1,0 +1,195 @@
+"""What is timed against what. Every group does equal work in every case; the first case is what ratios are to."""
+
+from collections.abc import Iterator
+from itertools import product
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.ops import DeformConv2d
+
+from benchmarks.timing import Case, Group, training_step, without_gradient
+from rfield import AdaptiveConv2d, ReceptiveFieldRegulator, fuse
+from rfield.models import SinglePathHead
+from rfield.ops import resize_bilinear, resized_size
+
+_FORMATS = ("contiguous", "channels-last")
+_DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _map(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, channels_last: bool = False) -> Tensor:
+    values = torch.randn(shape, device=_DEVICE, dtype=dtype)
+    return values.contiguous(memory_format=torch.channels_last) if channels_last else values
+
+
+def resize(quick: bool = False) -> Iterator[Group]:
+    """The inflation, with the factor's gradient: against `F.grid_sample` and ATen's upsampling, which has none."""
+    maps = [(21, 41, 41), (128, 41, 41), (512, 41, 41), (64, 65, 65), (256, 65, 65), (64, 128, 256), (256, 128, 256)]
+    for (channels, height, width), factor in product(
+        maps[:1] if quick else maps, (0.8,) if quick else (0.5, 0.8, 1.25, 2.0)
+    ):
+        if channels * height * width * factor**2 > 2e7:
+            continue
+        for channels_last in (False, True):
+            input = _map((1, channels, height, width), channels_last=channels_last).requires_grad_()
+            scale = torch.tensor([factor], device=_DEVICE, requires_grad=True)
+            size = (resized_size(height, factor), resized_size(width, factor))
+            ways = {
+                "rfield": (lambda i=input, s=scale, o=size: resize_bilinear(i, s, o), [input, scale]),
+                "grid_sample": (lambda i=input, s=scale, o=size: _grid_sample(i, s, o), [input, scale]),
+                "ATen bilinear, no factor gradient": (
+                    lambda i=input, o=size: F.interpolate(i, o, mode="bilinear", align_corners=True),
+                    [input],
+                ),
+            }
+            name = (
+                f"{channels} x {height} x {width}, f = {factor:g}, {'channels-last' if channels_last else 'contiguous'}"
+            )
+            yield Group(f"resize, forward: {name}", {k: without_gradient(f) for k, (f, _) in ways.items()})
+            yield Group(f"resize, training: {name}", {k: training_step(f, leaves) for k, (f, leaves) in ways.items()})
+
+
+def _grid_sample(input: Tensor, scale: Tensor, size: tuple[int, int]) -> Tensor:
+    """The same resize as a spatial transformer does it (Jaderberg et al., NeurIPS 2015)."""
+    rows, columns = (
+        torch.arange(target, device=input.device) / scale * (2 / max(source - 1, 1)) - 1
+        for target, source in zip(size, input.shape[2:], strict=True)
+    )
+    grid = torch.stack(torch.meshgrid(rows, columns, indexing="ij")[::-1], -1).expand(input.shape[0], -1, -1, -1)
+    return F.grid_sample(input, grid, padding_mode="border", align_corners=True)
+
+
+class _Deformable(nn.Module):
+    """torchvision's deformable convolution, its offsets fixed (`static`) or predicted from the input."""
+
+    def __init__(self, conv: nn.Conv2d, static: bool) -> None:
+        super().__init__()
+        arguments = (conv.in_channels, conv.out_channels, 3, 1, conv.padding, conv.dilation)
+        self.conv = DeformConv2d(*arguments)
+        self.offset = (
+            None if static else nn.Conv2d(conv.in_channels, 18, 3, padding=conv.padding, dilation=conv.dilation)
+        )
+
+    def forward(self, input: Tensor) -> Tensor:
+        offset = (
+            input.new_full((input.shape[0], 18, *input.shape[2:]), 0.3) if self.offset is None else self.offset(input)
+        )
+        return self.conv(input, offset)
+
+
+class _WeightedDilations(nn.Module):
+    """RF-Next (Gao et al., TPAMI 2022): one kernel at several dilations, summed by weights that are learned."""
+
+    def __init__(self, conv: nn.Conv2d, dilations: tuple[int, ...]) -> None:
+        super().__init__()
+        self.conv = conv
+        self.dilations = dilations
+        self.rates = nn.Parameter(torch.ones(len(dilations)))
+
+    def forward(self, input: Tensor) -> Tensor:
+        share = self.rates.abs() / self.rates.abs().sum()
+        outputs = (
+            share[index] * F.conv2d(input, self.conv.weight, None, 1, dilation, dilation)
+            for index, dilation in enumerate(self.dilations)
+        )
+        return sum(outputs) + self.conv.bias[:, None, None]
+
+
+def convolution(quick: bool = False) -> Iterator[Group]:
+    """One dilated 3x3 convolution, 512 -> 128 and 1024, whose dilation is learned in several ways."""
+    shapes = [(1, 64, 128, 33), (8, 512, 128, 41), (8, 512, 1024, 41), (1, 512, 1024, 65)]
+    for (batch, channels, out_channels, side), channels_last in product(shapes[:1] if quick else shapes, (False, True)):
+        input = _map((batch, channels, side, side), channels_last=channels_last).requires_grad_()
+        plain = nn.Conv2d(channels, out_channels, 3, padding=6, dilation=6).to(_DEVICE)
+        drawn, between, learned = (AdaptiveConv2d.from_conv(plain) for _ in range(3))
+        drawn.held = (6.0, 6.0)
+        between.set_factor(6 / 6.4)
+        between.freeze_factor()
+        learned.set_factor(6 / 6.4)
+        modules: dict[str, nn.Module] = {
+            "nn.Conv2d": plain,
+            "AdaptiveConv2d, integer drawn": drawn,
+            "AdaptiveConv2d, bilinear taps": between,
+            "AdaptiveConv2d, bilinear taps, learned": learned,
+            "deform_conv2d, fixed offsets": _Deformable(plain, static=True),
+            "deform_conv2d, predicted offsets": _Deformable(plain, static=False),
+            "RF-Next, three dilations": _WeightedDilations(plain, (5, 6, 7)),
+        }
+        if _dcls() is not None and batch * channels * out_channels <= 64 * 128:
+            modules["DCLS, kernel of 13 x 13"] = _dcls()(
+                channels, out_channels, kernel_count=9, padding=6, dilated_kernel_size=13
+            )
+        modules = {name: module.to(_DEVICE) for name, module in modules.items()}
+        name = f"batch {batch}, {channels} -> {out_channels}, {side} x {side}, {_FORMATS[channels_last]}"
+        runs = {key: (lambda m=module, i=input: m(i)) for key, module in modules.items()}
+        yield Group(f"convolution, inference: {name}", {key: without_gradient(run) for key, run in runs.items()})
+        yield Group(
+            f"convolution, training: {name}",
+            {
+                key: training_step(run, [input, *(p for p in modules[key].parameters() if p.requires_grad)])
+                for key, run in runs.items()
+            },
+        )
+
+
+def _dcls() -> type[nn.Module] | None:
+    try:
+        from DCLS.construct.modules import Dcls2d
+    except ImportError:
+        return None
+    return Dcls2d
+
+
+def _head(width: int, mechanism: str | None = None, factor: float = 1.0) -> nn.Module:
+    torch.manual_seed(0)
+    made = SinglePathHead(512, 21, 6, width, 0.0, mechanism is not None, mechanism or "regulator")
+    for module in made.modules():
+        if isinstance(module, ReceptiveFieldRegulator | AdaptiveConv2d):
+            module.set_factor(factor)
+    return made.to(_DEVICE, memory_format=torch.channels_last)
+
+
+def head(quick: bool = False) -> Iterator[Group]:
+    """The training step of a LargeFOV head: bare, in a regulator at several factors, and as an ASPP of four rates."""
+    shapes = [(1, 128, 33)] if quick else [(8, 128, 41), (4, 1024, 41)]
+    for batch, width, side in shapes:
+        features = _map((batch, 512, side, side), channels_last=True)
+
+        heads = {"bare": _head(width)}
+        heads |= {
+            f"regulator, f = {factor:g}": _head(width, "regulator", factor) for factor in (1.0, 0.8, 0.63, 0.5, 1.25)
+        }
+        heads["adaptive convolution, learned"] = _head(width, "dilation", 1.05)
+        name = f"head, training: batch {batch}, 512 -> {width}, {side} x {side}"
+        runs = {key: (lambda m=module, i=features: m(i)) for key, module in heads.items()}
+        steps = {key: training_step(run, list(heads[key].parameters())) for key, run in runs.items()}
+        steps["four heads, as ASPP"] = _together([steps["bare"]] * 4)
+        yield Group(name, steps)
+
+
+def _together(steps: list[Case]) -> Case:
+    def run() -> None:
+        for step in steps:
+            step()
+
+    return run
+
+
+def fused(quick: bool = False) -> Iterator[Group]:
+    """Inference of a fused head against the same head built with plain convolutions."""
+    for batch, side in [(1, 33)] if quick else [(1, 41), (8, 41), (1, 65)]:
+        features = _map((batch, 512, side, side), channels_last=True)
+        torch.manual_seed(0)
+        learned = SinglePathHead(512, 21, 6, 128, 0.0, True, "dilation").to(_DEVICE)
+        for module in learned.modules():
+            if isinstance(module, AdaptiveConv2d):
+                module.set_factor(6 / 4)
+                module.snap()
+        plain = SinglePathHead(512, 21, 4, 128, 0.0, False).to(_DEVICE)
+        cases = {"plain": plain.eval(), "fused": fuse(learned.eval()), "snapped, not fused": learned.eval()}
+        cases = {key: module.to(memory_format=torch.channels_last) for key, module in cases.items()}
+        runs = {key: without_gradient(lambda m=module, i=features: m(i)) for key, module in cases.items()}
+        yield Group(f"head, inference: batch {batch}, 512 -> 128, {side} x {side}", runs)
+
+
+GROUPS = {"resize": resize, "convolution": convolution, "head": head, "fused": fused}

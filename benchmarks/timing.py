@@ -1,0 +1,128 @@
+"""Times callables against each other in one process: by turns, every second round backwards, as ratios."""
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # Else the profiler talks on stderr.
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+Case = Callable[[], object]
+# A sample of one case in one round lasts at least so long, in seconds.
+_SAMPLE = 0.05
+
+
+@dataclass
+class Group:
+    """Cases that do the same work; ratios are to the first."""
+
+    name: str
+    cases: Mapping[str, Case]
+
+
+def measure(group: Group, rounds: int) -> list[dict[str, Any]]:
+    """A row a case: median and quartiles of its milliseconds and of its ratio to the first, and its peak memory."""
+    cuda = torch.cuda.is_available()
+    counts, memory = {}, {}
+    for name, case in group.cases.items():
+        memory[name] = peak_memory(case)
+        case()
+        counts[name] = max(1, round(_SAMPLE / max(_seconds(case, 1, cuda), 1e-6)))
+    seconds: dict[str, list[float]] = {name: [] for name in group.cases}
+    for number in range(rounds):
+        for name in list(group.cases)[:: (-1) ** number]:
+            seconds[name].append(_seconds(group.cases[name], counts[name], cuda))
+    first = seconds[next(iter(group.cases))]
+    rows = []
+    for name, values in seconds.items():
+        ratios = [value / base for value, base in zip(values, first, strict=True)]
+        rows.append(
+            {
+                "group": group.name,
+                "case": name,
+                "ms": _quartiles([1000 * value for value in values]),
+                "ratio": _quartiles(ratios),
+                "peak_mib": memory[name] / 2**20,
+            }
+        )
+    return rows
+
+
+def peak_memory(case: Case) -> float:
+    """The most bytes that one call held at once beyond what was there before."""
+    case()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        case()
+        return float(torch.cuda.max_memory_allocated() - before)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        case()
+    held = peak = 0
+    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return float(peak)
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were taken on."""
+    info = Path("/proc/cpuinfo")
+    models = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+    return {
+        "cpu": models[0] if models else platform.machine(),
+        "cores": os.cpu_count(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def _seconds(case: Case, count: int, cuda: bool) -> float:
+    if cuda:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(count):
+            case()
+        end.record()
+        torch.cuda.synchronize()
+        return float(begin.elapsed_time(end)) / 1000 / count
+    begun = time.perf_counter()
+    for _ in range(count):
+        case()
+    return (time.perf_counter() - begun) / count
+
+
+def _quartiles(values: list[float]) -> list[float]:
+    """Lower quartile, median, upper quartile."""
+    if len(values) < 2:
+        return [values[0]] * 3
+    return statistics.quantiles(values, n=4, method="inclusive")
+
+
+def training_step(forward: Callable[[], torch.Tensor], leaves: list[torch.Tensor]) -> Case:
+    """Forward and backward, with the gradients of all leaves, from an output gradient that is made beforehand."""
+    grad = torch.randn_like(forward())
+
+    def step() -> None:
+        for leaf in leaves:
+            leaf.grad = None
+        forward().backward(grad)
+
+    return step
+
+
+def without_gradient(forward: Callable[[], torch.Tensor]) -> Case:
+    def step() -> None:
+        with torch.no_grad():
+            forward()
+
+    return step
