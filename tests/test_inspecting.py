@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,14 @@ def test_what_is_printed_and_written(shared_run: str, tmp_path: Path, capsys: py
     for row in rows:
         assert row["layer"] in shown
     assert imread(out / "effective.png").shape[2] == 4
+
+
+def test_a_canvas_changes_no_stride(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    network = small_cnn(2, dilation=5, head_channels=4, min_size=400)
+    monkeypatch.setattr("rfield.inspecting.open_model", lambda *args: Source("x", network, "w"))
+    found = run_inspect(InspectConfig("x", out=str(tmp_path), count=0), lambda *step: None)["x"]
+    assert {layer.stride[0] for layer in found.layers} == {1, 2, 4}
+    assert network.min_size == (400, 400)
 
 
 def test_before_and_after(shared_run: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -154,3 +163,14 @@ def test_mistakes_are_answered_in_one_line(
     assert captured.err.count("\n") == 1, captured.err
     assert message in captured.err
     assert not list(tmp_path.iterdir())
+
+
+def test_blocks_links_and_commands_of_the_page() -> None:
+    page = Path(__file__).parents[1] / "docs/inspect.md"
+    text = page.read_text()
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(compile(block, page.name, "exec"), {})
+    for link in re.findall(r"\]\(([^)#]+)", text):
+        assert (page.parent / link).exists(), link
+    commands = [line.split()[1:] for line in text.splitlines() if line.startswith("rfield ")]
+    assert [parse(words)[0] for words in commands] == ["inspect", "inspect"]

@@ -19,6 +19,7 @@ from rfield.effective_field import Square, contribution_squares, effective_recep
 from rfield.inference import compute_device, find_images
 from rfield.inspect_config import InspectConfig
 from rfield.layer_fields import LayerField, field_warnings, layer_receptive_fields
+from rfield.models import ParsingNetwork
 from rfield.sources import Source, open_model
 
 Progress = Callable[[int, int], None]
@@ -64,7 +65,7 @@ class Inspection:
             lines.append(f"the whole image is seen through {', '.join(names[:3])}{more}")
         return lines + [
             f"{100 * square.share:.0f} % of the contributions come from {square.side}x{square.side} px, "
-            f"{100 * square.area_ratio:.2g} % of the image's area"
+            f"{100 * square.area_ratio:.3g} % of the image's area"
             for square in self.squares
         ]
 
@@ -116,7 +117,7 @@ def run_inspect(config: InspectConfig, progress: Progress) -> dict[str, Inspecti
 
 
 def _inspect(source: Source, config: InspectConfig, images: Iterable[Tensor]) -> Inspection:
-    layers = layer_receptive_fields(source.model, size=config.size)
+    layers = _layers(source.model, config.size)
     squares, scores = [], None
     if config.count:
         model: nn.Module = source.model.to(compute_device())
@@ -129,6 +130,17 @@ def _inspect(source: Source, config: InspectConfig, images: Iterable[Tensor]) ->
             raise ValueError(f"{source.name} cannot be run on images of {size} px: {error}") from error
         squares = contribution_squares(scores, compress=config.measure == "replknet")
     return Inspection(source.name, source.weights, layers, field_warnings(layers, config.size), squares, scores)
+
+
+def _layers(model: nn.Module, size: tuple[int, int]) -> list[LayerField]:
+    if not isinstance(model, ParsingNetwork):
+        return layer_receptive_fields(model, size=size)
+    # On its canvas a short strip has the map of a longer one, from which no stride can be told.
+    canvas, model.min_size = model.min_size, (1, 1)
+    try:
+        return layer_receptive_fields(model, size=size)
+    finally:
+        model.min_size = canvas
 
 
 def _images(config: InspectConfig) -> list[Tensor]:
