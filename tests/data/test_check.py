@@ -251,7 +251,7 @@ def test_fuzzed_headers(tmp_path_factory: pytest.TempPathFactory, data: st.DataO
     [
         ("voc:data/msrc21_voc", {}, {"same pixels": 2}),
         ("camvid:data/camvid", {}, {}),
-        # Six of the faces that FASSEG publishes for testing are among its training faces, bit by bit.
+        # Six of the val faces are among the training faces, byte for byte.
         ("helen:data/fasseg_helen", {"same pixels": 6}, {"same pixels": 2, "classes: inner mouth": 2}),
     ],
 )
