@@ -36,6 +36,8 @@ def test_the_flags() -> None:
     )
     with pytest.raises(ValueError, match="count must not be negative"):
         InspectConfig("x", out="y", count=-1)
+    with pytest.raises(ValueError, match="against_weights needs against"):
+        InspectConfig("x", out="y", against_weights="default")
 
 
 def test_what_is_printed_and_written(shared_run: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -85,6 +87,22 @@ def test_before_and_after(shared_run: str, tmp_path: Path, capsys: pytest.Captur
     assert after > before
     height, width, _ = imread(tmp_path / "out/effective.png").shape
     assert width > 1.3 * height
+
+
+def test_weights_are_each_network_s_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str | None]] = []
+
+    def opened(spec: str, weights: str | None) -> Source:
+        asked.append((spec, weights))
+        return Source(spec, nn.Conv2d(3, 1, 3), str(weights))
+
+    monkeypatch.setattr("rfield.inspecting.open_model", opened)
+    config = InspectConfig("smp:A", out=str(tmp_path), weights="a.pth", against="smp:A", count=0)
+    assert {title: each.weights for title, each in run_inspect(config, lambda *step: None).items()} == {
+        "before": "None",
+        "after": "a.pth",
+    }
+    assert asked == [("smp:A", "a.pth"), ("smp:A", None)]
 
 
 def test_a_run_is_compared_with_its_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,10 +28,14 @@ class InspectConfig:
     against: str | None = None
     """Another model or run to draw beside it, as the state before. Default: for a run whose receptive field was
     learned, the same weights where its receptive field started."""
+    against_weights: str | None = None
+    """Weights of that model, as in weights."""
     seed: int = 0
     """Of random weights and images."""
 
     def __post_init__(self) -> None:
         self.size = parse_size(self.size)
+        if self.against_weights is not None and self.against is None:
+            raise ValueError("against_weights needs against, the model that they are of")
         if self.count < 0:
             raise ValueError(f"count must not be negative, got {self.count}")

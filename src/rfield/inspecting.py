@@ -91,7 +91,7 @@ def run_inspect(config: InspectConfig, progress: Progress) -> dict[str, Inspecti
     sources = {source.name: source}
     if config.against is not None:
         torch.manual_seed(config.seed)
-        against = open_model(config.against, config.weights if config.against.count(":") else None)
+        against = open_model(config.against, config.against_weights)
         sources = {"before": against, "after": source}
     elif source.start is not None:
         start = dataclasses.replace(source, name=f"{source.name}, where it started", model=source.start)

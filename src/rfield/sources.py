@@ -62,7 +62,7 @@ def open_model(spec: str, weights: str | None = None) -> Source:
         raise ValueError(f"{spec} names no model")
     if kind in ("", "hf"):
         if weights is not None:
-            raise ValueError(f"{spec} has weights of its own: leave --weights out")
+            raise ValueError(f"{spec} has weights of its own: give none")
         source = _run(spec) if kind == "" else _hub(name)
         return dataclasses.replace(source, model=source.model.eval())
     model = _SOURCES[kind](name, weights == "default")
