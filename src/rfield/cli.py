@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import math
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -41,9 +42,9 @@ def main(argv: list[str] | None = None) -> None:
     command, config = parse(argv)
     try:
         COMMANDS[command][1](config)
-    except KeyboardInterrupt:
-        print(f"rfield {command}: interrupted", file=sys.stderr)
-        sys.exit(130)
+    except KeyboardInterrupt as error:
+        print(f"rfield {command}: {str(error) or 'interrupted'}", file=sys.stderr)
+        sys.exit(128 + getattr(error, "signum", signal.SIGINT))
     except (ValueError, OSError) as error:
         if os.environ.get("RFIELD_DEBUG"):
             raise

@@ -18,6 +18,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
 from rfield import plots
+from rfield.checkpoints import damage, find_checkpoint
 from rfield.config import TrainConfig, parse_size
 from rfield.data import HELEN_CLASSES, ParsingDataset, evaluation_transform
 from rfield.data.cache import CachedFeatures, find_features, image_features
@@ -120,7 +121,7 @@ def load_run(folder: str | Path, checkpoint: str = "last") -> Run:
     for name in ("config.yaml", "classes.json"):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} is not a run folder: it has no {name}")
-    path = folder / "checkpoints" / f"{checkpoint}.ckpt"
+    path = find_checkpoint(folder / "checkpoints", checkpoint)
     fused = folder / "fused.json"
     if checkpoint == "last" and fused.is_file():
         path = folder / "model.safetensors"
@@ -142,6 +143,9 @@ def load_run(folder: str | Path, checkpoint: str = "last") -> Run:
             restore_fused(network, json.loads(fused.read_text()))
             state = {prefix + key: value for key, value in read_weights(path).items()}
         else:
+            wrong = damage(path)
+            if wrong is not None:
+                raise ValueError(wrong)
             state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
         network.load_state_dict({key.removeprefix(prefix): v for key, v in state.items() if key.startswith(prefix)})
     except Exception as error:  # Damaged files raise a dozen different types.

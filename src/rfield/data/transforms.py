@@ -1,6 +1,7 @@
 """Transforms of an image together with its mask, and random ones that depend on seed, epoch and sample alone."""
 
 from collections.abc import Iterator, Sequence, Sized
+from itertools import islice
 from typing import Any, cast
 
 import numpy as np
@@ -186,6 +187,7 @@ class EpochSampler(DistributedSampler[tuple[int, int]]):
 
     Attributes:
         held_out: samples that are not to be seen for now; others take their turns, so that epochs keep their length.
+        seen: (epoch, samples): so many of that epoch have been seen before, and are left out.
 
     Raises:
         ValueError: if `rank` is not below `num_replicas`.
@@ -213,8 +215,14 @@ class EpochSampler(DistributedSampler[tuple[int, int]]):
             rank = torch.distributed.get_rank() if distributed else 0
         super().__init__(dataset, num_replicas, rank, shuffle, seed, drop_last)
         self.held_out: frozenset[int] = frozenset()
+        self.seen = (0, 0)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
+        epoch, samples = self.seen
+        return islice(self.order(), samples if epoch == self.epoch else 0, None)
+
+    def order(self) -> Iterator[tuple[int, int]]:
+        """All of the epoch, whatever has been seen of it."""
         epoch, held_out = self.epoch, self.held_out
         indices = cast(Iterator[int], super().__iter__())
         if not held_out:

@@ -1,6 +1,7 @@
 """What is written and shown while a network trains."""
 
 import csv
+import io
 import os
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
 
+from rfield.checkpoints import written_whole
 from rfield.training.module import ParsingModule, present_field, present_fields
 
 FACTOR_COLUMNS = (
@@ -44,10 +46,10 @@ class _StepLog(Callback):
             with self.path.open(newline="") as file:
                 whole = [row for row in list(csv.reader(file))[1:] if len(row) == len(self.columns)]
             kept = [row for row in whole if int(row[0]) <= trainer.global_step]
-        partial = self.path.with_suffix(".partial")
-        with partial.open("w", newline="") as file:
-            csv.writer(file).writerows([self.columns, *kept])
-        os.replace(partial, self.path)
+        text = io.StringIO(newline="")
+        csv.writer(text).writerows([self.columns, *kept])
+        with written_whole(self.path) as file:
+            file.write(text.getvalue().encode())
 
     @rank_zero_only
     def on_train_batch_end(
@@ -60,12 +62,14 @@ class _StepLog(Callback):
             self._flush()
 
     @rank_zero_only
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._flush()
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._flush()  # No checkpoint is ahead of its rows.
 
     def _flush(self) -> None:
         with self.path.open("a", newline="") as file:
             csv.writer(file).writerows(self._rows)
+            file.flush()
+            os.fsync(file.fileno())
         self._rows = []
 
 
@@ -97,6 +101,9 @@ class PathLog(_StepLog):
 
 class LastValidation(Callback):
     """Has the last epoch end with a validation, whatever the interval, so that it can be the best."""
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.on_train_epoch_start(trainer, pl_module)  # A run resumed inside an epoch does not start it again.
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.current_epoch + 1 == trainer.max_epochs:

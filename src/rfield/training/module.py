@@ -2,7 +2,7 @@
 
 import time
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
 from rfield.config import TrainConfig
-from rfield.data import IGNORE_INDEX
+from rfield.data import IGNORE_INDEX, EpochSampler
 from rfield.inference import feature_logits, predict_logits
 from rfield.layers import ReceptiveFieldRegulator
 from rfield.losses import make_loss
@@ -71,6 +71,9 @@ class ParsingModule(L.LightningModule):
         self.factor_start = 0
         self.search: Search | None = None
         self.search_seconds = 0.0
+        # What a callback wants to know of the step, and who wants to know when it is over.
+        self.step_loss = torch.zeros(())
+        self.end_step: Callable[[L.Trainer], None] = lambda trainer: None
         self._drifting = False
         self._search_state: dict[str, Any] | None = None
         if config.freeze_backbone:
@@ -81,6 +84,9 @@ class ParsingModule(L.LightningModule):
             regulator.record_gradients = True
 
     def on_train_epoch_start(self) -> None:
+        self._freeze()
+
+    def _freeze(self) -> None:
         if self.config.freeze_backbone:
             self.network.backbone.eval()
 
@@ -94,7 +100,8 @@ class ParsingModule(L.LightningModule):
         """The loss of a batch, at the dilations that the search wants to see."""
         self.factor_gradients = None
         loss = self._loss(self.network, batch) if self.search is None else self.search.loss(batch)
-        self.log("loss", loss.detach(), prog_bar=True)
+        self.step_loss = loss.detach()
+        self.log("loss", self.step_loss, prog_bar=True)
         return loss
 
     def _loss(self, network: nn.Module, batch: Batch) -> Tensor:
@@ -164,6 +171,7 @@ class ParsingModule(L.LightningModule):
             with self.trainer.precision_plugin.train_step_context():
                 self.search.step()
             self.search_seconds += time.monotonic() - started
+        self.end_step(self.trainer)
 
     def _warn_of_drift(self) -> None:
         """Says once that the published guidance drives the paths apart."""
@@ -181,6 +189,7 @@ class ParsingModule(L.LightningModule):
             )
 
     def on_train_start(self) -> None:
+        self._freeze()  # A run resumed inside an epoch does not start it again.
         # Not earlier: the optimizer's state has been loaded by now, so its groups may change their gradients' needs.
         if self.search is not None and self._search_state is not None:
             self.search.load_state_dict(self._search_state["search"])
@@ -189,11 +198,15 @@ class ParsingModule(L.LightningModule):
     def on_train_epoch_end(self) -> None:
         if self.search is not None and self.search.done:
             # The held-out images come back.
-            self.trainer.train_dataloader.sampler.held_out = frozenset()  # type: ignore[union-attr]
+            self._sampler.held_out = frozenset()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.search is not None:
-            checkpoint["search"] = {"search": self.search.state_dict(), "seconds": self.search_seconds}
+            checkpoint["search"] = {
+                "search": self.search.state_dict(),
+                "seconds": self.search_seconds,
+                "holding_out": bool(self._sampler.held_out),
+            }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._search_state = checkpoint.get("search")
@@ -236,6 +249,12 @@ class ParsingModule(L.LightningModule):
             optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=config.weight_decay)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.0, 1 - step / steps) ** 0.9)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    @property
+    def _sampler(self) -> EpochSampler:
+        loader: Any = self.trainer.train_dataloader
+        assert isinstance(loader.sampler, EpochSampler)
+        return loader.sampler
 
     @property
     def _guided(self) -> bool:

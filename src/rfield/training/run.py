@@ -2,15 +2,12 @@
 
 import dataclasses
 import json
-import logging
 import os
 import platform
 import random
 import shutil
 import sys
-import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,12 +15,12 @@ from typing import Any
 import lightning as L
 import torch
 import yaml
-from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar, Timer
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.callbacks import Timer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from rfield import plots
+from rfield.checkpoints import LAST, settle_checkpoints, written_whole
 from rfield.config import TrainConfig, differences
 from rfield.data import (
     IGNORE_INDEX,
@@ -43,8 +40,10 @@ from rfield.inference import Progress, build_network, compute_device, evaluate, 
 from rfield.losses import class_weights
 from rfield.models import ParsingNetwork, default_weights
 from rfield.training.bad_samples import count_skipped, share_skipped, worker_message
-from rfield.training.callbacks import FactorLog, LastValidation, LineProgress, PathLog, read_factor_csv, read_paths_csv
+from rfield.training.callbacks import read_factor_csv, read_paths_csv
 from rfield.training.module import Field, ParsingModule, present_fields
+from rfield.training.stopping import LossGuard, StopOnSignal
+from rfield.training.trainer import make_trainer, quiet
 
 # Share of the training images that a sampled search reads its curve on.
 _HELD_OUT = 0.1
@@ -91,7 +90,7 @@ class _Loaders(L.LightningDataModule):
         train_samples: Dataset[tuple[Tensor, Tensor]],
         val_samples: Dataset[tuple[Tensor, Tensor]],
         config: TrainConfig,
-        first_epoch: int,
+        position: tuple[int, int],
         held_out: frozenset[int],
     ) -> None:
         super().__init__()
@@ -100,15 +99,17 @@ class _Loaders(L.LightningDataModule):
         self.config = config
         # Cached features come from the page cache; a worker process would only copy them once more.
         self.workers = 0 if config.freeze_backbone else config.workers
-        self.first_epoch = first_epoch
+        self.position = position
         self.held_out = held_out
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
         sampler = EpochSampler(self.train_samples, seed=self.config.seed)
-        # Workers fetch the first batches before Lightning tells the sampler its epoch.
-        sampler.set_epoch(self.first_epoch)
-        sampler.held_out = self.held_out
         share = (self.config.batch_size or 1) // self.config.devices
+        # Workers fetch the first batches before Lightning tells the sampler its epoch.
+        epoch, batches = self.position
+        sampler.set_epoch(epoch)
+        sampler.seen = (epoch, batches * share)
+        sampler.held_out = self.held_out
         return DataLoader(self.train_samples, share, sampler=sampler, num_workers=self.workers)
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
@@ -189,34 +190,49 @@ def train(config: TrainConfig, progress: Progress | None = None) -> dict[str, An
         _tell_of_random_weights(config)
 
     timer = Timer(verbose=False)
-    last = out / "checkpoints" / "last.ckpt"
-    checkpoint = last if config.resume and last.is_file() else None
-    first_epoch = 0
+    last = out / "checkpoints" / LAST
+    checkpoint = None
+    if config.resume:
+        checkpoint = settle_checkpoints(last.parent) if _is_first_process() else last if last.is_file() else None
+    position = (0, 0)
     if checkpoint is not None:
         load_run(out)  # A damaged checkpoint is named here, and not by Lightning.
         saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        first_epoch = saved["epoch"] + 1
-        if saved.get("search", {}).get("search", {}).get("done"):
+        position = _position(saved)
+        search = saved.get("search", {})
+        if not search.get("holding_out", not search.get("search", {}).get("done")):
             held_out = []
     val_samples = _WholeImages(val_set, val_features)
-    loaders = _Loaders(train_samples, val_samples, config, first_epoch, frozenset(held_out))
-    with _quiet():
-        trainer = _trainer(config, out, timer)
+    loaders = _Loaders(train_samples, val_samples, config, position, frozenset(held_out))
+    stop = StopOnSignal(last)
+    module.end_step = stop.end_step
+    with quiet():
+        trainer = make_trainer(config, out, [timer, stop, LossGuard(last, train_set.ids)])
         try:
             trainer.fit(module, datamodule=loaders, ckpt_path=checkpoint, weights_only=True)
-        except SystemExit:  # Lightning's answer to Ctrl-C
-            raise KeyboardInterrupt from None
+        except SystemExit:  # Lightning's answer to Ctrl-C, and how `stop` ends it
+            stop.raise_interrupted()
         except (ValueError, OSError) as error:
             message = worker_message(error)
             if message is None:
                 raise
             raise type(error)(message) from error
+        finally:
+            stop.restore()
     share_skipped([train_set, val_set])
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()  # The first process scores the network alone.
     if not trainer.is_global_zero:
         return {}
     return _finish(out, config, timer.time_elapsed("train"), train_set, val_set, val_features, progress)
+
+
+def _position(saved: dict[str, Any]) -> tuple[int, int]:
+    """The epoch that a checkpoint goes on with, and how many of its batches are done."""
+    loops = saved["loops"]["fit_loop"]
+    epochs = loops["epoch_progress"]["current"]
+    epoch, inside = epochs["processed"], epochs["started"] > epochs["processed"]
+    return epoch, loops["epoch_loop.batch_progress"]["current"]["processed"] if inside else 0
 
 
 def prepare(config: TrainConfig, progress: Progress | None = None) -> None:
@@ -283,7 +299,7 @@ def _finish(
     network = load_run(out).network.to(compute_device())
     scores = evaluate(network, val_set, config.freeze_backbone, val_features, progress)
     fields = present_fields(network)
-    saved = torch.load(out / "checkpoints" / "last.ckpt", map_location="cpu", weights_only=True)
+    saved = torch.load(out / "checkpoints" / LAST, map_location="cpu", weights_only=True)
     metrics = {
         **scores,
         "factor": fields[0].factor,
@@ -394,9 +410,8 @@ def write_json(path: Path, content: Any) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Writes a whole file or none."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(text)
-    os.replace(partial, path)
+    with written_whole(path) as file:
+        file.write(text.encode())
 
 
 def _is_first_process() -> bool:
@@ -441,59 +456,3 @@ def clear_run_folder(out: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
-
-
-def _trainer(config: TrainConfig, out: Path, timer: Timer) -> L.Trainer:
-    checkpoints = out / "checkpoints"
-    return L.Trainer(
-        accelerator=compute_device().type,
-        devices=config.devices,
-        # A factor takes no part in the loss before and after its search.
-        strategy="ddp_find_unused_parameters_true" if config.devices > 1 else "auto",
-        precision=config.precision,
-        gradient_clip_val=config.clip_norm or None,
-        max_epochs=config.epochs,
-        max_steps=config.max_steps or -1,
-        check_val_every_n_epoch=config.val_every,
-        num_sanity_val_steps=0,
-        use_distributed_sampler=False,
-        enable_model_summary=False,
-        log_every_n_steps=10,
-        logger=[TensorBoardLogger(out / "logs", name="", version="tensorboard"), CSVLogger(out / "logs", name="csv")],
-        callbacks=[
-            timer,
-            FactorLog(out / "factor.csv"),
-            *([PathLog(out / "paths.csv")] if config.paths > 1 or config.rectangular else []),
-            ModelCheckpoint(
-                checkpoints,
-                "best",
-                monitor="miou",
-                mode="max",
-                save_on_train_epoch_end=False,
-                enable_version_counter=False,
-                auto_insert_metric_name=False,
-            ),
-            ModelCheckpoint(checkpoints, "last", save_on_train_epoch_end=True, enable_version_counter=False),
-            LastValidation(),
-            RichProgressBar() if sys.stdout.isatty() else LineProgress(),
-        ],
-        enable_progress_bar=sys.stdout.isatty(),
-    )
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps Lightning's advice, which is for those who wrote the loop, from those who run it."""
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    logger.setLevel(logging.WARNING)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*does not have many workers.*")
-        warnings.filterwarnings("ignore", ".*in eval mode at the start of training.*")
-        warnings.filterwarnings("ignore", ".*smaller than the logging interval.*")
-        warnings.filterwarnings("ignore", ".*isinstance.treespec, LeafSpec.*")
-        warnings.filterwarnings("ignore", ".*Checkpoint directory .* exists and is not empty.*")
-        try:
-            yield
-        finally:
-            logger.setLevel(level)
