@@ -152,17 +152,18 @@ def _head(width: int, mechanism: str | None = None, factor: float = 1.0) -> nn.M
 def head(quick: bool = False) -> Iterator[Group]:
     """The training step of a LargeFOV head: bare, in a regulator at several factors, and as an ASPP of four rates."""
     shapes = [(1, 128, 33)] if quick else [(8, 128, 41), (4, 1024, 41)]
-    for batch, width, side in shapes:
-        features = _map((batch, 512, side, side), channels_last=True)
-
+    for (batch, width, side), frozen in product(shapes, (False, True)):
+        # A trained backbone wants the gradient of its features; with a frozen one only the factor does.
+        features = _map((batch, 512, side, side), channels_last=True).requires_grad_(not frozen)
         heads = {"bare": _head(width)}
         heads |= {
             f"regulator, f = {factor:g}": _head(width, "regulator", factor) for factor in (1.0, 0.8, 0.63, 0.5, 1.25)
         }
         heads["adaptive convolution, learned"] = _head(width, "dilation", 1.05)
-        name = f"head, training: batch {batch}, 512 -> {width}, {side} x {side}"
+        backbone = "frozen" if frozen else "trained"
+        name = f"head, training: batch {batch}, 512 -> {width}, {side} x {side}, backbone {backbone}"
         runs = {key: (lambda m=module, i=features: m(i)) for key, module in heads.items()}
-        steps = {key: training_step(run, list(heads[key].parameters())) for key, run in runs.items()}
+        steps = {key: training_step(run, [features, *heads[key].parameters()]) for key, run in runs.items()}
         steps["four heads, as ASPP"] = _together([steps["bare"]] * 4)
         yield Group(name, steps)
 

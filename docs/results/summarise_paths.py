@@ -13,6 +13,8 @@ HEADS = {
     "learned": "one path, learned",
     "learned-wide": "one path twice as wide, learned",
     "aspp": "ASPP 6, 12, 18, 24",
+    "learned-fast": "one path, learned, three times the learning rate",
+    "aspp-fast": "ASPP, three times the learning rate",
     "fixed-two": "two paths, best fixed dilation",
     "unguided": "two paths, learned, unguided",
     "guided": "two paths, learned, guided in the search, weight 5",

@@ -190,7 +190,7 @@ class TrainConfig:
     optimizer: Optimizer | None = None
     """sgd (momentum 0.9) or adamw. Default: adamw with freeze_backbone, else sgd, as DeepLab."""
     lr: float | None = None
-    """Learning rate of the backbone; poly decay with power 0.9. Default: 0.001 for sgd, 0.0001 for adamw."""
+    """Learning rate of the backbone; poly decay with power 0.9. Default: 0.0001 for adamw with one path, else 0.001."""
     head_lr_scale: float = 10.0
     """Learning rate of the head over the backbone's."""
     weight_decay: float = 5e-4
@@ -292,7 +292,8 @@ class TrainConfig:
             batch_size=self.batch_size or 8 * self.devices,
             optimizer=optimizer,
             clip_norm=(0.0 if adaptive else 1.0) if self.clip_norm is None else self.clip_norm,
-            lr=self.lr or (1e-4 if adaptive else 1e-3),
+            # The batch norm of several paths makes features several times smaller, and so what a step moves.
+            lr=self.lr or (1e-4 if adaptive and self.paths == 1 else 1e-3),
             factor_lr=self.factor_lr or (0.02 if adaptive else 1e-3),
             val_every=self.val_every or max(1, self.epochs // 5),
         )

@@ -70,9 +70,25 @@ def fractional_conv2d(
             )
             for axis in (0, 1)
         )
-        taps = sample_grid(input.to(dtype), rows, columns, "zeros").to(input.dtype)
-    # The taps of every output pixel stand side by side now, k_h x k_w of them.
-    return F.conv2d(taps, weight, bias, stride=kernel, groups=groups)
+        # Centre taps lie on pixels and stay there; the others do at whole dilations alone.
+        kinks = any(value == round(value) for value in values)
+        taps = sample_grid(input.to(dtype), rows, columns, "zeros", kinks).to(input.dtype)
+    return _weigh(taps, weight, bias, groups, input.is_contiguous(memory_format=torch.channels_last))
+
+
+def _weigh(taps: Tensor, weight: Tensor, bias: Tensor | None, groups: int, channels_last: bool) -> Tensor:
+    """The convolution, as one of 1x1; `taps` has those of every output pixel side by side, k_h x k_w of them.
+
+    A strided convolution would do, but torch's backward pass of one takes several times as long on a CPU.
+    """
+    n, c, height, width = taps.shape
+    k, inputs, k_h, k_w = weight.shape
+    split = taps.permute(0, 2, 3, 1).reshape(n, height // k_h, k_h, width // k_w, k_w, groups, inputs)
+    channels = split.permute(0, 1, 3, 5, 2, 4, 6).reshape(n, height // k_h, width // k_w, c * k_h * k_w)
+    pointwise = weight.permute(0, 2, 3, 1).reshape(k, k_h * k_w * inputs, 1, 1)
+    # A dilation means nothing to one tap, but without it torch leaves oneDNN aside where there is one thread.
+    output = F.conv2d(channels.permute(0, 3, 1, 2), pointwise, bias, dilation=2, groups=groups)
+    return output.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
 def _integer_conv2d(

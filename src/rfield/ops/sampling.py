@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def sample_grid(input: Tensor, rows: Tensor, columns: Tensor, beyond: str) -> Tensor:
+def sample_grid(input: Tensor, rows: Tensor, columns: Tensor, beyond: str, kinks: bool = True) -> Tensor:
     """Samples every channel bilinearly at each pair of a row and a column.
 
     Gradients to `input`, `rows` and `columns` are exact. A position exactly on a pixel is a kink, whose derivative is
@@ -23,6 +23,7 @@ def sample_grid(input: Tensor, rows: Tensor, columns: Tensor, beyond: str) -> Te
         rows: Tensor[T], in source pixels, of the dtype of `input`.
         columns: Tensor[U].
         beyond: what lies past the ends: `edge` (the last pixel; positions must not be negative) or `zeros`.
+        kinks: False where no position on a pixel will be differentiated, which saves a third of the pixels.
 
     Returns:
         Tensor[N, C, T, U], in the memory format of `input`.
@@ -33,7 +34,7 @@ def sample_grid(input: Tensor, rows: Tensor, columns: Tensor, beyond: str) -> Te
     """
     if input.device.type != "cpu" or torch.compiler.is_compiling():
         return _by_matrices(input, rows, columns, beyond)
-    sampled: Tensor = _ByPixels.apply(input, rows, columns, beyond)
+    sampled: Tensor = _ByPixels.apply(input, rows, columns, beyond, kinks)
     return sampled
 
 
@@ -41,11 +42,11 @@ class _ByPixels(torch.autograd.Function):
     """Gathers; keeps nothing but what it was given, since gathering once more is cheap."""
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, rows: Tensor, columns: Tensor, beyond: str) -> Tensor:
+    def forward(ctx: Any, input: Tensor, rows: Tensor, columns: Tensor, beyond: str, kinks: bool) -> Tensor:
         ctx.save_for_backward(input, rows, columns)
-        ctx.beyond = beyond
-        row, row_weight, _ = _stencil(rows, input.shape[2], beyond, slopes=False)
-        column, column_weight, _ = _stencil(columns, input.shape[3], beyond, slopes=False)
+        ctx.beyond, ctx.kinks = beyond, kinks
+        row, row_weight, _ = _stencil(rows, input.shape[2], beyond)
+        column, column_weight, _ = _stencil(columns, input.shape[3], beyond)
         table, bags, weights = _bags(input, row, row_weight, column, column_weight)
         output = F.embedding_bag(bags, table, mode="sum", per_sample_weights=weights)
         return _as_map(output, input, (len(rows), len(columns)))
@@ -58,9 +59,9 @@ class _ByPixels(torch.autograd.Function):
             sampled = _by_matrices(input, rows, columns, ctx.beyond)
             wanted = [part for part, need in zip(ctx.saved_tensors, needed, strict=True) if need]
             twice = iter(torch.autograd.grad(sampled, wanted, grad_outputs[0], create_graph=True))
-            return (*(next(twice) if need else None for need in needed), None)
-        row, row_weight, row_slope = _stencil(rows, input.shape[2], ctx.beyond, slopes=needed[1])
-        column, column_weight, column_slope = _stencil(columns, input.shape[3], ctx.beyond, slopes=needed[2])
+            return (*(next(twice) if need else None for need in needed), None, None)
+        row, row_weight, row_slope = _stencil(rows, input.shape[2], ctx.beyond, needed[1], ctx.kinks)
+        column, column_weight, column_slope = _stencil(columns, input.shape[3], ctx.beyond, needed[2], ctx.kinks)
         table, bags, weights = _bags(input, row, row_weight, column, column_weight)
         table, weights = table.detach().requires_grad_(needed[0]), weights.requires_grad_(needed[1] or needed[2])
         with torch.enable_grad():
@@ -75,7 +76,7 @@ class _ByPixels(torch.autograd.Function):
             grad_weights = grads[-1].view(shape).sum(0)
             grad_rows = ((grad_weights * column_weight[:, None]).sum((1, 3)) * row_slope).sum(1)
             grad_columns = ((grad_weights * row_weight[:, None, :, None]).sum((0, 2)) * column_slope).sum(1)
-        return grad_input, grad_rows if needed[1] else None, grad_columns if needed[2] else None, None
+        return grad_input, grad_rows if needed[1] else None, grad_columns if needed[2] else None, None, None
 
 
 def _bags(
@@ -114,7 +115,9 @@ def _as_map(table: Tensor, like: Tensor, size: tuple[int, int]) -> Tensor:
     return map
 
 
-def _stencil(position: Tensor, source: int, beyond: str, slopes: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _stencil(
+    position: Tensor, source: int, beyond: str, slopes: bool = False, kinks: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
     """Which pixels each sample of an axis reads, how much of each, and how that changes with its position.
 
     Each is a Tensor[T, 2]; with slopes a Tensor[T, 3] if there are kinks, where the third pixel counts.
@@ -130,7 +133,7 @@ def _stencil(position: Tensor, source: int, beyond: str, slopes: bool) -> tuple[
         learned = ((position <= last) if beyond == "edge" else torch.ones_like(share)).to(weight)
         slope = torch.stack((-learned, learned), 1)
         kink = (share == 0) & (learned > 0) & ((position > 0) if beyond == "edge" else True)
-        if kink.any():
+        if kinks and kink.any():
             # The mean of both cells' slopes: from the pixel before to the one behind.
             index = torch.cat((index, first[:, None] - 1), 1)
             weight = F.pad(weight, (0, 1))
