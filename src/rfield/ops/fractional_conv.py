@@ -72,23 +72,24 @@ def fractional_conv2d(
         )
         # Centre taps lie on pixels and stay there; the others do at whole dilations alone.
         kinks = any(value == round(value) for value in values)
-        taps = sample_grid(input.to(dtype), rows, columns, "zeros", kinks).to(input.dtype)
-    return _weigh(taps, weight, bias, groups, input.is_contiguous(memory_format=torch.channels_last))
+        taps = sample_grid(input.to(dtype), rows, columns, "zeros", kinks, kernel).to(input.dtype)
+    output = _weigh(taps, weight, bias, groups)
+    channels_last = input.is_contiguous(memory_format=torch.channels_last)
+    return output.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
-def _weigh(taps: Tensor, weight: Tensor, bias: Tensor | None, groups: int, channels_last: bool) -> Tensor:
-    """The convolution, as one of 1x1; `taps` has those of every output pixel side by side, k_h x k_w of them.
+def _weigh(taps: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
+    """The convolution, as one of 1x1: every pixel of Tensor[N, k_h * k_w * C, H, W] has its taps as channels.
 
     A strided convolution would do, but torch's backward pass of one takes several times as long on a CPU.
     """
-    n, c, height, width = taps.shape
-    k, inputs, k_h, k_w = weight.shape
-    split = taps.permute(0, 2, 3, 1).reshape(n, height // k_h, k_h, width // k_w, k_w, groups, inputs)
-    channels = split.permute(0, 1, 3, 5, 2, 4, 6).reshape(n, height // k_h, width // k_w, c * k_h * k_w)
-    pointwise = weight.permute(0, 2, 3, 1).reshape(k, k_h * k_w * inputs, 1, 1)
+    if groups > 1:
+        n, channels, *size = taps.shape
+        inputs = weight.shape[1]
+        taps = taps.view(n, channels // (groups * inputs), groups, inputs, *size).transpose(1, 2).flatten(1, 3)
+    pointwise = weight.permute(0, 2, 3, 1).flatten(1)[:, :, None, None]
     # A dilation means nothing to one tap, but without it torch leaves oneDNN aside where there is one thread.
-    output = F.conv2d(channels.permute(0, 3, 1, 2), pointwise, bias, dilation=2, groups=groups)
-    return output.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    return F.conv2d(taps, pointwise, bias, dilation=2, groups=groups)
 
 
 def _integer_conv2d(

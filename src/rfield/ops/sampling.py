@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def sample_grid(input: Tensor, rows: Tensor, columns: Tensor, beyond: str, kinks: bool = True) -> Tensor:
+def sample_grid(
+    input: Tensor, rows: Tensor, columns: Tensor, beyond: str, kinks: bool = True, window: tuple[int, int] = (1, 1)
+) -> Tensor:
     """Samples every channel bilinearly at each pair of a row and a column.
 
     Gradients to `input`, `rows` and `columns` are exact. A position exactly on a pixel is a kink, whose derivative is
@@ -24,17 +26,18 @@ def sample_grid(input: Tensor, rows: Tensor, columns: Tensor, beyond: str, kinks
         columns: Tensor[U].
         beyond: what lies past the ends: `edge` (the last pixel; positions must not be negative) or `zeros`.
         kinks: False where no position on a pixel will be differentiated, which saves a third of the pixels.
+        window: how many rows and columns in turn, a and b, become one pixel of a * b * C channels, in this order.
 
     Returns:
-        Tensor[N, C, T, U], in the memory format of `input`.
+        Tensor[N, a * b * C, T / a, U / b], in the memory format of `input`; with a window channels-last on a CPU.
 
     >>> ramp = torch.arange(4.0).reshape(1, 1, 2, 2)
     >>> sample_grid(ramp, torch.tensor([0.5]), torch.tensor([0.0, 0.25]), "edge")
     tensor([[[[1.0000, 1.2500]]]])
     """
     if input.device.type != "cpu" or torch.compiler.is_compiling():
-        return _by_matrices(input, rows, columns, beyond)
-    sampled: Tensor = _ByPixels.apply(input, rows, columns, beyond, kinks)
+        return _by_matrices(input, rows, columns, beyond, window)
+    sampled: Tensor = _ByPixels.apply(input, rows, columns, beyond, kinks, window)
     return sampled
 
 
@@ -42,50 +45,57 @@ class _ByPixels(torch.autograd.Function):
     """Gathers; keeps nothing but what it was given, since gathering once more is cheap."""
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, rows: Tensor, columns: Tensor, beyond: str, kinks: bool) -> Tensor:
+    def forward(
+        ctx: Any, input: Tensor, rows: Tensor, columns: Tensor, beyond: str, kinks: bool, window: tuple[int, int]
+    ) -> Tensor:
         ctx.save_for_backward(input, rows, columns)
-        ctx.beyond, ctx.kinks = beyond, kinks
+        ctx.beyond, ctx.kinks, ctx.window = beyond, kinks, window
         row, row_weight, _ = _stencil(rows, input.shape[2], beyond)
         column, column_weight, _ = _stencil(columns, input.shape[3], beyond)
-        table, bags, weights = _bags(input, row, row_weight, column, column_weight)
+        table, bags, weights = _bags(input, row, row_weight, column, column_weight, window)
         output = F.embedding_bag(bags, table, mode="sum", per_sample_weights=weights)
-        return _as_map(output, input, (len(rows), len(columns)))
+        channels_last = window != (1, 1) or input.is_contiguous(memory_format=torch.channels_last)
+        return _as_map(output, len(input), (len(rows) // window[0], len(columns) // window[1]), channels_last)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         input, rows, columns = ctx.saved_tensors
         needed = ctx.needs_input_grad[:3]
         if torch.is_grad_enabled():  # The gathering kernels have no second derivative.
-            sampled = _by_matrices(input, rows, columns, ctx.beyond)
+            sampled = _by_matrices(input, rows, columns, ctx.beyond, ctx.window)
             wanted = [part for part, need in zip(ctx.saved_tensors, needed, strict=True) if need]
             twice = iter(torch.autograd.grad(sampled, wanted, grad_outputs[0], create_graph=True))
-            return (*(next(twice) if need else None for need in needed), None, None)
+            return (*(next(twice) if need else None for need in needed), None, None, None)
         row, row_weight, row_slope = _stencil(rows, input.shape[2], ctx.beyond, needed[1], ctx.kinks)
         column, column_weight, column_slope = _stencil(columns, input.shape[3], ctx.beyond, needed[2], ctx.kinks)
-        table, bags, weights = _bags(input, row, row_weight, column, column_weight)
+        table, bags, weights = _bags(input, row, row_weight, column, column_weight, ctx.window)
         table, weights = table.detach().requires_grad_(needed[0]), weights.requires_grad_(needed[1] or needed[2])
         with torch.enable_grad():
             output = F.embedding_bag(bags, table, mode="sum", per_sample_weights=weights)
         parts = [part for part in (table, weights) if part.requires_grad]
-        grads = list(torch.autograd.grad(output, parts, _as_table(grad_outputs[0])))
+        grads = list(torch.autograd.grad(output, parts, _as_table(grad_outputs[0]).view(output.shape)))
         grad_input = grad_rows = grad_columns = None
         if needed[0]:
-            grad_input = _as_map(grads[0], input, (input.shape[2], input.shape[3]))
+            channels_last = input.is_contiguous(memory_format=torch.channels_last)
+            grad_input = _as_map(grads[0], len(input), (input.shape[2], input.shape[3]), channels_last)
         if weights.requires_grad:
-            shape = (len(input), len(rows), len(columns), row.shape[1], column.shape[1])
-            grad_weights = grads[-1].view(shape).sum(0)
+            a, b = ctx.window
+            shape = (len(input), len(rows) // a, len(columns) // b, a, b, row.shape[1], column.shape[1])
+            grad_weights = grads[-1].view(shape).sum(0).transpose(1, 2).flatten(0, 1).flatten(1, 2)
             grad_rows = ((grad_weights * column_weight[:, None]).sum((1, 3)) * row_slope).sum(1)
             grad_columns = ((grad_weights * row_weight[:, None, :, None]).sum((0, 2)) * column_slope).sum(1)
-        return grad_input, grad_rows if needed[1] else None, grad_columns if needed[2] else None, None, None
+        return grad_input, grad_rows if needed[1] else None, grad_columns if needed[2] else None, None, None, None
 
 
 def _bags(
-    input: Tensor, row: Tensor, row_weight: Tensor, column: Tensor, column_weight: Tensor
+    input: Tensor, row: Tensor, row_weight: Tensor, column: Tensor, column_weight: Tensor, window: tuple[int, int]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A table of pixels, one a row, which of them each sample reads, and how much of each."""
     n, _, h, w = input.shape
-    pixels = (row[:, None, :, None] * w + column[:, None]).view(-1, row.shape[1] * column.shape[1])
-    weights = (row_weight[:, None, :, None] * column_weight[:, None]).view(pixels.shape)
+    (a, b), reads = window, row.shape[1] * column.shape[1]
+    shape = (len(row) // a, a, len(column) // b, b, row.shape[1], column.shape[1])
+    pixels = (row[:, None, :, None] * w + column[:, None]).view(shape).transpose(1, 2).reshape(-1, reads)
+    weights = (row_weight[:, None, :, None] * column_weight[:, None]).view(shape).transpose(1, 2).reshape(-1, reads)
     if n > 1:
         pixels = torch.cat([pixels + image * h * w for image in range(n)])
     return _as_table(input), pixels, weights.repeat(n, 1)
@@ -103,15 +113,14 @@ def _as_table(map: Tensor) -> Tensor:
     return table.view(n * h * w, c)
 
 
-def _as_map(table: Tensor, like: Tensor, size: tuple[int, int]) -> Tensor:
-    """Tensor[N, C, *size] in the memory format of `like`."""
-    n, c = like.shape[:2]
-    pixels = table.view(n, size[0] * size[1], c)
-    if like.is_contiguous(memory_format=torch.channels_last):
-        return pixels.view(n, *size, c).permute(0, 3, 1, 2)
-    map = table.new_empty(n, c, *size)
+def _as_map(table: Tensor, n: int, size: tuple[int, int], channels_last: bool) -> Tensor:
+    """Tensor[N, C, *size]."""
+    pixels = table.view(n, size[0] * size[1], -1)
+    if channels_last:
+        return pixels.view(n, *size, -1).permute(0, 3, 1, 2)
+    map = table.new_empty(n, pixels.shape[2], *size)
     for image, rows in zip(map, pixels, strict=True):
-        image.view(c, -1).copy_(rows.t())
+        image.view(len(image), -1).copy_(rows.t())
     return map
 
 
@@ -144,10 +153,14 @@ def _stencil(
     return index.clamp(0, last).long(), weight, slope
 
 
-def _by_matrices(input: Tensor, rows: Tensor, columns: Tensor, beyond: str) -> Tensor:
-    return separable_product(
-        sampling_matrix(rows, input.shape[2], beyond), input, sampling_matrix(columns, input.shape[3], beyond)
-    )
+def _by_matrices(input: Tensor, rows: Tensor, columns: Tensor, beyond: str, window: tuple[int, int]) -> Tensor:
+    row, column = (sampling_matrix(at, input.shape[axis], beyond) for axis, at in ((2, rows), (3, columns)))
+    sampled = separable_product(row, input, column)
+    if window == (1, 1):
+        return sampled
+    n, c = input.shape[:2]
+    split = sampled.reshape(n, c, len(rows) // window[0], window[0], len(columns) // window[1], window[1])
+    return split.permute(0, 3, 5, 1, 2, 4).flatten(1, 3)
 
 
 def sampling_matrix(position: Tensor, source: int, beyond: str) -> Tensor:
