@@ -3,10 +3,12 @@
 from rfield.training.callbacks import FACTOR_COLUMNS, FactorLog, LastValidation, LineProgress, read_factor_csv
 from rfield.training.module import ParsingModule, present_field
 from rfield.training.run import clear_run_folder, prepare, train, write_json, write_text
+from rfield.training.stopping import Interrupted
 
 __all__ = [
     "FACTOR_COLUMNS",
     "FactorLog",
+    "Interrupted",
     "LastValidation",
     "LineProgress",
     "ParsingModule",

@@ -42,7 +42,7 @@ from rfield.models import ParsingNetwork, default_weights
 from rfield.training.bad_samples import count_skipped, share_skipped, worker_message
 from rfield.training.callbacks import read_factor_csv, read_paths_csv
 from rfield.training.module import Field, ParsingModule, present_fields
-from rfield.training.stopping import LossGuard, StopOnSignal
+from rfield.training.stopping import LossGuard, StopOnSignal, leave_signals
 from rfield.training.trainer import make_trainer, quiet
 
 # Share of the training images that a sampled search reads its curve on.
@@ -110,10 +110,12 @@ class _Loaders(L.LightningDataModule):
         sampler.set_epoch(epoch)
         sampler.seen = (epoch, batches * share)
         sampler.held_out = self.held_out
-        return DataLoader(self.train_samples, share, sampler=sampler, num_workers=self.workers)
+        return DataLoader(
+            self.train_samples, share, sampler=sampler, num_workers=self.workers, worker_init_fn=leave_signals
+        )
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
-        return DataLoader(self.val_samples, batch_size=1, num_workers=self.workers)
+        return DataLoader(self.val_samples, batch_size=1, num_workers=self.workers, worker_init_fn=leave_signals)
 
 
 class _HeldOut:
@@ -211,7 +213,7 @@ def train(config: TrainConfig, progress: Progress | None = None) -> dict[str, An
         try:
             trainer.fit(module, datamodule=loaders, ckpt_path=checkpoint, weights_only=True)
         except SystemExit:  # Lightning's answer to Ctrl-C, and how `stop` ends it
-            stop.raise_interrupted()
+            stop.raise_interrupted(stop.saved_step)
         except (ValueError, OSError) as error:
             message = worker_message(error)
             if message is None:
@@ -224,6 +226,8 @@ def train(config: TrainConfig, progress: Progress | None = None) -> dict[str, An
         torch.distributed.destroy_process_group()  # The first process scores the network alone.
     if not trainer.is_global_zero:
         return {}
+    if stop.signum is not None:
+        stop.raise_interrupted(trainer.global_step)
     return _finish(out, config, timer.time_elapsed("train"), train_set, val_set, val_features, progress)
 
 

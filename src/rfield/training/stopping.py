@@ -2,7 +2,6 @@
 
 import io
 import math
-import os
 import signal
 import threading
 from collections.abc import Sequence
@@ -19,6 +18,14 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from rfield.checkpoints import written_whole
 from rfield.data import EpochSampler
 from rfield.training.module import ParsingModule, present_fields
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def leave_signals(worker: int) -> None:
+    """Has a process that loads samples stay when all are told to end: the one that trains has a step to finish."""
+    for signum in _SIGNALS:
+        signal.signal(signum, signal.SIG_IGN)
 
 
 class Interrupted(KeyboardInterrupt):
@@ -54,13 +61,18 @@ class StopOnSignal(Callback):
         self.signum: int | None = None
         self.saved_step = 0
         self._replaced: dict[int, Any] = {}
-        self._process = os.getpid()
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Takes the signals over, also from Lightning, which would not save."""
+        """Takes the signals over."""
+        self._take()
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Takes them over from Lightning too, which would not save."""
+        self._take()
+
+    def _take(self) -> None:
         if threading.current_thread() is threading.main_thread():
-            self._process = os.getpid()
-            for signum in (signal.SIGINT, signal.SIGTERM):
+            for signum in _SIGNALS:
                 self._replaced.setdefault(signum, signal.getsignal(signum))
                 signal.signal(signum, self._ask)
 
@@ -83,17 +95,15 @@ class StopOnSignal(Callback):
         if self._asked(trainer):
             self._stop(trainer)
 
-    def raise_interrupted(self) -> NoReturn:
-        """Tells the caller of the training what has ended it."""
+    def raise_interrupted(self, saved_step: int) -> NoReturn:
+        """Tells the caller of the training what has ended it, so many steps being saved."""
         if self.signum is None:
             raise KeyboardInterrupt
         name = signal.Signals(self.signum).name
-        done = f"{self.saved_step} steps are saved" if self.saved_step else "nothing was saved yet"
+        done = f"{saved_step} steps are saved" if saved_step else "nothing was saved yet"
         raise Interrupted(self.signum, f"stopped by {name}; {done}, --resume goes on from there")
 
     def _ask(self, signum: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._process:
-            return  # A process that loads samples: the one that trains says when to end.
         if self.signum is not None and signum == signal.SIGINT:
             self.signum = None
             raise KeyboardInterrupt
