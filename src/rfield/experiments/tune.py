@@ -167,10 +167,11 @@ Now: dilation {present:.3g}, {answer["present_receptive_field_px"]:.4g} px. Mini
 Expected gain: the held-out loss falls by {gain["loss"]:.3g}{spread}, or {100 * relative["loss"]:.3g} %\
 {relative_spread}: from {curve_at(points, present):.4g}{beyond} to {points[recommended]:.4g}.
 
-What this is: for each seed one network was trained at all dilations by turns, and its loss (cross-entropy a pixel) was
-read at each dilation on training images that it had not seen. The gain is the difference between two points of that
-curve, averaged over the seeds; a spread is the standard deviation over them. Networks trained at one dilation alone
-have losses of their own, and the gain in mIoU is another number: --verify measures it.
+What this is: for each seed one network was trained at all dilations by turns, and its loss was read at each
+dilation on training images that it had not seen: cross-entropy a pixel, where a pixel weighs by the root of one over
+its class's share. The gain is the difference between two points of that curve, averaged over the seeds; a spread is the
+standard deviation over them. Networks trained at one dilation alone have losses of their own, and the gain in mIoU is
+another number: --verify measures it.
 
 {table}
 """

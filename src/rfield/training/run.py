@@ -136,12 +136,12 @@ class _HeldOut:
     def class_weights(self, num_classes: int) -> Tensor:
         """The root of one over each class's share of the labelled pixels, so that all count, and large ones count more.
 
-        The loss counts pixels, and the scores that count are means over classes or parts.
+        The loss counts pixels, and the scores that count are means over classes or parts. A pixel weighs 1 on average.
         """
         masks = [self.samples[index][1] for index in self.indices]
         labels = torch.cat([mask[mask != IGNORE_INDEX] for mask in masks])
         shares = torch.bincount(labels, minlength=num_classes) / len(labels)
-        return torch.where(shares > 0, shares.rsqrt(), 0.0)
+        return torch.where(shares > 0, shares.rsqrt(), 0.0) / shares.sqrt().sum()
 
 
 def train(config: TrainConfig, progress: Progress | None = None) -> dict[str, Any]:
