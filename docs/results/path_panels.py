@@ -1,0 +1,54 @@
+"""Panels of the val images that guidance changed most: where two runs agree least with each other.
+
+    python docs/results/path_panels.py UNGUIDED GUIDED --out docs/images/paths_panels.png [--images 4]
+
+UNGUIDED and GUIDED are run folders of docs/results/paths.sh, with a frozen backbone.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from rfield import plots
+from rfield.data import evaluation_transform, load_dataset
+from rfield.inference import load_run, predict_logits
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("unguided", type=Path)
+    parser.add_argument("guided", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--images", type=int, default=4)
+    arguments = parser.parse_args()
+    runs = [load_run(arguments.unguided), load_run(arguments.guided)]
+    dataset = load_dataset(runs[0].config.data, runs[0].config.val_split)
+    transform = evaluation_transform()
+    found = []
+    for index in range(len(dataset)):
+        image, mask = dataset[index]
+        masks = [predict_logits(run.network, transform(image), True).argmax(0) for run in runs]
+        differ = ((masks[0] != masks[1]) & (mask != 255)).float().mean().item()
+        found.append((differ, index, image, mask, masks))
+    found.sort(key=lambda item: -item[0])
+    shown = sorted(found[: arguments.images], key=lambda item: item[1])
+    for differ, index, *_ in shown:
+        print(f"{dataset.ids[index]}: {differ:.1%} of the pixels differ")
+
+    def column(masks: list[torch.Tensor]) -> list[np.ndarray]:
+        return [mask.to(torch.uint8).numpy() for mask in masks]
+
+    columns = {
+        "image": [image.permute(1, 2, 0).numpy() for _, _, image, _, _ in shown],
+        "ground truth": column([mask for *_, mask, _ in shown]),
+        "unguided": column([masks[0] for *_, masks in shown]),
+        "guided": column([masks[1] for *_, masks in shown]),
+    }
+    palette = np.array(dataset.palette, dtype=np.uint8)
+    plots.save(plots.panel(columns, palette, dataset.class_names), arguments.out)
+
+
+if __name__ == "__main__":
+    main()
