@@ -13,13 +13,15 @@ from typing import Any
 import torch
 
 from benchmarks.cases import GROUPS
-from benchmarks.timing import machine, measure
+from benchmarks.timing import machine, measure, peaks
 
 
 def run(out: Path, only: list[str], rounds: int, threads: list[int], quick: bool) -> None:
     rows: list[dict[str, Any]] = []
+    best = {}
     for count in threads:
         torch.set_num_threads(count)
+        best[count] = peaks()
         for name in only:
             torch.manual_seed(0)
             for group in GROUPS[name](quick):
@@ -29,7 +31,9 @@ def run(out: Path, only: list[str], rounds: int, threads: list[int], quick: bool
                 for row in found:
                     print(f"    {row['case']:42} {row['ms'][1]:10.3f} ms {row['ratio'][1]:7.2f}", flush=True)
                 # Whole after every group, so that what was measured is not lost.
-                out.write_text(json.dumps({"machine": machine(), "rounds": rounds, "rows": rows}, indent=1) + "\n")
+                out.write_text(
+                    json.dumps({"machine": machine(), "peaks": best, "rounds": rounds, "rows": rows}, indent=1) + "\n"
+                )
 
 
 def table(path: Path) -> None:

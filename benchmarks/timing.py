@@ -86,6 +86,15 @@ def machine() -> dict[str, Any]:
     }
 
 
+def peaks() -> dict[str, float]:
+    """What the machine does at best, with as many threads as torch has now: float32 products, and a large copy."""
+    size, values = 2048, torch.randn(2**24)
+    square, target = torch.randn(size, size), torch.empty_like(values)
+    cases = {"product": lambda: torch.mm(square, square, out=square.new_empty(0)), "copy": lambda: target.copy_(values)}
+    seconds = {name: min(_seconds(case, 1, cuda=False) for _ in range(5)) for name, case in cases.items()}
+    return {"gflop_s": 2 * size**3 / seconds["product"] / 1e9, "copy_gb_s": 2 * 4 * 2**24 / seconds["copy"] / 1e9}
+
+
 def _seconds(case: Case, count: int, cuda: bool) -> float:
     if cuda:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
