@@ -31,7 +31,7 @@ def main() -> None:
         image, mask = dataset[index]
         masks = [predict_logits(run.network, transform(image), True).argmax(0) for run in runs]
         differ = ((masks[0] != masks[1]) & (mask != 255)).float().mean().item()
-        found.append((differ, index, image, mask, masks))
+        found.append((differ, index, mask, masks))
     found.sort(key=lambda item: -item[0])
     shown = sorted(found[: arguments.images], key=lambda item: item[1])
     for differ, index, *_ in shown:
@@ -41,7 +41,6 @@ def main() -> None:
         return [mask.to(torch.uint8).numpy() for mask in masks]
 
     columns = {
-        "image": [image.permute(1, 2, 0).numpy() for _, _, image, _, _ in shown],
         "ground truth": column([mask for *_, mask, _ in shown]),
         "unguided": column([masks[0] for *_, masks in shown]),
         "guided": column([masks[1] for *_, masks in shown]),
