@@ -217,6 +217,8 @@ class TrainConfig:
     """Strength of the random change of brightness, contrast and saturation."""
     precision: Literal["32-true", "16-mixed", "bf16-mixed"] = "32-true"
     """Numbers to compute with."""
+    memory_budget: float = 2.0
+    """GiB that the map inflated by a factor above 1 may take; the factor is held below what would take more."""
     workers: int = 2
     """Processes that load images."""
     devices: int = 1
@@ -235,7 +237,7 @@ class TrainConfig:
         self._check_paths()
         positive = ("dilation", "paths", "path_weight", "head_channels", "factor", "epochs", "head_lr_scale", "devices")
         optional = ("batch_size", "search_share", "factor_lr", "lr", "max_steps", "val_every")
-        for name in (*positive, *optional):
+        for name in (*positive, "memory_budget", *optional):
             value = getattr(self, name)
             if not (value is None and name in optional) and not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{name} must be positive, got {value}")

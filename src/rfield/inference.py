@@ -23,7 +23,7 @@ from rfield.config import TrainConfig, parse_size
 from rfield.data import HELEN_CLASSES, ParsingDataset, evaluation_transform
 from rfield.data.cache import CachedFeatures, find_features, image_features
 from rfield.fusing import restore_fused
-from rfield.layers import LearnedFactor
+from rfield.layers import LearnedFactor, ReceptiveFieldRegulator
 from rfield.metrics import confusion_matrix, helen_scores, segmentation_scores
 from rfield.models import ParsingNetwork, Paths, find_model
 from rfield.models.hub import find_folder
@@ -101,6 +101,8 @@ def build_network(
     for module in network.modules():
         if isinstance(module, LearnedFactor):
             module.set_factor(config.factor)
+        if isinstance(module, ReceptiveFieldRegulator):
+            module.memory_budget = round(config.memory_budget * 2**30)
     return network.to(memory_format=torch.channels_last)
 
 

@@ -59,6 +59,7 @@ class ReceptiveFieldRegulator(LearnedFactor):
         self.inflation = Inflation2d()
         self.interpolation = Interpolation2d()
         self.memory_budget = memory_budget
+        self._told_of_budget = False
         self.record_gradients = False
         self.register_buffer("snapped", torch.tensor(False))
         self._convs = [
@@ -196,7 +197,13 @@ class ReceptiveFieldRegulator(LearnedFactor):
         shrink = min((math.floor(size * side) - 1) / (size - 1) for size in (height, width) if size > 1)
         if shrink <= 0:
             raise ValueError(f"{message}, and no factor fits it: raise memory_budget or use a smaller batch")
-        warnings.warn(f"{message}: the factor is held at {shrink:.3g} of it", stacklevel=4)
+        if not self._told_of_budget:  # Once: a factor that wants to grow meets its bound at every step.
+            self._told_of_budget = True
+            warnings.warn(
+                f"{message}: the factor is held at {shrink:.3g} of it; raise memory_budget, or use a smaller batch, "
+                "map or dilation",
+                stacklevel=4,
+            )
         return shrink
 
 

@@ -3,6 +3,7 @@
 import csv
 import io
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
 
 from rfield.checkpoints import written_whole
+from rfield.layers import LearnedFactor
+from rfield.search import GradientSearch, SampledSearch, SpsaSearch
 from rfield.training.module import ParsingModule, present_field, present_fields
 
 FACTOR_COLUMNS = (
@@ -23,6 +26,9 @@ FACTOR_COLUMNS = (
     "grad_interpolation",
     "loss",
 )
+_AXES = ("height", "width")
+# Fewer steps at a bound mean nothing, however short the search.
+_LEAST_PINNED = 20
 PATH_COLUMNS = ("step", "path", "axis", "factor", "effective_dilation", "receptive_field_px")
 
 
@@ -92,11 +98,73 @@ class PathLog(_StepLog):
         return [
             [
                 field.path + 1,
-                ("height", "width")[field.axis],
+                _AXES[field.axis],
                 *(f"{x:.6g}" for x in (field.factor, field.effective_dilation, field.receptive_field_px)),
             ]
             for field in present_fields(module.network)
         ]
+
+
+class PinnedFactor(Callback):
+    """Says once for each factor that it has been at a bound for a fifth of its search, and what to do."""
+
+    def __init__(self) -> None:
+        self.steps: dict[tuple[int, int, bool], int] = {}
+
+    @rank_zero_only
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_index: int
+    ) -> None:
+        assert isinstance(pl_module, ParsingModule)
+        search = pl_module.search
+        if search is None or search.done or isinstance(search, SampledSearch):
+            return  # A sampled search reads a curve, whose end may be the best.
+        if isinstance(search, GradientSearch) and trainer.global_step <= pl_module.factor_start:
+            return
+        for index, group in enumerate(search.groups):
+            for axis, at_most in bounds_reached(group[0], isinstance(search, SpsaSearch)).items():
+                for large in (False, True):
+                    key = (index, axis, large)
+                    self.steps[key] = self.steps.get(key, 0) + 1 if at_most == large else 0
+                    if self.steps[key] == max(_LEAST_PINNED, search.steps // 5):
+                        name = f"step {trainer.global_step}: the factor of path {index + 1}, {_AXES[axis]}"
+                        _tell_of_pinned(name, large, self.steps[key])
+
+
+def bounds_reached(layer: LearnedFactor, tighter: bool) -> dict[int, bool | None]:
+    """For each axis with a factor: whether the field is as large (True) or small (False) as it may be, or neither.
+
+    Args:
+        layer: has seen a map.
+        tighter: whether the factor is kept within the tighter axis's bounds, as in a search that holds dilations.
+    """
+    if layer.map_size is None:
+        return {}
+    axes = layer.log_factor.numel()
+    lower, upper = layer.factor_bounds(layer.map_size)
+    reached: dict[int, bool | None] = {}
+    for axis, factor in enumerate(layer.factor.tolist()):
+        if tighter:
+            low, high = max(lower), min(upper)
+        else:
+            low, high = (min(lower), max(upper)) if axes == 1 else (lower[axis], upper[axis])
+        near = 1 + 1e-3
+        at_most = True if factor <= low * near else False if factor >= high / near else None
+        reached[axis] = at_most if low * near < high else None
+    return reached
+
+
+def _tell_of_pinned(name: str, large: bool, steps: int) -> None:
+    if large:
+        bound = "lower bound, where the dilation is the map's size"
+        advice = "Use a larger crop_size or canvas, a smaller factor_lr or a later factor_start"
+    else:
+        bound = "upper bound, where the dilation is 1"
+        advice = "Use a smaller output_stride, whose features are finer, or a smaller factor_lr"
+    warnings.warn(
+        f"{name}, has been at its {bound} for {steps} steps. {advice}; or search sampled, which reads the whole curve",
+        stacklevel=2,
+    )
 
 
 class LastValidation(Callback):

@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from rfield.config import TrainConfig
 from rfield.inference import compute_device
-from rfield.training.callbacks import FactorLog, LastValidation, LineProgress, PathLog
+from rfield.training.callbacks import FactorLog, LastValidation, LineProgress, PathLog, PinnedFactor
 from rfield.training.stopping import WholeCheckpoints
 
 
@@ -50,6 +50,7 @@ def make_trainer(config: TrainConfig, out: Path, callbacks: list[Callback]) -> L
                 auto_insert_metric_name=False,
             ),
             ModelCheckpoint(checkpoints, "last", save_on_train_epoch_end=True, enable_version_counter=False),
+            PinnedFactor(),
             LastValidation(),
             RichProgressBar() if sys.stdout.isatty() else LineProgress(),
         ],
