@@ -44,7 +44,7 @@ def config_of(kind: str, data: Path, out: Path) -> TrainConfig:
         dilation=3,
         head_channels=8,
         dropout=0.5,
-        epochs=8,
+        epochs=5,
         val_every=2,
         colour_jitter=0.0,
         batch_size=2,
@@ -190,7 +190,7 @@ def main() -> None:
     begun = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        (root / "data.yaml").write_text("format: synthetic\nsize: [36, 41]\ndistance: 12\nlength: 12\n")
+        (root / "data.yaml").write_text("format: synthetic\nsize: [36, 41]\ndistance: 12\nlength: 8\n")
         whole: dict[str, Any] = {}
         for kind in RUNS:
             for attempt in ("cold", "whole"):  # The first one fills the cache of features.

@@ -41,11 +41,17 @@ def written_whole(path: Path) -> Iterator[BinaryIO]:
     except OSError as error:
         partial.unlink(missing_ok=True)
         kept = "what stood there before is untouched" if path.exists() else "nothing stood there before"
-        reason = f"{error.strerror or error}; {kept}{_advice(error, path)}"
-        raise OSError(f"{path} cannot be written: {reason}") from error
+        raise write_error(path, error, kept) from error
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def write_error(path: Path, error: OSError, kept: str) -> OSError:
+    """The error to raise where a file of a run cannot be written: what, why, what is left, what to do."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    advice = ": make room on the disk" + ", then go on with --resume" * (path.suffix in (".ckpt", ".csv"))
+    return OSError(f"{path} cannot be written: {error.strerror or error}; {kept}{advice if full else ''}")
 
 
 def damage(path: Path) -> str | None:
@@ -111,12 +117,6 @@ def _keep_previous(path: Path) -> None:
         os.replace(path, previous)
     else:
         os.replace(link, previous)
-
-
-def _advice(error: OSError, path: Path) -> str:
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return ""
-    return ": make room on the disk" + ", then go on with --resume" * (path.suffix == ".ckpt")
 
 
 def _sync_folder(folder: Path) -> None:

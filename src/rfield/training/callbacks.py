@@ -12,7 +12,7 @@ import numpy as np
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
 
-from rfield.checkpoints import written_whole
+from rfield.checkpoints import write_error, written_whole
 from rfield.layers import LearnedFactor
 from rfield.search import GradientSearch, SampledSearch, SpsaSearch
 from rfield.training.module import ParsingModule, present_field, present_fields
@@ -72,10 +72,13 @@ class _StepLog(Callback):
         self._flush()  # No checkpoint is ahead of its rows.
 
     def _flush(self) -> None:
-        with self.path.open("a", newline="") as file:
-            csv.writer(file).writerows(self._rows)
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with self.path.open("a", newline="") as file:
+                csv.writer(file).writerows(self._rows)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise write_error(self.path, error, "the checkpoints are untouched") from error
         self._rows = []
 
 
