@@ -129,10 +129,10 @@ def plain(value: Any) -> Any:
 
 
 def where(out: Path) -> str:
-    """What a kill has met, as far as the folder tells."""
+    """What lies in the folder after a kill; half a checkpoint may be an earlier kill's."""
     checkpoints = out / "checkpoints"
     if checkpoints.is_dir() and any(checkpoints.glob("*.partial")):
-        return "a checkpoint half written"
+        return "half a checkpoint in the folder"
     if not (checkpoints / "last.ckpt").is_file():
         return "no checkpoint yet"
     return "one checkpoint" if not (checkpoints / "previous.ckpt").is_file() else "two checkpoints"
