@@ -9,6 +9,7 @@ skipped; OUT/matrix.md is the table. A cell that cannot be filled holds the reas
 import argparse
 import copy
 import json
+import statistics
 import tempfile
 import time
 import warnings
@@ -162,7 +163,8 @@ def loss_fn(model: nn.Module, batch: Any) -> Tensor:
 def first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = lines[0] if lines else ""
-    return f"{type(error).__name__}: {text}"[:300]
+    # rfield's own reasons are whole sentences.
+    return (text if type(error) is ValueError else f"{type(error).__name__}: {text}")[:300]
 
 
 class Trial:
@@ -328,12 +330,17 @@ def table(report: dict[str, Any]) -> str:
                 reasons.append(f"- {name}, {STAGES[stage]}: {cell['text']}")
             reasons += [f"- {name}: {text}" for text in cell.get("left_out", [])]
         lines.append(f"| {name}, {entry['side']} px | " + " | ".join(texts) + " |")
-    cells = [cell for entry in report["models"].values() for cell in entry["cells"].values()]
-    lines += [
-        "",
-        f"{sum(cell['ok'] for cell in cells)} of {len(cells)} cells hold.",
-        *(["", *reasons] if reasons else []),
-    ]
+    cells = [entry["cells"] for entry in report["models"].values()]
+    ok = [cell["ok"] for each in cells for cell in each.values()]
+    lines += ["", f"{sum(ok)} of {len(ok)} cells hold."]
+    timed = [each["latency"] for each in cells if each["latency"]["ok"]]
+    if timed:
+        medians = [statistics.median(each[case]["ratio"][1] for each in timed) for case in ("fused", "stock again")]
+        lines.append(
+            f"The median of the models' times, fused over stock, is {medians[0]:.2f}; that of stock over itself is "
+            f"{medians[1]:.2f}."
+        )
+    lines += ["", *reasons] if reasons else []
     return "\n".join(lines) + "\n"
 
 
