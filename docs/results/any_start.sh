@@ -15,7 +15,7 @@ camvid) # maps of 46 x 61
     each=0 starts="1 2 11 23" grid=1,2,3,4,5,6,8,11,16,23 again="2,3,4,23" best=3 ;;
 faces) # maps of 33 x 27
     what="--data configs/data/faces_256x208.yaml $vgg16 --epochs 20 --val-every 20"
-    each=0 starts="1 2 8 16" grid=1,2,3,4,5,6,7,8,12,16 again="3,4,5,16" best=3 ;;
+    each=0 starts="1 2 8 16" grid=1,2,3,4,5,6,7,8,12,16 again="2,3,4,5,16" best=3 ;;
 *) echo "unknown setting $setting" >&2; exit 2 ;;
 esac
 run="rfield sweep $what --freeze-backbone --head-channels 128 --precision bf16-mixed --jobs 2 --out $out/$setting"
