@@ -1,9 +1,14 @@
-"""Fixtures for every test: the real photographs and weights, where they are at hand."""
+"""Fixtures for every test: tiny runs, and the real photographs and weights, where they are at hand."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from rfield.config import TrainConfig
 
 SHARED = Path(__file__).parents[1] / ".." / "shared"
 
@@ -37,3 +42,31 @@ def small_msrc(shared: Path, tmp_path: Path) -> Path:
         (root / f"ImageSets/Segmentation/{split}.txt").write_text("\n".join(names))
     shutil.copy(source / "classes.txt", root)
     return root
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> "Callable[..., TrainConfig]":
+    """The config of a run of three epochs of three steps."""
+    data = tmp_path / "data.yaml"
+    data.write_text("format: synthetic\nsize: [36, 41]\ndistance: 12\nlength: 6\n")
+
+    def make_config(out: str = "run", **values: Any) -> "TrainConfig":
+        from rfield.config import TrainConfig
+
+        tiny: dict[str, Any] = {
+            "data": str(data),
+            "out": str(tmp_path / out),
+            "model": "small_cnn",
+            "dilation": 3,
+            "head_channels": 8,
+            "search": "gradient",
+            "factor_lr": 0.05,
+            "epochs": 3,
+            "batch_size": 2,
+            "crop_size": (33, 33),
+            "workers": 0,
+            "cache": str(tmp_path / "cache"),
+        }
+        return TrainConfig(**tiny | values)
+
+    return make_config

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -39,25 +38,10 @@ def root(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def make(root: Path, tmp_path: Path) -> Make:
-    def make_config(out: str = "run", **values: Any) -> TrainConfig:
-        tiny: dict[str, Any] = {
-            "data": f"folder:{root}",
-            "out": str(tmp_path / out),
-            "model": "small_cnn",
-            "weights": "random",
-            "dilation": 3,
-            "head_channels": 8,
-            "search": "none",
-            "epochs": 2,
-            "batch_size": 2,
-            "crop_size": (33, 33),
-            "workers": 0,
-            "cache": str(tmp_path / "cache"),
-        }
-        return TrainConfig(**tiny | values)
-
-    return make_config
+def make(make: Make, root: Path) -> Make:
+    """Those of conftest.py on these files, with nothing to learn but the weights."""
+    own = {"data": f"folder:{root}", "weights": "random", "search": "none", "factor_lr": None, "epochs": 2}
+    return lambda out="run", **values: make(out, **own | values)
 
 
 def truncate(path: Path) -> Path:

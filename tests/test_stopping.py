@@ -25,31 +25,9 @@ Make = Callable[..., TrainConfig]
 
 
 @pytest.fixture
-def make(tmp_path: Path) -> Make:
-    """The config of a run of three epochs of three steps."""
-    data = tmp_path / "data.yaml"
-    data.write_text("format: synthetic\nsize: [36, 41]\ndistance: 12\nlength: 6\n")
-
-    def make_config(out: str = "run", **values: Any) -> TrainConfig:
-        tiny: dict[str, Any] = {
-            "data": str(data),
-            "out": str(tmp_path / out),
-            "model": "small_cnn",
-            "dilation": 3,
-            "head_channels": 8,
-            "search": "gradient",
-            "factor_lr": 0.05,
-            "dropout": 0.5,
-            "epochs": 3,
-            "val_every": 1,
-            "batch_size": 2,
-            "crop_size": (33, 33),
-            "workers": 0,
-            "cache": str(tmp_path / "cache"),
-        }
-        return TrainConfig(**tiny | values)
-
-    return make_config
+def make(make: Make) -> Make:
+    """Those of conftest.py with dropout, also where the backbone is frozen."""
+    return lambda out="run", **values: make(out, **{"dropout": 0.5, "val_every": 1} | values)
 
 
 def results(config: TrainConfig) -> tuple[Any, ...]:
