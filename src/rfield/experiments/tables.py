@@ -2,7 +2,7 @@
 
 import csv
 import dataclasses
-import os
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from rfield.config import Search, SweepConfig
 from rfield.experiments.trials import Trial
 from rfield.inference import build_network
 from rfield.receptive_field import receptive_field_px
+from rfield.training import write_text
 
 RUN_COLUMNS = ("miou", "pixel_accuracy", "effective_dilation", "receptive_field_px", "train_seconds")
 
@@ -110,12 +111,11 @@ def runs_of(trials: Sequence[Trial]) -> list[dict[str, Any]]:
 
 def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Writes a whole file or none; the first row's keys are the columns."""
-    partial = path.with_suffix(".partial")
-    with partial.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]) if rows else ())
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(partial, path)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(rows[0]) if rows else ())
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
 
 
 def curve_of(trials: Sequence[Trial]) -> dict[str, dict[float, list[float]]]:
