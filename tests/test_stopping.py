@@ -3,11 +3,14 @@
 import csv
 import dataclasses
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ from rfield.config import TrainConfig
 from rfield.data import AugmentedDataset
 from rfield.inference import load_run
 from rfield.training import Interrupted, ParsingModule, train
+from rfield.training.stopping import leave_signals
 
 Make = Callable[..., TrainConfig]
 
@@ -124,6 +128,28 @@ def test_a_signal_at_a_step_limit_and_a_second_one(make: Make, monkeypatch: pyte
     with pytest.raises(KeyboardInterrupt) as stopped:
         train(impatient)
     assert type(stopped.value) is KeyboardInterrupt
+
+
+def load_for_ever(ready: Event) -> None:
+    leave_signals(0)
+    ready.set()
+    while True:
+        time.sleep(1)
+
+
+def test_a_worker_ends_when_its_parent_says_so_and_not_before() -> None:
+    fork = multiprocessing.get_context("fork")
+    ready = fork.Event()
+    worker = fork.Process(target=load_for_ever, args=(ready,), daemon=True)
+    worker.start()
+    assert ready.wait(30)
+    for signum in (signal.SIGTERM, signal.SIGINT):  # from another process
+        subprocess.run([sys.executable, "-c", f"import os; os.kill({worker.pid}, {int(signum)})"], check=True)
+    worker.join(0.5)
+    assert worker.is_alive()
+    worker.terminate()
+    worker.join(30)
+    assert worker.exitcode == 0
 
 
 STOPPED = """

@@ -2,6 +2,7 @@
 
 import io
 import math
+import os
 import signal
 import threading
 from collections.abc import Sequence
@@ -23,9 +24,20 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def leave_signals(worker: int) -> None:
-    """Has a process that loads samples stay when all are told to end: the one that trains has a step to finish."""
-    for signum in _SIGNALS:
-        signal.signal(signum, signal.SIG_IGN)
+    """Has a process that loads samples stay when all are told to end: the one that trains has a step to finish.
+
+    It ends when the one that trains tells it to, by SIGTERM too.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # else the system does not say who sent a signal, and any SIGTERM ends it
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 class Interrupted(KeyboardInterrupt):
