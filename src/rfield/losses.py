@@ -8,9 +8,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rfield.data import IGNORE_INDEX, ParsingDataset
+from rfield.search.factors import mean_over_processes
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """Maps logits, float Tensor[N, K, H, W], and labels, int64 Tensor[N, H, W] with 255 for none, to a scalar."""
+
+
+def norm_over_processes(norm: Tensor) -> Tensor:
+    """What to divide a sum over this process's pixels by, so that the processes' mean is that over all their pixels.
+
+    Each process of a distributed run has to ask, with its own number of pixels, or their weight. Where no gradients
+    are taken, as when a search reads its curve, each is on its own. Never 0.
+
+    >>> norm_over_processes(torch.tensor([12, 0]))
+    tensor([12.,  1.])
+    """
+    norm = norm.float()
+    norm = mean_over_processes(norm) if torch.is_grad_enabled() else norm
+    return norm.where(norm > 0, 1.0)
 
 
 def cross_entropy(
@@ -37,9 +52,8 @@ def cross_entropy(
     )
     labelled = mask != IGNORE_INDEX
     if weights is None:
-        return total / labelled.sum().clamp(min=1)
-    norm = (weights[mask.where(labelled, 0)] * labelled).sum()
-    return total / norm.where(norm > 0, 1.0)
+        return total / norm_over_processes(labelled.sum())
+    return total / norm_over_processes((weights[mask.where(labelled, 0)] * labelled).sum())
 
 
 def make_loss(
@@ -54,7 +68,8 @@ def make_loss(
     2016: of each class over the whole batch; one that has no pixel in it counts as 0) are those of
     segmentation_models_pytorch. A batch without any label has a loss of 0.
 
-    In a distributed run each process takes the mean over its own pixels.
+    In a distributed training the pixels of cross-entropy and focal are those of all processes, and the loss is the
+    mean of what they return, as DistributedDataParallel has it. Dice is that of each process's own images.
 
     Args:
         kind: which one.
@@ -93,7 +108,7 @@ def make_loss(
         return dice
     # Summed there and divided here: its own mean over no labelled pixel would not be a number.
     focal = FocalLoss("multiclass", ignore_index=IGNORE_INDEX, reduction="sum", class_weights=weights)
-    return lambda logits, mask: focal(logits, mask) / (mask != IGNORE_INDEX).sum().clamp(min=1)
+    return lambda logits, mask: focal(logits, mask) / norm_over_processes((mask != IGNORE_INDEX).sum())
 
 
 def median_frequency_weights(masks: Iterable[Tensor], num_classes: int) -> tuple[float, ...]:

@@ -221,6 +221,15 @@ class EpochSampler(DistributedSampler[tuple[int, int]]):
         epoch, samples = self.seen
         return islice(self.order(), samples if epoch == self.epoch else 0, None)
 
+    def repeated(self, first: int, count: int) -> list[bool]:
+        """Which of this process's samples, counted from the epoch's start, only fill up what cannot be dealt evenly.
+
+        >>> EpochSampler(range(3), num_replicas=2, rank=1).repeated(0, 2)
+        [False, True]
+        """
+        places = range(first, first + count)
+        return [place * self.num_replicas + self.rank >= len(cast(Sized, self.dataset)) for place in places]
+
     def order(self) -> Iterator[tuple[int, int]]:
         """All of the epoch, whatever has been seen of it."""
         epoch, held_out = self.epoch, self.held_out

@@ -63,11 +63,12 @@ def parameter_groups(model: nn.Module, lr: float, factor_lr: float) -> list[dict
 
 def mean_over_processes(value: Tensor) -> Tensor:
     """The mean of a number over all processes of a distributed run; the number itself elsewhere."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        value = value.clone()
-        torch.distributed.all_reduce(value)
-        value /= torch.distributed.get_world_size()
-    return value
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return value
+    # NCCL knows GPUs alone.
+    total = value.to("cuda" if torch.distributed.get_backend() == "nccl" else value.device, copy=True)
+    torch.distributed.all_reduce(total)
+    return (total / torch.distributed.get_world_size()).to(value.device)
 
 
 def reshard(model: nn.Module) -> None:

@@ -197,10 +197,11 @@ class SampledSearch(Search):
                 hold_dilation(group, values)
                 totals[place] += self._losses(batch)[1][index].double().cpu()
         reshard(self.model)
-        if count == 0:
+        # The processes need not have equally many.
+        *sums, batches = mean_over_processes(torch.cat([totals, totals.new_tensor([count])])).tolist()
+        if batches == 0:
             raise ValueError("a sampled search reads its curve on held-out batches, but there is none")
-        totals = mean_over_processes(totals / count)
-        return dict(zip(dilations, totals.tolist(), strict=True))
+        return {dilation: total / batches for dilation, total in zip(dilations, sums, strict=True)}
 
     def state_dict(self) -> dict[str, Any]:
         return {

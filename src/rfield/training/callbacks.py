@@ -62,7 +62,7 @@ class _StepLog(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_index: int
     ) -> None:
         assert isinstance(pl_module, ParsingModule)
-        rows = self.rows(trainer, pl_module, float(outputs["loss"]))
+        rows = self.rows(trainer, pl_module, float(pl_module.mean_loss))
         self._rows += [[trainer.global_step, *row] for row in rows]
         if len(self._rows) >= 50:
             self._flush()

@@ -17,11 +17,13 @@ from rfield.config import TrainConfig
 from rfield.data import IGNORE_INDEX, EpochSampler
 from rfield.inference import feature_logits, predict_logits
 from rfield.layers import ReceptiveFieldRegulator
-from rfield.losses import make_loss
+from rfield.losses import make_loss, norm_over_processes
 from rfield.metrics import confusion_matrix, segmentation_scores
 from rfield.models import MultiPathHead, ParsingNetwork
 from rfield.receptive_field import receptive_field_px
 from rfield.search import GradientSearch, SampledSearch, Search, SpsaSearch, factor_parameters
+from rfield.search.factors import mean_over_processes
+from rfield.training.processes import refuse_unequal
 
 Batch = tuple[Tensor, Tensor]
 # Logits of a path over those of the sum that count as a drift of the paths.
@@ -72,7 +74,7 @@ class ParsingModule(L.LightningModule):
         self.search: Search | None = None
         self.search_seconds = 0.0
         # What a callback wants to know of the step, and who wants to know when it is over.
-        self.step_loss = torch.zeros(())
+        self.step_loss = self.mean_loss = torch.zeros(())
         self.end_step: Callable[[L.Trainer], None] = lambda trainer: None
         self._drifting = False
         self._search_state: dict[str, Any] | None = None
@@ -99,10 +101,19 @@ class ParsingModule(L.LightningModule):
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         """The loss of a batch, at the dilations that the search wants to see."""
         self.factor_gradients = None
+        if self.trainer.world_size > 1:
+            batch = self._without_repeats(batch, batch_index)
         loss = self._loss(self.network, batch) if self.search is None else self.search.loss(batch)
         self.step_loss = loss.detach()
-        self.log("loss", self.step_loss, prog_bar=True)
+        self.mean_loss = mean_over_processes(self.step_loss)
+        self.log("loss", self.mean_loss, prog_bar=True)
         return loss
+
+    def _without_repeats(self, batch: Batch, batch_index: int) -> Batch:
+        """An epoch's last batch without what only fills it up; all of it without labels, if there is nothing else."""
+        input, mask = batch
+        kept = ~torch.tensor(self._sampler.repeated(batch_index * self._share, len(mask)), device=mask.device)
+        return (input[kept], mask[kept]) if kept.any() else (input, torch.full_like(mask, IGNORE_INDEX))
 
     def _loss(self, network: nn.Module, batch: Batch) -> Tensor:
         """The loss over the batch's labelled pixels."""
@@ -125,7 +136,7 @@ class ParsingModule(L.LightningModule):
             weighted = [losses * torch.where(own, self.config.path_weight, 1.0) for own in owned]
         else:
             weighted = [losses] * len(self.search.groups)
-        count = (mask != IGNORE_INDEX).sum().clamp(min=1)
+        count = norm_over_processes((mask != IGNORE_INDEX).sum())
         return loss, torch.stack([path.sum() / count for path in weighted])
 
     def _logits(self, network: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -154,10 +165,9 @@ class ParsingModule(L.LightningModule):
             scaler = getattr(self.trainer.precision_plugin, "scaler", None)
             scale = scaler.get_scale() if scaler is not None else 1.0
             terms = [regulator.pop_factor_gradients() for regulator in learned]
-            self.factor_gradients = (
-                sum(float(inflation.sum()) for inflation, _ in terms) / scale,
-                sum(float(interpolation.sum()) for _, interpolation in terms) / scale,
-            )
+            sums = torch.stack([torch.stack([part.sum() for part in each]) for each in terms]).sum(0)
+            inflation, interpolation = (mean_over_processes(sums) / scale).tolist()
+            self.factor_gradients = inflation, interpolation
         if self.global_step < self.factor_start:
             for factor in factor_parameters(self.network):
                 factor.grad = None
@@ -196,6 +206,9 @@ class ParsingModule(L.LightningModule):
             self.search_seconds = self._search_state["seconds"]
 
     def on_train_epoch_end(self) -> None:
+        factors = factor_parameters(self.network)
+        if self.trainer.world_size > 1 and factors:
+            refuse_unequal(torch.cat([factor.detach() for factor in factors]).exp(), f"step {self.global_step}")
         if self.search is not None and self.search.done:
             # The held-out images come back.
             self._sampler.held_out = frozenset()
@@ -222,7 +235,7 @@ class ParsingModule(L.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         scores = segmentation_scores(self.confusion.compute(), self.class_names)
-        # Every process scores all images and needs the score, to agree on the best checkpoint.
+        # The matrix is that of all processes, which need the score to agree on the best checkpoint.
         self.log("miou", scores["miou"] or 0.0, prog_bar=True, sync_dist=True)
         self.confusion.reset()
 
@@ -255,6 +268,11 @@ class ParsingModule(L.LightningModule):
         loader: Any = self.trainer.train_dataloader
         assert isinstance(loader.sampler, EpochSampler)
         return loader.sampler
+
+    @property
+    def _share(self) -> int:
+        """Images a step in each process."""
+        return (self.config.batch_size or 1) // self.trainer.world_size
 
     @property
     def _guided(self) -> bool:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import platform
 import random
 import shutil
@@ -17,7 +16,7 @@ import torch
 import yaml
 from lightning.pytorch.callbacks import Timer
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from rfield import plots
 from rfield.checkpoints import LAST, settle_checkpoints, written_whole
@@ -42,6 +41,7 @@ from rfield.models import ParsingNetwork, default_weights
 from rfield.training.bad_samples import count_skipped, share_skipped, worker_message
 from rfield.training.callbacks import read_factor_csv, read_paths_csv
 from rfield.training.module import Field, ParsingModule, present_fields
+from rfield.training.processes import first_does, is_first, join, rank_and_processes, share_statistics
 from rfield.training.stopping import LossGuard, StopOnSignal, leave_signals
 from rfield.training.trainer import make_trainer, quiet
 
@@ -49,7 +49,7 @@ from rfield.training.trainer import make_trainer, quiet
 _HELD_OUT = 0.1
 _MOST_HELD_OUT = 64
 # What a resumed run may do otherwise.
-_MAY_CHANGE = ("out", "workers", "cache", "skip_bad")
+_MAY_CHANGE = ("out", "workers", "cache", "skip_bad", "devices")
 _RUN_FILES = (
     "config.yaml",
     "classes.json",
@@ -115,7 +115,12 @@ class _Loaders(L.LightningDataModule):
         )
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
-        return DataLoader(self.val_samples, batch_size=1, num_workers=self.workers, worker_init_fn=leave_signals)
+        # Dealt unpadded, so that no image counts twice; where some would have none, all score all.
+        rank, processes = rank_and_processes()
+        own: Any = self.val_samples
+        if len(own) >= processes:
+            own = Subset(own, range(rank, len(own), processes))
+        return DataLoader(own, batch_size=1, num_workers=self.workers, worker_init_fn=leave_signals)
 
 
 class _HeldOut:
@@ -126,9 +131,7 @@ class _HeldOut:
         self.indices = indices
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        rank, processes = 0, 1
-        if torch.distributed.is_initialized():
-            rank, processes = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        rank, processes = rank_and_processes()
         for index in self.indices[rank::processes]:
             input, mask = self.samples[index]
             yield input[None], mask[None]
@@ -160,13 +163,11 @@ def train(config: TrainConfig, progress: Progress | None = None) -> dict[str, An
         FileNotFoundError: if data or weights are missing.
     """
     progress = progress or (lambda done, total: None)
-    if torch.cuda.is_available() and config.devices > torch.cuda.device_count():
-        raise ValueError(f"devices is {config.devices}, but there are {torch.cuda.device_count()} GPUs")
+    config = join(config)
     torch.manual_seed(config.seed)
     config, train_set, val_set = _open_data(config)
     out = Path(config.out)
-    if _is_first_process():
-        _check_run_folder(out, config)
+    first_does(lambda: _check_run_folder(out, config))
     groups = None if config.class_groups is None else class_groups(config.class_groups, config.paths, train_set)
     indices = None if groups is None else list(groups.values())
     weights = class_weights(config.class_weights, train_set, progress)
@@ -187,15 +188,18 @@ def train(config: TrainConfig, progress: Progress | None = None) -> dict[str, An
     plain = config.loss == "cross_entropy" and config.class_weights is None
     reading_weights = reading.class_weights(train_set.num_classes) if held_out and plain else None
     module = ParsingModule(network, config, train_set.class_names, reading, indices, weights, reading_weights)
-    if _is_first_process():
-        _start_run_folder(out, config, train_set, groups)
+    if config.devices > 1:
+        share_statistics(network)
+    if is_first():
         _tell_of_random_weights(config)
+    first_does(lambda: _start_run_folder(out, config, train_set, groups))
 
     timer = Timer(verbose=False)
     last = out / "checkpoints" / LAST
     checkpoint = None
     if config.resume:
-        checkpoint = settle_checkpoints(last.parent) if _is_first_process() else last if last.is_file() else None
+        first_does(lambda: settle_checkpoints(last.parent))
+        checkpoint = last if last.is_file() else None
     position = (0, 0)
     if checkpoint is not None:
         load_run(out)  # A damaged checkpoint is named here, and not by Lightning.
@@ -257,8 +261,9 @@ def _open_data(config: TrainConfig) -> tuple[TrainConfig, ParsingDataset, Parsin
     val_set = load_dataset(config.data, config.val_split)
     if config.skip_bad:
         train_set, val_set = SkippingDataset(train_set), SkippingDataset(val_set, labelled=False)
-    elif _is_first_process():
-        refuse_bad_data(config.data, list(dict.fromkeys((config.train_split, config.val_split))))
+    else:
+        splits = list(dict.fromkeys((config.train_split, config.val_split)))
+        first_does(lambda: refuse_bad_data(config.data, splits))
     config = config.resolved()
     config = dataclasses.replace(config, weights=config.weights or default_weights(config.model))
     if config.freeze_backbone:
@@ -401,9 +406,9 @@ def _describe_search(config: TrainConfig, saved: dict[str, Any]) -> dict[str, An
 def _draw_held_out(dataset: ParsingDataset, config: TrainConfig) -> list[int]:
     if config.search != "sampled":
         return []
-    if len(dataset) <= config.devices:
+    if len(dataset) < 2:
         raise ValueError(f"a sampled search holds images out, but {config.data} has {len(dataset)} to train on")
-    count = max(config.devices, min(round(_HELD_OUT * len(dataset)), _MOST_HELD_OUT))
+    count = max(1, min(round(_HELD_OUT * len(dataset)), _MOST_HELD_OUT))
     return sorted(random.Random(config.seed).sample(range(len(dataset)), count))
 
 
@@ -416,10 +421,6 @@ def write_text(path: Path, text: str) -> None:
     """Writes a whole file or none."""
     with written_whole(path) as file:
         file.write(text.encode())
-
-
-def _is_first_process() -> bool:
-    return int(os.environ.get("LOCAL_RANK", 0)) == int(os.environ.get("NODE_RANK", 0)) == 0
 
 
 def _canvas(datasets: list[ParsingDataset]) -> tuple[int, int]:

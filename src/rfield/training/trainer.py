@@ -10,10 +10,12 @@ from pathlib import Path
 import lightning as L
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.strategies import DDPStrategy
 
 from rfield.config import TrainConfig
 from rfield.inference import compute_device
 from rfield.training.callbacks import FactorLog, LastValidation, LineProgress, PathLog, PinnedFactor
+from rfield.training.processes import machines
 from rfield.training.stopping import WholeCheckpoints
 
 
@@ -22,9 +24,11 @@ def make_trainer(config: TrainConfig, out: Path, callbacks: list[Callback]) -> L
     checkpoints = out / "checkpoints"
     return L.Trainer(
         accelerator=compute_device().type,
-        devices=config.devices,
-        # A factor takes no part in the loss before and after its search.
-        strategy="ddp_find_unused_parameters_true" if config.devices > 1 else "auto",
+        devices=config.devices // machines(),
+        num_nodes=machines(),
+        # A factor takes no part in the loss before and after its search. Buffers are the same in all processes: batch
+        # norms share their statistics, and each process validates as many images as it has.
+        strategy=DDPStrategy(find_unused_parameters=True, broadcast_buffers=False) if config.devices > 1 else "auto",
         precision=config.precision,
         gradient_clip_val=config.clip_norm or None,
         max_epochs=config.epochs,
@@ -71,6 +75,7 @@ def quiet() -> Iterator[None]:
         warnings.filterwarnings("ignore", ".*isinstance.treespec, LeafSpec.*")
         warnings.filterwarnings("ignore", ".*your dataloader is not resumable.*")  # Its sampler is.
         warnings.filterwarnings("ignore", ".*Checkpoint directory .* exists and is not empty.*")
+        warnings.filterwarnings("ignore", ".*broadcast_buffers. is deprecated.*")  # Its successor is too new.
         try:
             yield
         finally:
