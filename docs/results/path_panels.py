@@ -37,16 +37,21 @@ def main() -> None:
     for differ, index, *_ in shown:
         print(f"{dataset.ids[index]}: {differ:.1%} of the pixels differ")
 
-    def column(masks: list[torch.Tensor]) -> list[np.ndarray]:
-        return [mask.to(torch.uint8).numpy() for mask in masks]
-
-    columns = {
-        "ground truth": column([mask for *_, mask, _ in shown]),
-        "unguided": column([masks[0] for *_, masks in shown]),
-        "guided": column([masks[1] for *_, masks in shown]),
+    columns: dict[str, list[np.ndarray]] = {
+        title: [masks[which].to(torch.uint8).numpy() for *_, masks in shown]
+        for which, title in enumerate(("unguided", "guided"))
     }
+    columns["mended (green), broken (red)"] = [changes(mask, *masks) for *_, mask, masks in shown]
     palette = np.array(dataset.palette, dtype=np.uint8)
     plots.save(plots.panel(columns, palette, dataset.class_names), arguments.out)
+
+
+def changes(mask: torch.Tensor, before: torch.Tensor, after: torch.Tensor) -> np.ndarray:
+    """uint8 [H, W, 3]: green where only `after` is right, red where only `before` is, else grey."""
+    picture = np.full((*mask.shape, 3), 235, dtype=np.uint8)
+    for other, this, colour in ((before, after, (0, 140, 60)), (after, before, (200, 30, 30))):
+        picture[((this == mask) & (other != mask)).numpy()] = colour
+    return picture
 
 
 if __name__ == "__main__":
