@@ -503,6 +503,20 @@ def test_published_guidance_warns_of_the_drift(make: Make) -> None:
         train(config)
 
 
+def test_a_drift_is_told_where_the_sum_explodes_too(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = ParsingModule.training_step
+
+    def training_step(self: ParsingModule, *arguments: Any) -> Any:
+        loss = real(self, *arguments)
+        self.network.head.path_logits = torch.tensor([60.0, 55.0, 80.0])
+        return loss
+
+    monkeypatch.setattr(ParsingModule, "training_step", training_step)
+    config = make(paths=2, class_groups=[["neither"], ["both"]], path_guidance="gradient", epochs=1)
+    with pytest.warns(UserWarning, match="60 in root mean square where their sum has 80"):
+        train(config)
+
+
 def test_aspp_trains(make: Make) -> None:
     metrics = train(make(aspp=(2, 4), search="none", epochs=1))
     assert [path["effective_dilation"] for path in metrics["paths"]] == [2, 4]

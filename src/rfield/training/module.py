@@ -26,8 +26,8 @@ from rfield.search.factors import mean_over_processes
 from rfield.training.processes import refuse_unequal
 
 Batch = tuple[Tensor, Tensor]
-# Logits of a path over those of the sum that count as a drift of the paths.
-_DRIFT = 5.0
+# Logits of a path over those of the sum that count as a drift of the paths, and logits of a path that always do.
+_DRIFT, _LARGEST_LOGITS = 5.0, 50.0
 
 
 class ParsingModule(L.LightningModule):
@@ -189,7 +189,7 @@ class ParsingModule(L.LightningModule):
         if self._drifting or not isinstance(head, MultiPathHead) or head.path_logits is None:
             return
         *paths, total = head.path_logits.tolist()
-        if max(paths) > _DRIFT * max(total, _DRIFT):
+        if max(paths) > min(_DRIFT * max(total, _DRIFT), _LARGEST_LOGITS):
             self._drifting = True
             warnings.warn(
                 f"step {self.global_step}: the paths' logits drift apart, {max(paths):.3g} in root mean square where "
