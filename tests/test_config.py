@@ -160,7 +160,7 @@ def test_plain_goes_through_yaml(tmp_path: Path, config: TrainConfig) -> None:
 @pytest.mark.parametrize("text", ["", "[", "data: x", "data: x\nout: y\nnonsense: 1", "data: x\nout: y\nepochs: many"])
 def test_a_damaged_run_config_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.yaml").write_text(text)
-    with pytest.raises(ValueError, match=r"config\.yaml is not a run's config"):
+    with pytest.raises(ValueError, match=r"config\.yaml is not (a run's config|valid YAML)"):
         load_config(tmp_path / "config.yaml")
 
 

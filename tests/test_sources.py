@@ -13,8 +13,9 @@ from rfield.config import TrainConfig
 from rfield.inference import Run, build_network
 from rfield.layers import LearnedFactor
 from rfield.models import small_cnn
+from rfield.models.weights import no_pickles
 from rfield.receptive_field import output_map, probe_receptive_field
-from rfield.sources import _no_pickles, open_model
+from rfield.sources import open_model
 
 
 def shape_of(model: nn.Module, side: int = 64) -> tuple[int, ...]:
@@ -55,7 +56,7 @@ def test_published_weights_are_read_without_their_code(monkeypatch: pytest.Monke
     assert open_model("torchvision:deeplabv3_resnet50", "default").weights == "torchvision's weights"
     assert asked == [{"weights": "DEFAULT", "weights_backbone": None}]
     torch.save({"code": Path}, tmp_path / "pickle.pth")
-    with _no_pickles(), pytest.raises(Exception, match=r"WeightsUnpickler|weights_only"):
+    with no_pickles(), pytest.raises(Exception, match=r"WeightsUnpickler|weights_only"):
         torch.load(tmp_path / "pickle.pth", weights_only=None)
 
 

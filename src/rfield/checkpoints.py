@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from rfield.reading import swells
+
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
 
 
@@ -63,6 +65,8 @@ def damage(path: Path) -> str | None:
     outside the records are not covered by a sum.
     """
     try:
+        if swells(path):
+            return "its records are larger than the file"
         with zipfile.ZipFile(path) as archive:
             bad = archive.testzip()
     except OSError as error:

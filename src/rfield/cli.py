@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import docstring_parser
-from jsonargparse import ActionYesNo, ArgumentParser
+from jsonargparse import ActionYesNo, ArgumentParser, get_loader, set_loader
 
 from rfield import __version__
 from rfield.config import (
@@ -31,6 +31,7 @@ from rfield.config import (
 )
 from rfield.data_config import CheckDataConfig, ConvertConfig
 from rfield.inspect_config import InspectConfig
+from rfield.reading import check_yaml
 from rfield.ship_config import ExportConfig, PushConfig
 
 
@@ -263,6 +264,21 @@ COMMANDS: dict[str, tuple[Any, Any]] = {
     "inspect": (InspectConfig, inspect),
     "check-data": (CheckDataConfig, check_data),
 }
+
+
+_load_yaml = get_loader("yaml")
+
+
+def _checked_yaml(text: str) -> Any:
+    """A config of a stranger neither overflows the parser's stack nor grows without bound."""
+    try:
+        check_yaml(text)
+        return _load_yaml(text)
+    except Exception as error:  # A value that does not fit its tag raises a dozen different types.
+        raise ValueError(f"not valid YAML: {error}") from error
+
+
+set_loader("yaml", _checked_yaml, exceptions=(ValueError,))
 
 
 class _Parser(ArgumentParser):

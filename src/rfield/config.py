@@ -27,7 +27,7 @@ def parse_size(value: Any) -> tuple[int, int]:
         parts = [parts]
     try:
         numbers = [int(part) for part in parts]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         numbers = []
     if len(numbers) == 1:
         numbers *= 2
@@ -45,7 +45,7 @@ def parse_range(value: Any) -> tuple[float, float]:
     parts = value.split(",") if isinstance(value, str) else value
     try:
         low, high = (float(part) for part in parts)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ValueError(f"a range is LOW,HIGH, such as 0.5,2, got {value!r}") from None
     return low, high
 
@@ -103,7 +103,7 @@ def parse_class_weights(value: Any) -> str | tuple[float, ...] | None:
         return "balanced" if value == "balanced" else None
     try:
         weights = tuple(float(part) for part in (value.split(",") if isinstance(value, str) else value))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         weights = ()
     if not weights or not all(math.isfinite(weight) and weight >= 0 for weight in weights):
         raise ValueError(f"class weights are none, balanced, or one number a class, such as 1,2.5,0.5, got {value!r}")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rfield.data import ParsingDataset, evaluation_transform
-from rfield.inference import Progress, label_images, score
+from rfield.inference import Progress, label_images, read_classes, score
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,14 +69,13 @@ def load_onnx(path: str | Path) -> OnnxModel:
         raise ValueError(f"{path} cannot be read as an ONNX model: {error}") from error
     notes = session.get_modelmeta().custom_metadata_map
     try:
-        class_names = tuple(json.loads(notes["class_names"]))
-        palette = [(red, green, blue) for red, green, blue in json.loads(notes["palette"])]
-        size = json.loads(notes["size"])
+        texts = {name: json.loads(notes[name]) for name in ("class_names", "palette", "size")}
         shape = session.get_inputs()[0].shape
-    except (KeyError, ValueError, TypeError) as error:
+        fixed = (shape[2], shape[3]) if isinstance(shape[2], int) and isinstance(shape[3], int) else None
+    except (KeyError, IndexError, ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} has no notes of rfield export (its metadata lacks {error})") from error
-    fixed = (shape[2], shape[3]) if isinstance(shape[2], int) and isinstance(shape[3], int) else None
-    return OnnxModel(path, session, class_names, palette, None if size is None else (size[0], size[1]), fixed)
+    class_names, palette, size = read_classes(texts, path)
+    return OnnxModel(path, session, class_names, palette, size, fixed)
 
 
 def predict_onnx(model: OnnxModel, images: Sequence[Path], out: Path) -> Iterator[Path]:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import glob
-import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +12,6 @@ import numpy as np
 import PIL.Image
 import torch
 import torch.nn.functional as F
-import yaml
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
@@ -22,14 +20,23 @@ from rfield.checkpoints import damage, find_checkpoint
 from rfield.config import TrainConfig, parse_size
 from rfield.data import HELEN_CLASSES, ParsingDataset, evaluation_transform
 from rfield.data.cache import CachedFeatures, find_features, image_features
+from rfield.data.files import open_image
 from rfield.fusing import restore_fused
 from rfield.layers import LearnedFactor, ReceptiveFieldRegulator
 from rfield.metrics import confusion_matrix, helen_scores, segmentation_scores
 from rfield.models import ParsingNetwork, Paths, find_model
 from rfield.models.hub import find_folder
 from rfield.models.weights import read_weights
+from rfield.reading import read_json, read_yaml
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+
+# What a config's YAML may hold for the fields that are not parsed: whole numbers do for others.
+_KINDS: dict[Any, Any] = {
+    kind: kind | int if kind in (float, float | None) else kind
+    for each in (str, bool, int, float)
+    for kind in (each, each | None)
+}
 
 Progress = Callable[[int, int], None]
 
@@ -131,18 +138,15 @@ def load_run(folder: str | Path, checkpoint: str = "last") -> Run:
         kept = sorted(file.stem for file in path.parent.glob("*.ckpt"))
         raise FileNotFoundError(f"{folder} has no checkpoint {checkpoint!r}; it has {', '.join(kept) or 'none yet'}")
     config = load_config(folder / "config.yaml")
+    class_names, palette, size = read_classes(read_json(folder / "classes.json"), folder / "classes.json")
     try:
-        classes = json.loads((folder / "classes.json").read_text())
-        class_names = tuple(classes["class_names"])
-        palette = [(r, g, b) for r, g, b in classes["palette"]]
-        size = parse_size(classes["size"]) if classes.get("size") else None
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder / 'classes.json'} is damaged: {error}") from error
-    network = build_network(config, len(class_names))
+        network = build_network(config, len(class_names))
+    except Exception as error:  # Any part of a network may be what fails.
+        raise ValueError(f"{folder / 'config.yaml'} describes no network that can be built: {error}") from error
     try:
         prefix = "network."
         if path.suffix == ".safetensors":
-            restore_fused(network, json.loads(fused.read_text()))
+            restore_fused(network, read_json(fused))
             state = {prefix + key: value for key, value in read_weights(path).items()}
         else:
             wrong = damage(path)
@@ -158,8 +162,10 @@ def load_run(folder: str | Path, checkpoint: str = "last") -> Run:
 def _load_shared(folder: Path) -> Run:
     """The run that `rfield.models.hub` keeps in a folder; its config is what use needs, its data are not known."""
     network: ParsingNetwork = ParsingNetwork.from_pretrained(folder)
+    path = folder / "config.json"
+    notes = read_json(path)
+    class_names, palette, size = read_classes(notes, path)
     try:
-        notes = json.loads((folder / "config.json").read_text())
         recipe = notes["network"]
         config = TrainConfig(
             data="",
@@ -170,13 +176,31 @@ def _load_shared(folder: Path) -> Run:
             freeze_backbone=bool(notes.get("freeze_backbone")),
             canvas=None if recipe["min_size"] is None else network.min_size,
         )
-        palette = [(r, g, b) for r, g, b in notes["palette"]]
-        size = parse_size(notes["size"]) if notes.get("size") else None
-        return Run(folder, config, tuple(notes["class_names"]), palette, network, size)
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{folder / 'config.json'} does not say what rfield push writes of the classes: {error}"
-        ) from error
+        raise ValueError(f"{path} does not say what rfield push writes of the network: {error}") from error
+    return Run(folder, config, class_names, palette, network, size)
+
+
+def read_classes(notes: Any, path: Path) -> tuple[tuple[str, ...], list[tuple[int, int, int]], tuple[int, int] | None]:
+    """The names and colours of the classes and the working size, as run folders and exported files hold them.
+
+    Raises:
+        ValueError: if they are not there or of another kind; names `path`.
+
+    >>> read_classes({"class_names": ["sky"], "palette": [[0, 0, 255]]}, Path("classes.json"))
+    (('sky',), [(0, 0, 255)], None)
+    """
+    try:
+        names = tuple(notes["class_names"])
+        palette = [(red, green, blue) for red, green, blue in notes["palette"]]
+        size = parse_size(notes["size"]) if notes.get("size") else None
+        if not names or not all(isinstance(name, str) for name in names):
+            raise ValueError("class_names must be texts")
+        if not all(type(level) is int and 0 <= level <= 255 for colour in palette for level in colour):
+            raise ValueError("palette must hold 0 to 255")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} does not say what rfield writes of the classes: {error}") from error
+    return names, palette, size
 
 
 def load_config(path: Path) -> TrainConfig:
@@ -185,10 +209,16 @@ def load_config(path: Path) -> TrainConfig:
     Raises:
         ValueError: if the file is not what `rfield train` writes.
     """
+    values = read_yaml(path)
     try:
-        return TrainConfig(**yaml.safe_load(path.read_text()))
-    except (yaml.YAMLError, TypeError) as error:
+        config = TrainConfig(**values)
+    except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{path} is not a run's config: {error}") from error
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.type in _KINDS and not isinstance(value, _KINDS[field.type]):
+            raise ValueError(f"{path} is not a run's config: {field.name} is {value!r}")
+    return config
 
 
 @torch.inference_mode()
@@ -357,9 +387,9 @@ def label_images(
     palette = np.array(colours, dtype=np.uint8)
     for path in images:
         try:
-            with PIL.Image.open(path) as file:
+            with open_image(path) as file:
                 photograph = file.convert("RGB")
-        except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
+        except Exception as error:  # Pillow raises many kinds for damaged files.
             raise ValueError(f"{path} cannot be read as an image: {error}") from error
         whole = TF.to_image(photograph)
         image = transform(whole if size is None else TF.resize(whole, list(size), antialias=True))

@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import PIL.Image
 import torch
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as TF
 
 from rfield import plots
 from rfield.data import evaluation_transform
+from rfield.data.files import open_image
 from rfield.effective_field import Square, contribution_squares, effective_receptive_field, random_images
 from rfield.inference import compute_device, find_images
 from rfield.inspect_config import InspectConfig
@@ -149,9 +149,9 @@ def _images(config: InspectConfig) -> list[Tensor]:
     images = []
     for path in find_images(config.images)[: config.count]:
         try:
-            with PIL.Image.open(path) as file:
+            with open_image(path) as file:
                 photograph = TF.to_image(file.convert("RGB"))
-        except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
+        except Exception as error:  # Pillow raises many kinds for damaged files.
             raise ValueError(f"{path} cannot be read as an image: {error}") from error
         images.append(evaluation_transform()(TF.resize(photograph, list(config.size), antialias=True)))
     return images

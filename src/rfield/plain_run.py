@@ -12,6 +12,7 @@ from rfield.data import ParsingDataset
 from rfield.fusing import Mode, dilations, fuse
 from rfield.inference import Progress, Run, build_network, evaluate_run, load_run
 from rfield.layers import AdaptiveConv2d, LearnedFactor, ReceptiveFieldRegulator
+from rfield.reading import read_json
 
 
 def fuse_run(
@@ -92,7 +93,7 @@ def _resizes(run: Run, layers: dict[str, LearnedFactor], mode: Mode) -> dict[str
     kept: dict[str, Any] = {}
     earlier = run.folder / "fused.json"
     if earlier.is_file():
-        kept = dict(json.loads(earlier.read_text())["resizes"])
+        kept = dict(read_json(earlier)["resizes"])
     for name, layer in layers.items():
         if isinstance(layer, ReceptiveFieldRegulator) and not layer.snapped and mode == "resize":
             factor = layer.factor.expand(2).tolist()

@@ -1,6 +1,5 @@
 """A run on the Hugging Face Hub: its plain network, and a card with its scores and its receptive field."""
 
-import json
 import shutil
 import tempfile
 from pathlib import Path
@@ -10,6 +9,7 @@ from rfield.fusing import fuse
 from rfield.inference import Run, load_run
 from rfield.models import ParsingNetwork
 from rfield.models.hub import upload_folder
+from rfield.reading import read_json
 from rfield.receptive_field import receptive_field_px
 
 _PICTURES = {"curve.png": "Loss over the receptive field", "factor.png": "The receptive field in training"}
@@ -97,10 +97,11 @@ def _pair(values: tuple[float, float]) -> str:
 def _scores(folder: Path) -> list[str]:
     """Those of the validation at the end of the training, if the folder has them."""
     try:
-        scores: dict[str, Any] = json.loads((folder / "metrics.json").read_text())
+        scores: dict[str, Any] = read_json(folder / "metrics.json")
         rows = [(name, value) for name, value in scores["per_class"].items() if value is not None]
         accuracy = scores["pixel_accuracy"]
+        table = [f"| {name} | {value:.3f} |" for name, value in rows]
         head = f"Validation at the end of the training: mIoU {scores['miou']:.3f}, pixel accuracy {accuracy:.3f}."
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, AttributeError, ValueError, KeyError, TypeError, OverflowError):
         return []
-    return [head, "", "| class | IoU |", "|---|---|", *(f"| {name} | {value:.3f} |" for name, value in rows), ""]
+    return [head, "", "| class | IoU |", "|---|---|", *table, ""]

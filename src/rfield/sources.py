@@ -3,10 +3,7 @@
 import dataclasses
 import difflib
 import inspect
-import json
-import os
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +11,8 @@ from torch import Tensor, nn
 
 from rfield.inference import build_network, load_run
 from rfield.layers import LearnedFactor
-from rfield.models.weights import misfits, read_weights
+from rfield.models.weights import misfits, no_pickles, read_weights
+from rfield.reading import read_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,9 +26,6 @@ class Source:
     """What weights it has, in words."""
     start: nn.Module | None = None
     """Of a run whose receptive field was learned: the same weights where its receptive field started."""
-
-
-_WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
 
 def open_model(spec: str, weights: str | None = None) -> Source:
@@ -122,7 +117,7 @@ def _timm(name: str, pretrained: bool) -> nn.Module:
         raise ValueError(_unknown(f"timm:{name}", timm.list_models(), name.partition(".")[0]))
     options: dict[str, Any] = {"pretrained": pretrained, "features_only": True, "out_indices": (-1,)}
     try:  # Transformers of any image size, where they can be.
-        with _no_pickles():
+        with no_pickles():
             model: nn.Module = timm.create_model(name, **options, dynamic_img_size=True)
     except TypeError:
         model = _build(f"timm:{name}", timm.create_model, name, **options)
@@ -132,18 +127,19 @@ def _timm(name: str, pretrained: bool) -> nn.Module:
 def _hub(name: str) -> Source:
     local = Path(name) / "config.json"
     config = local if local.is_file() else _hub_config(name)
-    try:
-        ours = "network" in json.loads(config.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{config} cannot be read as a model's config: {error}") from error
-    if ours:
+    notes = read_json(config)
+    if not isinstance(notes, dict):
+        raise ValueError(f"{config} cannot be read as a model's config: it holds no keys and values")
+    if "network" in notes:
         return dataclasses.replace(_run(name if Path(name).is_dir() else f"hf:{name}"), name=f"hf:{name}")
     try:
         import transformers
     except ImportError as error:
         raise _missing("hf:", "transformers", "hf") from error
     load = transformers.AutoModelForSemanticSegmentation.from_pretrained
-    return Source(f"hf:{name}", _build(f"hf:{name}", load, name, use_safetensors=True), "its own weights")
+    return Source(
+        f"hf:{name}", _build(f"hf:{name}", load, name, use_safetensors=True, trust_remote_code=False), "its own weights"
+    )
 
 
 def _hub_config(name: str) -> Path:
@@ -176,24 +172,11 @@ _SOURCES: dict[str, Callable[..., Any]] = {"torchvision": _torchvision, "smp": _
 
 def _build(spec: str, build: Callable[..., Any], *args: Any, **options: Any) -> Any:
     try:
-        with _no_pickles():
+        with no_pickles():
             return build(*args, **options)
     except Exception as error:  # Every library has its own for a network that is off, or an option that is not there.
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ValueError(f"{spec} cannot be opened: {reason}") from error
-
-
-@contextmanager
-def _no_pickles() -> Iterator[None]:
-    """While it runs, torch reads tensors alone, also where a library asks for more."""
-    before = os.environ.get(_WEIGHTS_ONLY)
-    os.environ[_WEIGHTS_ONLY] = "1"
-    try:
-        yield
-    finally:
-        os.environ.pop(_WEIGHTS_ONLY)
-        if before is not None:
-            os.environ[_WEIGHTS_ONLY] = before
 
 
 def _load(model: nn.Module, path: Path) -> None:

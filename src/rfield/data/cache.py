@@ -19,6 +19,7 @@ from rfield.data.dataset import IGNORE_INDEX, ParsingDataset, exchange_classes
 from rfield.data.skipping import SkippingDataset
 from rfield.data.transforms import evaluation_transform
 from rfield.models import ParsingNetwork
+from rfield.reading import read_json
 
 _FORMAT = 2
 _FLUSH_EVERY = 16
@@ -67,14 +68,17 @@ class CachedFeatures(Dataset[tuple[Tensor, Tensor]]):
     """
 
     def __init__(self, folder: Path, seed: int = 0, flip: bool = True) -> None:
-        self.sizes: list[tuple[int, int]] = [(h, w) for h, w in np.load(folder / "sizes.npy").tolist()]
+        try:
+            arrays = [np.lib.format.open_memmap(folder / name, mode="r") for name in _FILES[:3]]
+            meta = read_json(folder / "meta.json")
+            self.skipped: list[int] = meta.get("skipped", [])
+            self._mirrored_classes = meta["mirrored_classes"]
+            self.sizes: list[tuple[int, int]] = [(h, w) for h, w in arrays[2].tolist()]
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{folder} is no cache of features: {error}; remove it") from error
+        self._features, self._masks, _ = arrays
         self.seed = seed
         self.flip = flip
-        meta = json.loads((folder / "meta.json").read_text())
-        self.skipped: list[int] = meta.get("skipped", [])
-        self._mirrored_classes = meta["mirrored_classes"]
-        self._features = np.load(folder / "features.npy", mmap_mode="r")
-        self._masks = np.load(folder / "masks.npy", mmap_mode="r")
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -155,7 +159,7 @@ def _cache_path(network: ParsingNetwork, dataset: ParsingDataset, folder: Path |
 
 def _is_whole(path: Path) -> bool:
     try:
-        checksums = json.loads((path / "checksums.json").read_text())
+        checksums = read_json(path / "checksums.json")
         return bool(checksums == {name: _checksum(path / name) for name in _FILES})
     except (OSError, ValueError):
         return False
@@ -187,7 +191,7 @@ def _compute(
     if done == 0:
         shutil.rmtree(partial, ignore_errors=True)
     elif isinstance(dataset, SkippingDataset):
-        dataset.skip(json.loads((partial / "meta.json").read_text())["skipped"])
+        dataset.skip(read_json(partial / "meta.json")["skipped"])
     a_sample = int(np.prod(shape[1:])) * 2 + canvas[0] * canvas[1]
     _check_room(path.parent, (len(dataset) - done) * a_sample)
     if done == 0:
@@ -229,11 +233,10 @@ def _write_meta(partial: Path, dataset: ParsingDataset) -> None:
 def _finished(partial: Path, shape: tuple[int, ...]) -> int:
     """How many images an interrupted computation has left finished."""
     try:
-        if np.load(partial / "features.npy", mmap_mode="r").shape != shape:
+        arrays = [np.lib.format.open_memmap(partial / name, mode="r") for name in _FILES[:3]]
+        if arrays[0].shape != shape:
             return 0
-        for name in ("masks.npy", "sizes.npy"):
-            np.load(partial / name, mmap_mode="r")
-        json.loads((partial / "meta.json").read_text())
+        read_json(partial / "meta.json")
         return int((partial / "done").read_text())
     except (OSError, ValueError):
         return 0

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import PIL.Image
 
 from rfield.data.dataset import IGNORE_INDEX
-from rfield.data.files import has_few_bits, is_deep
+from rfield.data.files import has_few_bits, is_deep, open_image
 from rfield.data.listing import UNKNOWN, Entry, Listing
 
 Level = Literal["error", "warning"]
@@ -106,7 +106,7 @@ def _open(path: Path, found: Found) -> PIL.Image.Image | None:
         if not path.is_file():
             found("error", path, "is missing; add the file or take its sample out of the split")
             return None
-        image = PIL.Image.open(path)
+        image = open_image(path)
     except PIL.Image.DecompressionBombError as error:
         found("error", path, f"is of an absurd size and was not decoded ({error}); replace or scale it down")
         return None
@@ -129,7 +129,7 @@ def _load(image: PIL.Image.Image, path: Path, pixels: bool, found: Found) -> boo
         image.load()
         if pixels and image.format == "PNG":
             # Pillow shows what it can of a changed or cut-off PNG; its checksums tell.
-            with PIL.Image.open(path) as again:
+            with open_image(path) as again:
                 again.verify()
     except Exception as error:
         found("error", path, f"is a damaged image ({error}); replace the file")

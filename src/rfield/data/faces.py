@@ -15,7 +15,7 @@ from torch import Tensor
 from torchvision.tv_tensors import Mask
 
 from rfield.data.dataset import exchange_classes
-from rfield.data.files import image_sizes, read_image, read_lines, read_mask
+from rfield.data.files import image_sizes, lies_in, read_image, read_lines, read_mask
 from rfield.data.helen import HELEN_CLASSES, HELEN_LISTS, HelenDataset
 from rfield.data.resized import resize_mask
 
@@ -162,6 +162,9 @@ def _photographs(folder: Path) -> list[Path]:
     paths = sorted(folder.glob("*.jpg"))
     if not paths:
         raise FileNotFoundError(f"{folder} holds no photographs (.jpg); is the source the right folder?")
+    outside = [path for path in paths if path.is_symlink() and not lies_in(path, folder)]
+    if outside:
+        raise ValueError(f"{outside[0]} is a link to a file outside {folder}; put the file itself there")
     return paths
 
 

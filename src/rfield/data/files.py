@@ -13,6 +13,17 @@ from torchvision.tv_tensors import Image
 
 from rfield.data.dataset import IGNORE_INDEX
 
+_FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")
+
+
+def open_image(path: Path) -> PIL.Image.Image:
+    """A photograph or mask, its pixels not yet read.
+
+    Pillow goes by the contents, whatever the name. Of its formats only plain ones are tried: others hand the file to
+    programs, as EPS does to Ghostscript.
+    """
+    return PIL.Image.open(path, formats=_FORMATS)
+
 
 def read_image(path: Path) -> Image:
     """A photograph as uint8 [3, H, W].
@@ -79,9 +90,9 @@ def palette_of(paths: Sequence[Path]) -> list[tuple[int, int, int]]:
         try:
             with _open(path) as image:
                 levels = image.getpalette() or []
-        except OSError:  # a finding for who reads the sample
+            return list(zip(levels[::3], levels[1::3], levels[2::3], strict=True))
+        except (OSError, ValueError):  # noqa: PERF203 a finding for who reads the sample
             continue
-        return list(zip(levels[::3], levels[1::3], levels[2::3], strict=True))
     return []
 
 
@@ -186,7 +197,7 @@ def _read_values(path: Path, size: tuple[int, int], modes: tuple[str, ...], want
 
 def _open(path: Path) -> PIL.Image.Image:
     try:
-        return PIL.Image.open(path)
+        return open_image(path)
     except Exception as error:  # Pillow raises many kinds for damaged files
         raise OSError(f"{path} cannot be opened as an image ({error}); replace the file") from error
 

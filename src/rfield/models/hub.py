@@ -13,6 +13,7 @@ from rfield.fusing import dilations, restore_fused
 from rfield.layers import LearnedFactor
 from rfield.models.multi_path import Paths
 from rfield.models.weights import read_weights
+from rfield.reading import read_json
 
 _PLAIN_CARD = "---\nlibrary_name: rfield\npipeline_tag: image-segmentation\n---\n\nA parsing network of rfield.\n"
 
@@ -77,11 +78,11 @@ class HubMixin(nn.Module):
         folder = find_folder(name)
         path = folder / "config.json"
         try:
-            config = json.loads(path.read_text())
+            config = read_json(path)
             network = _build(config["network"])
             if config["fused"] is not None:
                 restore_fused(network, config["fused"])
-        except (ValueError, KeyError, TypeError) as error:
+        except Exception as error:  # Any part of a network may be what fails.
             raise ValueError(f"{path} is damaged or no config of rfield's: {error}") from error
         try:
             network.load_state_dict(read_weights(folder / "model.safetensors"))
@@ -164,7 +165,7 @@ def _build(recipe: dict[str, Any]) -> Any:
         for name, value in given.pop("paths").items()
     }
     least = given.pop("min_size")
-    return build(paths=Paths(**paths), min_size=_tuple(least), **given)
+    return build(paths=Paths(**paths), min_size=_tuple(least), weights=None, **given)
 
 
 def _tuple(value: Any) -> Any:

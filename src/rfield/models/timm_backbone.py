@@ -17,7 +17,7 @@ from rfield.models.heads import Mechanism
 from rfield.models.multi_path import ONE_PATH, Paths
 from rfield.models.normalise import IMAGENET_MEAN, IMAGENET_STD, InputNormalisation
 from rfield.models.parsing import ParsingNetwork
-from rfield.models.weights import misfits, read_weights
+from rfield.models.weights import misfits, no_pickles, read_weights
 from rfield.receptive_field import Window, probe_window
 
 _STRIDES = (8, 16, 32)
@@ -139,7 +139,8 @@ def timm_backbone(name: str, output_stride: int = 16, weights: str | Path | None
     net, options = _create(name, output_stride)
     if weights == "imagenet":
         try:
-            net = timm.create_model(name, features_only=True, pretrained=True, **options)
+            with no_pickles():
+                net = timm.create_model(name, features_only=True, pretrained=True, **options)
         except Exception as error:  # Each of timm's ways to a file has its own types.
             raise FileNotFoundError(
                 f"The weights of timm:{name} could not be had ({_first_line(error)}); give the path of a local file."

@@ -1,10 +1,16 @@
 """Weights from files: read safely, and compared with the layers that they are for before any is copied."""
 
-from collections.abc import Collection, Mapping
+import os
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from rfield.reading import swells
+
+_WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
 
 def misfits(state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], unused: Collection[str]) -> list[str]:
@@ -34,6 +40,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             from safetensors.torch import load_file
 
             return load_file(path)
+        if swells(path):
+            raise ValueError("its records are larger than the file")
         state = torch.load(path, weights_only=True, map_location="cpu")
     except ImportError as error:
         raise ValueError(f"{path} needs the package safetensors: pip install safetensors.") from error
@@ -42,3 +50,16 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{path} holds no flat dict from layer name to tensor; save the model's state_dict() alone.")
     return state
+
+
+@contextmanager
+def no_pickles() -> Iterator[None]:
+    """While it runs, torch reads tensors alone, also where a library asks for more."""
+    before = os.environ.get(_WEIGHTS_ONLY)
+    os.environ[_WEIGHTS_ONLY] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(_WEIGHTS_ONLY)
+        if before is not None:
+            os.environ[_WEIGHTS_ONLY] = before

@@ -38,6 +38,7 @@ from rfield.data.class_groups import ClassGroups, class_groups
 from rfield.inference import Progress, build_network, compute_device, evaluate, load_config, load_run
 from rfield.losses import class_weights
 from rfield.models import ParsingNetwork, default_weights
+from rfield.reading import read_json
 from rfield.training.bad_samples import count_skipped, share_skipped, worker_message
 from rfield.training.callbacks import read_factor_csv, read_paths_csv
 from rfield.training.module import Field, ParsingModule, present_fields
@@ -356,7 +357,7 @@ def _describe_paths(out: Path, config: TrainConfig, fields: list[Field]) -> dict
     described: dict[str, Any] = {}
     heights = [field for field in fields if field.axis == 0]
     if len(heights) > 1:
-        groups = list(json.loads((out / "classes.json").read_text()).get("class_groups", {}).items())
+        groups = list(read_json(out / "classes.json").get("class_groups", {}).items())
         described["paths"] = [
             {
                 **_numbers(field),

@@ -1,0 +1,372 @@
+"""Files of a stranger, in every way in: none of them runs code, each is refused with the declared error, by name."""
+
+import io
+import json
+import os
+import pickle
+import shutil
+import struct
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+import yaml
+from safetensors.torch import save
+
+from rfield.cli import parse
+from rfield.config import TrainConfig
+from rfield.data import FolderDataset, check_data, load_dataset
+from rfield.data.cache import CachedFeatures
+from rfield.inference import build_network, load_config, load_run
+from rfield.models import ParsingNetwork
+from rfield.models.weights import read_weights
+from rfield.reading import read_json, read_yaml
+from rfield.sharing import _scores
+from rfield.sources import open_model
+
+LAUGHS = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 40)) + "data: *a39\n"
+
+
+class Evil:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.marker),)
+
+
+@pytest.fixture
+def marker(tmp_path: Path) -> Any:
+    """What a stranger's code would make; a test that leaves it has run that code."""
+    path = tmp_path / "marker"
+    yield path
+    assert not path.exists()
+
+
+def yaml_that_runs(marker: Path) -> str:
+    return f"data: !!python/object/apply:os.mkdir ['{marker}']\nout: x\nformat: voc\nroot: x\n"
+
+
+def pickled(marker: Path, kind: str) -> bytes:
+    buffer = io.BytesIO()
+    if kind == "plain":
+        return pickle.dumps(Evil(marker))
+    torch.save({"state_dict": Evil(marker)}, buffer, _use_new_zipfile_serialization=kind == "zip")
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run folder with a sound checkpoint."""
+    config = TrainConfig(data="synthetic", out="x", model="small_cnn", dilation=3, head_channels=2, search="none")
+    folder = tmp_path / "run"
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(config.resolved().plain()))
+    (folder / "classes.json").write_text('{"class_names": ["road", "car"], "palette": [[0, 0, 0], [9, 9, 9]]}')
+    state = {f"network.{key}": value for key, value in build_network(config, 2).state_dict().items()}
+    torch.save({"state_dict": state}, folder / "checkpoints/last.ckpt")
+    load_run(folder)
+    return folder
+
+
+@pytest.fixture
+def shared_run(run: Path, tmp_path: Path) -> Path:
+    """The same network as on the Hub."""
+    notes = {"class_names": ["road", "car"], "palette": [[0, 0, 0], [9, 9, 9]]}
+    load_run(run).network.save_pretrained(tmp_path / "shared", notes)
+    return tmp_path / "shared"
+
+
+class TestPickles:
+    @pytest.mark.parametrize("kind", ["zip", "old", "plain"])
+    def test_weights(self, tmp_path: Path, marker: Path, kind: str) -> None:
+        for name in ("evil.pth", "evil.safetensors"):
+            (tmp_path / name).write_bytes(pickled(marker, kind))
+            with pytest.raises(ValueError, match=f"{name} cannot be read as weights"):
+                read_weights(tmp_path / name)
+        with pytest.raises(ValueError, match=r"evil\.pth cannot be read as weights"):
+            open_model("torchvision:resnet18", str(tmp_path / "evil.pth"))
+
+    @pytest.mark.parametrize("kind", ["zip", "old", "plain"])
+    def test_checkpoints(self, run: Path, marker: Path, kind: str) -> None:
+        for name in ("last", "best"):
+            (run / f"checkpoints/{name}.ckpt").write_bytes(pickled(marker, kind))
+            with pytest.raises(ValueError, match=rf"{name}\.ckpt is damaged or not a checkpoint"):
+                load_run(run, name)
+
+    def test_weights_of_fused_and_shared_runs(self, run: Path, shared_run: Path, marker: Path) -> None:
+        (run / "fused.json").write_text('{"dilations": {}, "resizes": {}}')
+        for folder in (run, shared_run):
+            (folder / "model.safetensors").write_bytes(pickled(marker, "zip"))
+            (folder / "pytorch_model.bin").write_bytes(pickled(marker, "zip"))
+            with pytest.raises(ValueError, match=r"model\.safetensors"):
+                load_run(folder)
+        with pytest.raises(ValueError, match=r"model\.safetensors"):
+            ParsingNetwork.from_pretrained(shared_run)
+
+    def test_cached_features(self, tmp_path: Path, marker: Path) -> None:
+        good = {"features": np.zeros((1, 1, 2, 2, 2), np.float16), "masks": np.zeros((1, 8, 8), np.uint8)}
+        for name, values in {**good, "sizes": np.full((1, 2), 8)}.items():
+            np.save(tmp_path / f"{name}.npy", values)
+        (tmp_path / "meta.json").write_text('{"mirrored_classes": []}')
+        assert len(CachedFeatures(tmp_path)) == 1
+        for name in ("features", "masks", "sizes"):
+            kept = (tmp_path / f"{name}.npy").read_bytes()
+            np.save(tmp_path / f"{name}.npy", np.array([Evil(marker)]), allow_pickle=True)
+            with pytest.raises(ValueError, match="is no cache of features"):
+                CachedFeatures(tmp_path)
+            (tmp_path / f"{name}.npy").write_bytes(kept)
+
+    def test_a_study(self, tmp_path: Path, marker: Path) -> None:
+        from rfield.config import SweepConfig
+        from rfield.experiments.trials import _open_study
+
+        (tmp_path / "study.journal").write_bytes(pickled(marker, "plain") + b"\n")
+        with pytest.raises(ValueError, match=r"study\.journal cannot be used"):
+            _open_study(SweepConfig(data="synthetic", out=str(tmp_path)))
+
+    def test_the_code_of_a_model_of_transformers(self, tmp_path: Path, marker: Path) -> None:
+        pytest.importorskip("transformers")
+        code = {"AutoConfig": "evil.Config", "AutoModelForSemanticSegmentation": "evil.Model"}
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "evil", "auto_map": code}))
+        (tmp_path / "evil.py").write_text(f"import os\nos.mkdir({str(marker)!r})\n")
+        with pytest.raises(ValueError, match=f"{tmp_path} cannot be opened"):
+            open_model(f"hf:{tmp_path}")
+
+
+class TestText:
+    @pytest.mark.parametrize("text", ["[" * 100_000, "{a: " * 10_000, LAUGHS, "data: !!int ''", "data: !!timestamp x"])
+    def test_yaml_that_breaks_parsers(self, tmp_path: Path, text: str, capfd: pytest.CaptureFixture[str]) -> None:
+        path = tmp_path / "evil.yaml"
+        path.write_text(text)
+        for read in (read_yaml, load_config, lambda path: load_dataset(str(path))):
+            with pytest.raises(ValueError, match=r"evil\.yaml is not"):
+                read(path)
+        with pytest.raises(SystemExit):
+            parse(["train", "--config", str(path)])
+        assert capfd.readouterr().err.count("\n") == 1
+
+    def test_tags_make_no_objects(self, tmp_path: Path, marker: Path, capfd: pytest.CaptureFixture[str]) -> None:
+        path = tmp_path / "evil.yaml"
+        path.write_text(yaml_that_runs(marker))
+        for read in (load_config, lambda path: load_dataset(str(path))):
+            with pytest.raises(ValueError, match=r"evil\.yaml is not valid YAML"):
+                read(path)
+        with pytest.raises(SystemExit):
+            parse(["train", "--config", str(path)])
+        assert "python/object" in capfd.readouterr().err
+
+    @pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, "9" * 5000, "\0"])
+    def test_json_that_breaks_parsers(self, run: Path, shared_run: Path, text: str) -> None:
+        (run / "metrics.json").write_text(text)
+        assert _scores(run) == []
+        for path in (run / "classes.json", shared_run / "config.json"):
+            path.write_text(text)
+            with pytest.raises(ValueError, match=path.name):
+                read_json(path)
+            with pytest.raises(ValueError, match=path.name):
+                load_run(path.parent)
+        with pytest.raises(ValueError, match=r"config\.json"):
+            open_model(f"hf:{shared_run}")
+
+    @pytest.mark.parametrize(
+        "change",
+        [{"model": [1]}, {"model": "timm:hf-hub:a/b"}, {"head_channels": 10**12}, {"paths": []}, {"weights": "x"}],
+    )
+    def test_networks_that_cannot_be_built(self, run: Path, shared_run: Path, change: dict[str, Any]) -> None:
+        config = json.loads((shared_run / "config.json").read_text())
+        (shared_run / "config.json").write_text(json.dumps({**config, "network": {**config["network"], **change}}))
+        with pytest.raises(ValueError, match=r"config\.json"):
+            load_run(shared_run)
+        if "weights" not in change:  # a trained network takes none
+            values = yaml.safe_load((run / "config.yaml").read_text())
+            (run / "config.yaml").write_text(yaml.safe_dump({**values, **change}))
+            with pytest.raises(ValueError, match=r"config\.yaml"):
+                load_run(run)
+
+    @pytest.mark.parametrize(
+        "notes",
+        [{"class_names": [], "palette": []}, {"class_names": ["a", 1], "palette": []}, {"class_names": ["a"]}, [], "x"]
+        + [{"class_names": ["a"], "palette": [[0, 0, level]]} for level in (256, -1, 0.5, "0")],
+    )
+    def test_classes(self, run: Path, notes: Any) -> None:
+        (run / "classes.json").write_text(json.dumps(notes))
+        with pytest.raises(ValueError, match=r"classes\.json does not say"):
+            load_run(run)
+
+
+class TestHugeHeaders:
+    def test_safetensors(self, tmp_path: Path) -> None:
+        tensors = {"whole": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}
+        header = json.dumps(tensors).encode()
+        for content in (struct.pack("<Q", 2**60) + b"{}", struct.pack("<Q", len(header)) + header):
+            (tmp_path / "huge.safetensors").write_bytes(content)
+            with pytest.raises(ValueError, match=r"huge\.safetensors cannot be read"):
+                read_weights(tmp_path / "huge.safetensors")
+        (tmp_path / "sound.safetensors").write_bytes(save({"a": torch.zeros(2)}))
+        assert read_weights(tmp_path / "sound.safetensors")["a"].tolist() == [0, 0]
+
+    def test_archives_that_swell(self, run: Path, tmp_path: Path) -> None:
+        buffer = io.BytesIO()
+        torch.save({"a": torch.zeros(1 << 20)}, buffer)
+        packed = tmp_path / "bomb.pth"
+        with zipfile.ZipFile(buffer) as source, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as target:
+            for name in source.namelist():
+                target.writestr(name, source.read(name))
+        assert packed.stat().st_size < 1 << 16
+        with pytest.raises(ValueError, match=r"bomb\.pth .*larger than the file"):
+            read_weights(packed)
+        shutil.copy(packed, run / "checkpoints/last.ckpt")
+        with pytest.raises(ValueError, match=r"last\.ckpt .*larger than the file"):
+            load_run(run)
+
+    def test_tensors_larger_than_their_record(self, tmp_path: Path) -> None:
+        buffer = io.BytesIO()
+        torch.save({"a": torch.arange(10.0)}, buffer)
+        with zipfile.ZipFile(buffer) as source, zipfile.ZipFile(tmp_path / "huge.pth", "w") as target:
+            for name in source.namelist():
+                record = source.read(name)
+                target.writestr(name, record.replace(b"K\n", b"J" + struct.pack("<i", 2**30)))
+        with pytest.raises(ValueError, match=r"huge\.pth cannot be read"):
+            read_weights(tmp_path / "huge.pth")
+
+    @pytest.mark.parametrize("sides", [(2**31 - 1, 1), (50_000, 40_000), (2**31 - 1, 2**31 - 1)])
+    def test_pictures(self, pair: Callable[[], Path], sides: tuple[int, int]) -> None:
+        head = struct.pack(">IIBBBBB", *sides, 8, 0, 0, 0, 0)
+        packed = [
+            struct.pack(">I", len(b)) + k + b + struct.pack(">I", zlib.crc32(k + b)) for k, b in ((b"IHDR", head),)
+        ]
+        for name in ("train/images/a.png", "train/masks/a.png"):
+            root = pair()
+            (root / name).write_bytes(b"\x89PNG\r\n\x1a\n" + packed[0])
+            with pytest.raises(OSError, match=name):
+                _ = FolderDataset(root)[0]
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Callable[[], Path]:
+    """Writes a data set of one photograph and its mask."""
+
+    def make() -> Path:
+        root = tmp_path / "pair"
+        for folder, image in (("images", PIL.Image.new("RGB", (8, 6))), ("masks", PIL.Image.new("L", (8, 6)))):
+            (root / "train" / folder).mkdir(parents=True, exist_ok=True)
+            image.save(root / f"train/{folder}/a.png")
+        (root / "classes.txt").write_text("road\ncar")
+        return root
+
+    return make
+
+
+def test_pictures_are_given_to_no_program(
+    pair: Callable[[], Path], tmp_path: Path, marker: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pillow knows a picture by its contents, and hands EPS to Ghostscript."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/gs").write_text(f"#!/bin/sh\nmkdir {marker}\n")
+    (tmp_path / "bin/gs").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    root = pair()
+    eps = "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 6\n%%EndComments\nshowpage\n%%EOF\n"
+    (root / "train/images/a.png").write_text(eps)
+    with pytest.raises(OSError, match=r"a\.png cannot be opened as an image"):
+        _ = FolderDataset(root)[0]
+    assert check_data(f"folder:{root}", ["train"])[0].level == "error"
+
+
+ESCAPES = ["../../outside", "/etc/passwd", "../../../../../../etc/passwd", "x/../../../outside", "..", "a\0b"]
+
+
+@pytest.mark.parametrize("entry", ESCAPES)
+@pytest.mark.parametrize("layout", ["voc", "camvid", "helen"])
+def test_lists_name_nothing_outside(tmp_path: Path, layout: str, entry: str) -> None:
+    root = tmp_path / "root"
+    places = {"voc": "ImageSets/Segmentation/train.txt", "camvid": "train.txt", "helen": "exemplars.txt"}
+    lines = {"voc": entry, "camvid": f"{entry} {entry}", "helen": f"1 , {entry}"}
+    (root / places[layout]).parent.mkdir(parents=True)
+    (root / places[layout]).write_text(lines[layout])
+    with pytest.raises((ValueError, FileNotFoundError), match=r"outside|is missing"):
+        load_dataset(f"{layout}:{root}")
+
+
+def test_a_home_of_nobody(tmp_path: Path) -> None:
+    (tmp_path / "data.yaml").write_text("format: voc\nroot: ~nobody-here/voc\n")
+    for spec in ("voc:~nobody-here/voc", str(tmp_path / "data.yaml")):
+        with pytest.raises(ValueError, match="'~nobody-here/voc' names no folder"):
+            load_dataset(spec)
+
+
+def test_a_palette_that_is_none(pair: Callable[[], Path]) -> None:
+    """Pillow reads the pixels and stumbles over the colours."""
+    root = pair()
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", 8, 6, 8, 3, 0, 0, 0)), (b"PLTE", b"\1" * 776)]
+    chunks += [(b"IDAT", zlib.compress(b"\0" * 54)), (b"IEND", b"")]
+    packed = [struct.pack(">I", len(b)) + k + b + struct.pack(">I", zlib.crc32(k + b)) for k, b in chunks]
+    (root / "train/masks/a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(packed))
+    assert len(FolderDataset(root).palette) == 256
+
+
+@pytest.mark.parametrize("split", ["../train", "/etc/passwd"])
+def test_data_configs_name_no_list_outside(tmp_path: Path, split: str) -> None:
+    (tmp_path / "voc/ImageSets/Segmentation").mkdir(parents=True)
+    (tmp_path / "voc/ImageSets/train.txt").write_text("a")
+    (tmp_path / "data.yaml").write_text(f"format: voc\nroot: voc\ntrain: {split}\n")
+    with pytest.raises(FileNotFoundError, match="there is no list"):
+        load_dataset(str(tmp_path / "data.yaml"))
+
+
+def test_sbd_names_nothing_outside(tmp_path: Path) -> None:
+    from rfield.data import convert_sbd
+
+    voc, sbd = tmp_path / "voc", tmp_path / "sbd"
+    (voc / "ImageSets/Segmentation").mkdir(parents=True)
+    (voc / "SegmentationClass").mkdir()
+    sbd.mkdir()
+    for path in (voc / "ImageSets/Segmentation/train.txt", sbd / "train.txt", sbd / "val.txt"):
+        path.write_text("../../secret")
+    (voc / "ImageSets/Segmentation/val.txt").write_text("b")
+    (tmp_path / "secret.png").write_bytes(b"secret")
+    with pytest.raises(ValueError, match=r"names '\.\./\.\./secret', a file outside"):
+        convert_sbd(sbd, voc)
+    assert not (voc / "SegmentationClassAug").exists()
+
+
+@pytest.mark.parametrize("kind", ["above", "absolute", "link"])
+def test_downloads_unpack_nothing_outside(tmp_path: Path, kind: str) -> None:
+    """torchvision unpacks what `download_voc2012` fetches, after a look at its MD5."""
+    from torchvision.datasets.utils import extract_archive
+
+    outside = tmp_path / "outside.txt"
+    member = tarfile.TarInfo({"above": "../outside.txt", "absolute": str(outside), "link": "link"}[kind])
+    if kind == "link":
+        member.type, member.linkname = tarfile.SYMTYPE, ".."
+    with tarfile.open(tmp_path / "slip.tar", "w") as archive:
+        archive.addfile(member, io.BytesIO())
+    (tmp_path / "here").mkdir()
+    if kind == "absolute":  # becomes a path within
+        extract_archive(str(tmp_path / "slip.tar"), str(tmp_path / "here"))
+    else:
+        with pytest.raises(tarfile.FilterError):
+            extract_archive(str(tmp_path / "slip.tar"), str(tmp_path / "here"))
+    assert not outside.exists()
+
+
+def test_converters_copy_nothing_from_outside(tmp_path: Path) -> None:
+    from rfield.data import convert_celebamask, convert_lapa
+
+    PIL.Image.new("RGB", (8, 6)).save(tmp_path / "secret.jpg")
+    for folder, convert in (("CelebA-HQ-img", convert_celebamask), ("train/images", convert_lapa)):
+        (tmp_path / "source" / folder).mkdir(parents=True)
+        (tmp_path / "source" / folder / "0.jpg").symlink_to(tmp_path / "secret.jpg")
+        with pytest.raises(ValueError, match=r"0\.jpg is a link to a file outside"):
+            convert(tmp_path / "source", tmp_path / "target")
+        assert not (tmp_path / "target").exists()
