@@ -21,7 +21,7 @@ import yaml
 from safetensors.torch import save
 
 from rfield.cli import parse
-from rfield.config import TrainConfig
+from rfield.config import TrainConfig, parse_groups
 from rfield.data import FolderDataset, check_data, load_dataset
 from rfield.data.cache import CachedFeatures
 from rfield.inference import build_network, load_config, load_run
@@ -202,6 +202,15 @@ class TestText:
         (run / "classes.json").write_text(json.dumps(notes))
         with pytest.raises(ValueError, match=r"classes\.json does not say"):
             load_run(run)
+
+    @pytest.mark.parametrize("score", [[1], {"a": 1}, "1x1", 10**400])
+    def test_scores_that_are_no_numbers(self, tmp_path: Path, score: Any) -> None:
+        scores = {"miou": 0.5, "pixel_accuracy": 0.9, "per_class": {"road": 0.4, "car": score}}
+        (tmp_path / "metrics.json").write_text(json.dumps(scores))
+        assert _scores(tmp_path) == []
+
+    def test_class_groups_nested_deep(self) -> None:
+        assert parse_groups("[" * 100_000) == [["[" * 100_000]]  # names of no class
 
 
 class TestHugeHeaders:

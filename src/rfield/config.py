@@ -80,7 +80,7 @@ def parse_groups(value: Any) -> Any:
     else:
         try:
             groups = json.loads(value)
-        except json.JSONDecodeError:
+        except (json.JSONDecodeError, RecursionError):
             parts = [part.rpartition("=") for part in value.split("/")]
             lists = [[name.strip() for name in names.split(",")] for _, _, names in parts]
             names = [name.strip() for name, _, _ in parts]
