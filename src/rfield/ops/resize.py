@@ -6,11 +6,12 @@ derives the gradient.
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from rfield.ops.sampling import sample_grid
+from rfield.ops.sampling import by_matrices, sample_grid
 
 # Float noise in (size - 1) * factor must not flip the size at integers.
 _SIZE_SLACK = 1e-4
@@ -69,6 +70,9 @@ def resize_bilinear(input: Tensor, scale_factor: Tensor, output_size: tuple[int,
     dtype = torch.promote_types(input.dtype, torch.float32)
     with torch.autocast(input.device.type, enabled=False):
         factor = scale_factor.to(dtype)
+        if _unresized(input, scale_factor, output_size):
+            copied: Tensor = _Copy.apply(input.to(dtype), factor.expand(2))
+            return copied.to(input.dtype)
         rows, columns = (_positions(factor[axis], output_size[axis]) for axis in (0, -1))
         return sample_grid(input.to(dtype), rows, columns, "edge").to(input.dtype)
 
@@ -76,6 +80,45 @@ def resize_bilinear(input: Tensor, scale_factor: Tensor, output_size: tuple[int,
 def _positions(scale: Tensor, target: int) -> Tensor:
     """Where the target pixels of one axis lie in the source, Tensor[target]."""
     return torch.arange(target, dtype=scale.dtype, device=scale.device) / scale
+
+
+def _unresized(input: Tensor, scale_factor: Tensor, output_size: tuple[int, int]) -> bool:
+    if torch.compiler.is_compiling() or tuple(output_size) != tuple(input.shape[2:]):
+        return False
+    return all(value == 1 for value in scale_factor.tolist())
+
+
+class _Copy(torch.autograd.Function):
+    """The resize by a factor of 1 to the same size, where every sample is a pixel and a kink of the factor."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, factor: Tensor) -> Tensor:
+        ctx.save_for_backward(input, factor)
+        return input.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        input, factor = ctx.saved_tensors
+        grad = grad_outputs[0]
+        if not ctx.needs_input_grad[1]:
+            return grad, None
+        if torch.is_grad_enabled():  # For the second derivative.
+            rows, columns = (_positions(factor[axis], input.shape[2 + axis]) for axis in (0, 1))
+            resized = by_matrices(input, rows, columns, "edge")
+            grads = torch.autograd.grad(resized, (input, factor), grad, create_graph=True, allow_unused=True)
+            return grads[0] if ctx.needs_input_grad[0] else None, grads[1]
+        return grad, torch.stack([_slope_at_one(grad, input, axis) for axis in (2, 3)])
+
+
+def _slope_at_one(grad: Tensor, input: Tensor, axis: int) -> Tensor:
+    """Along one axis, pixel i moves by -i a unit of the factor, by the mean slope of its two sides: past the end, 0."""
+    last = input.shape[axis] - 1
+    if last == 0:
+        return grad.new_zeros(())
+    end = (grad.select(axis, last) * (input.select(axis, last) - input.select(axis, last - 1))).sum() * last
+    change = input.narrow(axis, 2, last - 1) - input.narrow(axis, 0, last - 1)
+    inner = change.mul_(grad.narrow(axis, 1, last - 1)).sum([other for other in range(4) if other != axis])
+    return -(end + inner @ torch.arange(1, last, dtype=inner.dtype, device=inner.device)) / 2
 
 
 def _check(input: Tensor, scale_factor: Tensor, output_size: tuple[int, int]) -> None:
