@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -222,7 +223,7 @@ class TrainConfig:
     workers: int = 2
     """Processes that load images."""
     devices: int = 1
-    """Processes (GPUs, or CPU processes) to train on."""
+    """Processes (GPUs, or CPU processes) to train on; with torchrun or srun, as many as these have started."""
     val_every: int | None = None
     """Epochs between validations; the last epoch always ends with one. Default: a fifth of the epochs."""
     seed: int = 0
@@ -322,8 +323,8 @@ class SweepConfig(TrainConfig):
     jobs: int = 1
     """Runs at a time, each with its share of the processor's cores."""
     storage: str | None = None
-    """Where the trials are kept: the URL of a database, such as sqlite:///sweep.db, that several machines may share
-    (the study is named after the last part of `out`). Default: the file study.journal in `out`."""
+    """Where the trials are kept: the URL of a database, such as postgresql+psycopg://USER@HOST/DATABASE, that several
+    machines may share (the study is named after the last part of `out`). Default: the file study.journal in `out`."""
     search: Search = "none"
     """How the receptive field is learned: none, for a grid of fixed ones; a search, to compare starts."""
     dilation: int = dataclasses.field(default=TrainConfig.dilation, metadata=_FIXED)
@@ -340,6 +341,10 @@ class SweepConfig(TrainConfig):
             raise ValueError(f"seeds must not be negative, got {min(self.seeds)}")
         if self.jobs < 1:
             raise ValueError(f"jobs must be positive, got {self.jobs}")
+
+    def plain(self) -> dict[str, Any]:
+        """The fields in plain types, for a file: without the database's password."""
+        return {**super().plain(), "storage": self.storage and without_password(self.storage)}
 
     def run_config(self, out: str, dilation: int, seed: int, search: Search) -> TrainConfig:
         """One of the runs; resumed if its folder holds a part of it."""
@@ -460,6 +465,15 @@ class DemoConfig:
     """Passes over the training images."""
     seed: int = 0
     """All randomness derives from it."""
+
+
+def without_password(url: str) -> str:
+    """A database's URL for others to see.
+
+    >>> without_password("postgresql+psycopg://ann:secret@db/sweeps"), without_password("sqlite:///sweep.db")
+    ('postgresql+psycopg://ann:***@db/sweeps', 'sqlite:///sweep.db')
+    """
+    return re.sub(r"(://[^/@:]*):[^/@]*@", r"\1:***@", url)
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], ignored: Sequence[str] = ()) -> list[str]:

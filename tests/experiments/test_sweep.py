@@ -236,6 +236,48 @@ def test_a_database_is_shared_by_machines_with_folders_of_their_own(
     assert trained[2:] == ["d07-seed0"]
 
 
+def test_a_silent_worker_s_trial_is_taken_up(
+    make: Make, tmp_path: Path, trained: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = f"sqlite:///{tmp_path}/sweep.db"
+    one, two = (make(storage=url, seeds=(0,), out=str(tmp_path / machine / "sweep")) for machine in ("one", "two"))
+    Path(one.out).parent.mkdir()
+    command = [sys.executable, "-c", KILLED, "sweep", "--config", write_yaml(one)]
+    assert subprocess.run(command, capture_output=True).returncode == -signal.SIGKILL
+    study = optuna.load_study(study_name="sweep", storage=RDBStorage(url))
+    assert names_in(study, TrialState.RUNNING) == ["d05-seed0"]
+
+    monkeypatch.setattr(trials, "_HEARTBEAT", 1)
+    monkeypatch.setattr(trials, "_SILENCE", 2)
+    run_sweep(two)
+    assert trained == ["d05-seed0"]
+    assert names_in(study, TrialState.COMPLETE) == ["d02-seed0", "d05-seed0"]
+    assert names_in(study, TrialState.FAIL) == ["d05-seed0"]
+    assert results_of(two)["unfinished"] == []
+
+
+def test_a_worker_that_was_only_slow_is_not_in_the_way(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make(storage=f"sqlite:///{tmp_path}/sweep.db", seeds=(0,), dilations=(2,))
+    names = []
+
+    def slow(own: TrainConfig) -> dict[str, Any]:
+        names.append(Path(own.out).name)
+        study = optuna.load_study(study_name="sweep", storage=RDBStorage(str(config.storage)))
+        study.tell(0, state=TrialState.FAIL)  # as another does that has not heard of it for long
+        return train(own)
+
+    monkeypatch.setattr(trials, "train", slow)
+    assert "not finished, another process has them: d02-seed0" in run_sweep(config)
+    assert "not finished" not in run_sweep(config)
+    assert names == ["d02-seed0"], "what is in the folder is taken"
+
+
+def test_no_password_is_written(make: Make) -> None:
+    assert "secret" not in str(make(storage="postgresql+psycopg://ann:secret@db/sweeps").plain())
+
+
 def test_what_two_processes_have_queued_is_run_once(make: Make, trained: list[str]) -> None:
     config = make(seeds=(0,), dilations=(2,))
     run_sweep(config)

@@ -3,28 +3,38 @@
 import contextlib
 import dataclasses
 import fcntl
-import json
 import multiprocessing
 import os
 import sys
+import threading
+import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, get_args
 
 import optuna
 import torch
 from optuna.distributions import CategoricalDistribution, IntDistribution
-from optuna.storages import BaseStorage, JournalStorage, RDBStorage
+from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage, fail_stale_trials
+from optuna.storages._heartbeat import BaseHeartbeat
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
-from rfield.config import Search, SweepConfig, TrainConfig, differences
+from rfield.config import Search, SweepConfig, TrainConfig, differences, without_password
 from rfield.inference import Progress, load_config
+from rfield.reading import read_json
 from rfield.training import prepare, train
+from rfield.training.processes import launcher
 
 # What may differ between the calls that share a study.
 _OWN = ("dilation", "seed", "search", "out", "workers", "cache", "resume", "skip_bad")
+# In a database: how often a worker says that it is alive, and how long it may be silent, in seconds.
+_HEARTBEAT = 15
+_SILENCE = 90
 _DISTRIBUTIONS = {
     "dilation": IntDistribution(1, 2**20),
     "seed": IntDistribution(0, 2**32 - 1),
@@ -70,8 +80,8 @@ def run_trials(
 
     Every point is a trial of the study that all processes with one storage share: whoever is free takes the next.
     A trial whose process has died is run again, from its last epoch where its folder is still there; one that is
-    finished never. A trial belongs to the folder `out` that it was begun in; machines may share that folder or have
-    each their own.
+    finished never. Machines may share the folder `out` or have each their own. With a database the processes watch each
+    other: all stay until no trial is left, and one whose process falls silent is taken up by another.
 
     Args:
         config: the settings of all runs, the folder, the storage, and how many runs at a time.
@@ -86,6 +96,10 @@ def run_trials(
             storage cannot be opened.
         OSError: if files are missing or a worker has died.
     """
+    if launcher() is not None:
+        raise ValueError(
+            "the workers of a sweep are no parts of one run: start each alone, not with torchrun or srun -n"
+        )
     out = Path(config.out)
     if any(not (out / point.name / "metrics.json").is_file() for point in points):
         # Frozen random backbones differ from seed to seed, pretrained ones do not.
@@ -93,10 +107,10 @@ def run_trials(
             prepare(config.run_config(config.out, points[0].dilation, seed, points[0].search), progress)
     study = _open_study(config)
     out.mkdir(parents=True, exist_ok=True)
-    _fail_dead(study, out)
+    _fail_dead(study, config)
     _enqueue(study, points)
     waiting = len(study.get_trials(deepcopy=False, states=(TrialState.WAITING,)))
-    jobs = min(config.jobs, waiting)
+    jobs = min(config.jobs, max(waiting, len(_watched(study))))
     if jobs == 1:
         _work(config)
     elif jobs > 1:
@@ -132,38 +146,42 @@ def finish_run(config: TrainConfig) -> dict[str, Any]:
         ValueError: if the folder holds a run with other settings.
     """
     out = Path(config.out)
-    if (out / "metrics.json").is_file():
-        chosen = () if config.canvas else ("canvas",)
-        changed = differences(load_config(out / "config.yaml").plain(), config.resolved().plain(), (*_OWN[3:], *chosen))
-        if changed:
-            raise ValueError(f"{out} holds a run with other settings ({'; '.join(changed)}): give another --out")
-        metrics: dict[str, Any] = json.loads((out / "metrics.json").read_text())
-        return metrics
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / "train.log").open("a") as log, contextlib.redirect_stdout(log):
-        return train(dataclasses.replace(config, resume=True))
+    if not (out / "metrics.json").is_file():
+        out.mkdir(parents=True, exist_ok=True)
+        with (out / "train.log").open("a") as log, contextlib.redirect_stdout(log):
+            fcntl.flock(log, fcntl.LOCK_EX)  # A process that was silent too long may still be at it.
+            if not (out / "metrics.json").is_file():
+                return train(dataclasses.replace(config, resume=True))
+    chosen = () if config.canvas else ("canvas",)
+    changed = differences(load_config(out / "config.yaml").plain(), config.resolved().plain(), (*_OWN[3:], *chosen))
+    if changed:
+        raise ValueError(f"{out} holds a run with other settings ({'; '.join(changed)}): give another --out")
+    metrics: dict[str, Any] = read_json(out / "metrics.json")
+    return metrics
 
 
 def _open_study(config: SweepConfig) -> optuna.Study:
     """The study of a folder; checks that what it holds was trained with the same settings."""
     out = Path(config.out)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    try:
-        storage: BaseStorage
-        if config.storage is None:
-            out.mkdir(parents=True, exist_ok=True)
-            storage = JournalStorage(JournalFileBackend(str(out / "study.journal")))
-        else:
-            storage = RDBStorage(config.storage)
-        study = optuna.create_study(
-            storage=storage,
-            sampler=optuna.samplers.RandomSampler(),
-            study_name=out.resolve().name,
-            direction="maximize",
-            load_if_exists=True,
-        )
-    except Exception as error:  # Every database and its driver has errors of its own.
-        raise ValueError(f"storage {config.storage or out / 'study.journal'} cannot be used: {error}") from error
+    study = None
+    for attempt in range(3):
+        try:
+            study = optuna.create_study(
+                storage=_open_storage(config),
+                sampler=optuna.samplers.RandomSampler(),
+                study_name=out.resolve().name,
+                direction="maximize",
+                load_if_exists=True,
+            )
+            break
+        except Exception as error:  # Every database and its driver has errors of its own.
+            # Of processes that make a database's tables at once, one succeeds.
+            if attempt == 2 or type(error).__name__ not in ("IntegrityError", "OperationalError", "ProgrammingError"):
+                place = out / "study.journal" if config.storage is None else without_password(config.storage)
+                raise ValueError(f"storage {place} cannot be used: {error}") from error
+            time.sleep(1)
+    assert study is not None
     settings = {key: value for key, value in config.run_config("", 1, 0, "none").plain().items() if key not in _OWN}
     if "settings" not in study.user_attrs:
         study.set_user_attr("settings", settings)
@@ -171,6 +189,15 @@ def _open_study(config: SweepConfig) -> optuna.Study:
     if changed:
         raise ValueError(f"{out} holds trials with other settings ({'; '.join(changed)}): give another --out")
     return study
+
+
+def _open_storage(config: SweepConfig) -> BaseStorage:
+    if config.storage is None:
+        Path(config.out).mkdir(parents=True, exist_ok=True)
+        return JournalStorage(JournalFileBackend(f"{config.out}/study.journal"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        return RDBStorage(config.storage, heartbeat_interval=_HEARTBEAT, grace_period=_SILENCE)
 
 
 def _enqueue(study: optuna.Study, points: Sequence[Point]) -> None:
@@ -194,7 +221,9 @@ def _finished(study: optuna.Study) -> list[Trial]:
 def _claim(study: optuna.Study) -> optuna.Trial | None:
     """The next trial of the queue, which is now this process's; None if the queue is empty."""
     while study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
-        trial = study.ask(_DISTRIBUTIONS)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Heartbeat of storage is supposed")  # `_beating` does what it is for.
+            trial = study.ask(_DISTRIBUTIONS)
         # Where another process has taken the last one, Optuna has made up a new trial. And two processes that
         # start at once may both have queued a point: the earlier trial counts.
         mine = study.get_trials(deepcopy=False)[trial.number]
@@ -209,27 +238,74 @@ def _claim(study: optuna.Study) -> optuna.Trial | None:
 
 
 def _work(config: SweepConfig) -> None:
-    """Runs trials until none is left."""
+    """Runs trials until none is left, in a database also none of another worker that might yet fall silent."""
     study = _open_study(config)
     parent = multiprocessing.parent_process()
-    while (parent is None or parent.is_alive()) and (trial := _claim(study)) is not None:
-        point = Point(**trial.user_attrs["point"])
-        folder = Path(config.out) / point.name
-        with _owned(Path(config.out), trial.number):
-            print(f"{point.name}: training, see {folder}/train.log", flush=True)
-            try:
-                metrics = finish_run(config.run_config(str(folder), point.dilation, point.seed, point.search))
-                if metrics["miou"] is None:
-                    raise ValueError(f"the split {config.val_split} has no labelled pixel to score")
-            except BaseException as error:
+    waits = False
+    while parent is None or parent.is_alive():
+        trial = _claim(study)
+        if trial is not None:
+            _run(study, trial, config)
+        elif _watched(study):
+            if not waits:
+                print("waiting for the trials of other workers", flush=True)
+            waits = True
+            time.sleep(_HEARTBEAT)
+            _fail_dead(study, config)
+        else:
+            break
+
+
+def _run(study: optuna.Study, trial: optuna.Trial, config: SweepConfig) -> None:
+    point = Point(**trial.user_attrs["point"])
+    folder = Path(config.out) / point.name
+    with _owned(Path(config.out), trial.number), _beating(study, trial, config):
+        print(f"{point.name}: training, see {folder}/train.log", flush=True)
+        try:
+            metrics = finish_run(config.run_config(str(folder), point.dilation, point.seed, point.search))
+            if metrics["miou"] is None:
+                raise ValueError(f"the split {config.val_split} has no labelled pixel to score")
+        except BaseException as error:
+            with contextlib.suppress(UpdateFinishedTrialError):
                 trial.set_user_attr("error", str(error))
-                study.tell(trial, state=TrialState.FAIL)
-                raise
+            study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
+            raise
+        # If this process was silent for too long, another has the trial by now, and its result counts.
+        with contextlib.suppress(UpdateFinishedTrialError):
             trial.set_user_attr("metrics", metrics)
-            study.tell(trial, metrics["miou"])
-        done = len(_finished(study))
-        seconds = metrics["train_seconds"]
-        print(f"{point.name}: mIoU {metrics['miou']:.4f}, {seconds:.3g} s ({done} finished)", flush=True)
+            study.tell(trial, metrics["miou"], skip_if_finished=True)
+    done = len(_finished(study))
+    seconds = metrics["train_seconds"]
+    print(f"{point.name}: mIoU {metrics['miou']:.4f}, {seconds:.3g} s ({done} finished)", flush=True)
+
+
+@contextmanager
+def _beating(study: optuna.Study, trial: optuna.Trial, config: SweepConfig) -> Iterator[None]:
+    """Has this process say that it is alive while it is at a trial, where the storage is a database."""
+    storage = study._storage
+    if config.storage is None or not isinstance(storage, BaseHeartbeat):
+        yield
+        return
+    storage.record_heartbeat(trial._trial_id)
+    trial.set_user_attr("beats", True)
+    over = threading.Event()
+
+    def beat() -> None:
+        while not over.wait(_HEARTBEAT):
+            with contextlib.suppress(Exception):  # The database may be back the next time.
+                storage.record_heartbeat(trial._trial_id)
+
+    threading.Thread(target=beat, daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
+
+
+def _watched(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
+    """The trials whose processes say that they are alive."""
+    running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+    return [trial for trial in running if "beats" in trial.user_attrs]
 
 
 def _work_in_processes(config: SweepConfig, jobs: int) -> None:
@@ -291,13 +367,25 @@ def _owned(out: Path, number: int) -> Iterator[None]:
         path.unlink(missing_ok=True)
 
 
-def _fail_dead(study: optuna.Study, out: Path) -> None:
-    """Frees the trials whose processes have died in this folder."""
+def _fail_dead(study: optuna.Study, config: SweepConfig) -> None:
+    """Frees the trials whose processes have died: in this folder, by their locks; elsewhere, if they fall silent."""
+    long_ago = datetime.now() - timedelta(seconds=_SILENCE)
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         # Not those that were begun in another folder, nor those that are being run.
         with (
             contextlib.suppress(FileNotFoundError, BlockingIOError),
-            (out / "locks" / f"trial-{trial.number}.lock").open() as file,
+            (Path(config.out) / "locks" / f"trial-{trial.number}.lock").open() as file,
         ):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
+            continue
+        if config.storage and "beats" not in trial.user_attrs and (trial.datetime_start or long_ago) < long_ago:
+            study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)  # It died before it said anything.
+    if config.storage is None:
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        fail_stale_trials(study)
+    trials = study.get_trials(deepcopy=False)
+    dead = [_point(trial) for trial in trials if trial.state == TrialState.FAIL and "error" not in trial.user_attrs]
+    _enqueue(study, [point for point in dict.fromkeys(dead) if point is not None])
