@@ -148,6 +148,37 @@ def test_torch_export(make_run: MakeRun) -> None:
     assert json.loads(json.loads(extra["rfield.json"])["class_names"]) == list(SyntheticCues.class_names)
 
 
+REAL = {
+    "vgg16": ({"model": "largefov_vgg16", "dilation": 12, "mechanism": "dilation"}, ((3.0,),)),
+    "efficientnet": (
+        {"model": "efficientnet_lite0", "output_stride": 16, "paths": 2, "decoder": True, "mechanism": "dilation"},
+        ((2.0,), (0.5,)),
+    ),
+    "timm": ({"model": "timm:resnet18", "output_stride": 16, "mechanism": "dilation", "rectangular": True}, ((2, 4),)),
+}
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
+@pytest.mark.parametrize("name", REAL)
+def test_real_networks(name: str, suffix: str, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Export compares at three sizes, alone and in a batch, before it keeps a file; here smaller ones, for speed.
+    for size, sides in {"_TRACED": (66, 83), "_OTHER": (50, 45), "_WHOLE": (65, 49)}.items():
+        monkeypatch.setattr(exporting, size, sides)
+    values, factors = REAL[name]
+    folder = make_run(factors, weights="random", **values)
+    made = export_run(load_run(folder), folder / f"model{suffix}")
+    assert made.size is None
+    assert_same(load_run(folder), made.path, (1, 40, 71), (3, 57, 33))
+
+
+def test_sizes_that_pt2_cannot_hold(make_run: MakeRun) -> None:
+    # Its pooling rounds sizes up by math.ceil, for which torch.export's files have no word.
+    folder = make_run(model="timm:resnet10t", output_stride=16, weights="random")
+    with pytest.raises(ValueError, match=r"cannot be saved as .pt2 \(.*ceil.*\); as .onnx, or with --size"):
+        export_run(load_run(folder), folder / "model.pt2")
+    assert not list(folder.glob("*model*"))
+
+
 def test_what_differs_is_not_kept(
     any_size: tuple[Path, Path],
     make_run: MakeRun,

@@ -1,23 +1,33 @@
-"""Every Python block of the README runs; every command is parsed, and run on a few of the photographs it names."""
+"""Every Python block of the README runs; every command is parsed, and run on a few of the photographs it names.
+
+So are the commands of the pages on models of one's own and on shipping, on a tiny run.
+"""
 
 import re
 import shlex
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
+import huggingface_hub
+import PIL.Image
 import pytest
 
 from rfield.cli import COMMANDS, main, parse
+from rfield.config import TrainConfig
+from rfield.training import train
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
 LINKS = re.findall(r"\]\(([^)#]+)", README)
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
 
 
-def commands() -> list[list[str]]:
-    lines = "\n".join(blocks("sh")).splitlines()
+def commands(text: str = README) -> list[list[str]]:
+    lines = "\n".join(blocks("sh", text)).splitlines()
     return [shlex.split(line)[1:] for line in lines if line.startswith("rfield ")]
 
 
@@ -64,3 +74,43 @@ def test_commands_run_on_a_few_photographs(
     shown = capsys.readouterr().out
     assert shown.count("mIoU") == 2
     assert len(list((tmp_path / "out").glob("*.png"))) == len(list((small_msrc / "JPEGImages").iterdir()))
+
+
+def test_commands_on_shipping_run_as_written(
+    make: Callable[..., TrainConfig],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    class Hub:
+        def create_repo(self, repo_id: str, **options: object) -> str:
+            return f"https://hub/{repo_id}"
+
+        def upload_folder(self, repo_id: str, folder_path: Path, commit_message: str) -> None:
+            shutil.copytree(folder_path, tmp_path / "hub" / repo_id)
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo_id: str(tmp_path / "hub" / repo_id))
+    monkeypatch.chdir(tmp_path)
+    train(make("runs/msrc-from-24", epochs=1))
+    (tmp_path / "photographs").mkdir()
+    PIL.Image.effect_noise((40, 30), 80).convert("RGB").save(tmp_path / "photographs/one.png")
+    text = (ROOT / "docs/ship.md").read_text()
+    assert [words[0] for words in commands(text)] == ["fuse", "export", "predict", "evaluate", "push", "predict"]
+    # The run was trained on generated images of a few classes.
+    mine = {"voc:../shared/data/msrc21_voc": "data.yaml"}
+    for words in commands(text):
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        main([mine.get(word, word) for word in words])
+        if words[0] == "predict":
+            assert (tmp_path / "out/one.png").is_file()
+    shown = capsys.readouterr().out
+    assert "mIoU" in shown
+    assert "the network is at https://hub/USER/NAME" in shown
+    assert (tmp_path / "plain/model.safetensors").is_file()
+
+    (inline,) = re.findall(r"`rfield (fuse [^`]+)`", (ROOT / "docs/adapt.md").read_text())
+    words = shlex.split(inline.replace("RUN", "runs/msrc-from-24"))
+    main([*words, "--data", "data.yaml", "--split", "val"])
+    assert (tmp_path / "DIR/model.safetensors").is_file()
+    assert capsys.readouterr().out.count("mIoU") >= 1

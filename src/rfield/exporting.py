@@ -79,8 +79,7 @@ def export_run(run: Run, out: str | Path, size: tuple[int, int] | None = None, m
         if out.suffix == ".onnx":
             write_onnx(program, notes, partial)
         else:
-            with quiet():
-                torch.export.save(program, partial, extra_files={"rfield.json": json.dumps(notes)})
+            _write_program(program, notes, partial)
         difference, agreement = compare(network, read_exported(partial), batches)
         _judge(out, difference, agreement)
         os.replace(partial, out)
@@ -108,6 +107,19 @@ def write_onnx(program: torch.export.ExportedProgram, notes: dict[str, str], pat
         raise ValueError("the network cannot be translated to ONNX")
     onnx.model.metadata_props.update(notes)
     onnx.save(str(path))
+
+
+def _write_program(program: torch.export.ExportedProgram, notes: dict[str, str], path: Path) -> None:
+    try:
+        with quiet():
+            torch.export.save(program, path, extra_files={"rfield.json": json.dumps(notes)})
+    except OSError:
+        raise
+    except Exception as error:  # Such as arithmetic on sizes that the format has no words for.
+        cause = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        raise ValueError(
+            f"the traced network cannot be saved as .pt2 ({cause}); as .onnx, or with --size HEIGHTxWIDTH, it may be"
+        ) from error
 
 
 def read_exported(path: Path) -> Callable[[Tensor], Tensor]:
