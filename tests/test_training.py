@@ -21,6 +21,7 @@ from rfield.cli import main
 from rfield.config import TrainConfig
 from rfield.data import AugmentedDataset, EpochSampler, load_dataset, training_transform
 from rfield.inference import build_network, load_config, load_run
+from rfield.models import ParsingNetwork
 from rfield.search import SampledSearch
 from rfield.training import FACTOR_COLUMNS, ParsingModule, read_factor_csv, train
 
@@ -494,6 +495,27 @@ def test_paths_are_learned_and_recorded(make: Make, search: str, rectangular: bo
         assert len(metrics["search"]["factors"]) == len(series)
     again = load_run(config.out).network
     assert again.head.paths[1].effective_dilation[0] == pytest.approx(metrics["paths"][1]["effective_dilation"])
+
+
+@pytest.mark.parametrize(("search", "most"), [("sampled", 0.7), ("spsa", 0.8)])
+def test_a_search_computes_features_once_for_all_dilations(
+    make: Make, monkeypatch: pytest.MonkeyPatch, search: str, most: float
+) -> None:
+    calls = {"features": 0, "logits_of": 0}
+
+    def count(method: str) -> None:
+        real = getattr(ParsingNetwork, method)
+
+        def counting(self: ParsingNetwork, *arguments: Any) -> Any:
+            calls[method] += not torch.is_inference_mode_enabled()  # The validation looks once.
+            return real(self, *arguments)
+
+        monkeypatch.setattr(ParsingNetwork, method, counting)
+
+    count("features")
+    count("logits_of")
+    train(make(search=search, decoder=True))
+    assert 0 < calls["features"] < most * calls["logits_of"], calls
 
 
 def test_published_guidance_warns_of_the_drift(make: Make) -> None:

@@ -141,13 +141,23 @@ class ParsingNetwork(HubMixin):
         Returns:
             Tensor[N, K, *output_size].
         """
+        return self.logits_of(self.features(padded), output_size, mask)
+
+    def features(self, padded: Tensor) -> tuple[Tensor, ...]:
+        """What no receptive field of the head changes: the features of images of `pad`, before them a decoder's."""
+        return (self.backbone(padded),) if self.decoder is None else self.backbone.pyramid(padded)
+
+    def logits_of(
+        self, features: tuple[Tensor, ...], output_size: tuple[int, int] | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        """The logits of `features`; `output_size` and `mask` as for `logits`."""
         guidance = () if mask is None or not isinstance(self.head, MultiPathHead) else (mask,)
         logits: Tensor
         if self.decoder is None:
-            logits = self.head(self.backbone(padded), output_size, *guidance)
+            logits = self.head(features[0], output_size, *guidance)
             return logits
-        fine, features = self.backbone.pyramid(padded)
-        context = self.head(features, (fine.shape[-2], fine.shape[-1]), *guidance)
+        fine, coarse = features
+        context = self.head(coarse, (fine.shape[-2], fine.shape[-1]), *guidance)
         logits = self.decoder(fine, context, output_size)
         return logits
 

@@ -77,6 +77,8 @@ class ParsingModule(L.LightningModule):
         self.step_loss = self.mean_loss = torch.zeros(())
         self.end_step: Callable[[L.Trainer], None] = lambda trainer: None
         self._drifting = False
+        # A batch, and its features, with or without a graph.
+        self._seen: tuple[Batch, bool, tuple[Tensor, ...]] | None = None
         self._search_state: dict[str, Any] | None = None
         if config.freeze_backbone:
             network.backbone.requires_grad_(False)
@@ -104,6 +106,7 @@ class ParsingModule(L.LightningModule):
         if self.trainer.world_size > 1:
             batch = self._without_repeats(batch, batch_index)
         loss = self._loss(self.network, batch) if self.search is None else self.search.loss(batch)
+        self._seen = None
         self.step_loss = loss.detach()
         self.mean_loss = mean_over_processes(self.step_loss)
         self.log("loss", self.mean_loss, prog_bar=True)
@@ -154,10 +157,17 @@ class ParsingModule(L.LightningModule):
         else:
             output_size = (mask.shape[1], mask.shape[2])
         if not frozen:
-            return network.logits(input, output_size, mask).float(), mask
+            return network.logits_of(self._features(network, input, batch), output_size, mask).float(), mask
         if isinstance(network.head, MultiPathHead):
             return network.head(input, output_size, mask).float(), mask
         return network.head(input, output_size).float(), mask
+
+    def _features(self, network: ParsingNetwork, input: Tensor, batch: Batch) -> tuple[Tensor, ...]:
+        """Those of a batch that a search sees at several dilations are computed once."""
+        seen = self._seen
+        if seen is None or seen[0] is not batch or seen[1] != torch.is_grad_enabled():
+            self._seen = seen = batch, torch.is_grad_enabled(), network.features(input)
+        return seen[2]
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         learned = [regulator for regulator in self.regulators if regulator.log_factor.requires_grad]
@@ -180,6 +190,7 @@ class ParsingModule(L.LightningModule):
             started = time.monotonic()
             with self.trainer.precision_plugin.train_step_context():
                 self.search.step()
+            self._seen = None
             self.search_seconds += time.monotonic() - started
         self.end_step(self.trainer)
 
