@@ -1,9 +1,9 @@
-"""One run in several processes, as torchrun starts them."""
+"""One run in several processes, as torchrun would start them."""
 
 import json
-import os
-import subprocess
-import sys
+import multiprocessing
+import runpy
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,17 +19,47 @@ from rfield.training import read_factor_csv, train
 from rfield.training.processes import join, machines, share_statistics
 
 Make = Callable[..., TrainConfig]
-torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+# Its server has everything imported, and forks.
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["rfield.cli", "rfield.training", "rfield.data.check"])
+# What torchrun sets and a process is, and where it speaks to.
+PROCESS = """
+import os, sys
+rank, port, out = {rank}, {port}, {out!r}
+os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", GROUP_RANK="0")
+os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="here")
+os.dup2(os.open(f"{{out}}.out", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
+os.dup2(os.open(f"{{out}}.err", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+import torch
+torch.set_num_threads(1)
+{code}
+from rfield.cli import main
+main(["train", "--config", f"{{out}}.yaml", *{options!r}])
+"""
 
 
-def start(config: TrainConfig, code: str = "", *options: str) -> "subprocess.CompletedProcess[str]":
-    """Trains in two processes; `code` comes before, with their rank in `rank`."""
-    path = Path(config.out).with_suffix(".yaml")
-    path.write_text(yaml.safe_dump(config.plain()))
-    script = path.with_suffix(".py")
-    script.write_text(f"import os, sys\nrank = int(os.environ['RANK'])\n{code}\nfrom rfield.cli import main\nmain()\n")
-    command = [*torchrun, script, "train", "--config", path, *options]
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+def start(config: TrainConfig, code: str = "", *options: str) -> tuple[list[int | None], str, str]:
+    """Trains in two processes; `code` comes before, with their rank in `rank`.
+
+    Returns:
+        Their statuses, and what they have written to stdout and stderr.
+    """
+    files = [Path(f"{config.out}.{suffix}") for suffix in ("yaml", "out", "err")]
+    files[0].write_text(yaml.safe_dump(config.plain()))
+    for file in files[1:]:
+        file.write_text("")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for rank in range(2):
+        script = Path(f"{config.out}-{rank}.py")
+        script.write_text(PROCESS.format(rank=rank, port=port, out=config.out, code=code, options=options))
+        processes.append(SERVER.Process(target=runpy.run_path, args=(str(script),)))
+        processes[-1].start()
+    for process in processes:
+        process.join(300)
+    return [process.exitcode for process in processes], files[1].read_text(), files[2].read_text()
 
 
 def checkpoint_of(config: TrainConfig) -> dict[str, Any]:
@@ -67,12 +97,13 @@ def test_two_processes_learn_what_one_does(make: Make, data: str) -> None:
             "ParsingModule.training_step = training_step",
         ]
     )
-    stopped = start(both, stop)
-    assert stopped.stderr.count("stopped by SIGTERM; 3 steps are saved") == 2
+    statuses, _, errors = start(both, stop)
+    assert statuses == [143, 143], errors
+    assert errors.count("stopped by SIGTERM; 3 steps are saved") == 2
     assert checkpoint_of(both)["global_step"] == 3
-    done = start(both, "", "--resume")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("mIoU") == 1, "the first process alone reports"
+    statuses, said, errors = start(both, "", "--resume")
+    assert statuses == [0, 0], errors
+    assert said.count("mIoU") == 1, "the first process alone reports"
 
     one, two = (read_factor_csv(Path(config.out) / "factor.csv") for config in (alone, both))
     for column in ("step", "effective_dilation", "loss"):
@@ -99,9 +130,9 @@ def test_factors_that_differ_end_the_run(make: Make) -> None:
         ]
     )
     config = make(search_share=1.0)
-    done = start(config, nudge)
-    assert done.returncode == 1
-    assert "rfield train: step 6: the processes no longer train one network, their factors differ: " in done.stderr
+    statuses, _, errors = start(config, nudge)
+    assert statuses == [2, 2]
+    assert "rfield train: step 6: the processes no longer train one network, their factors differ: " in errors
     assert checkpoint_of(config)["global_step"] == 3, "the last one is from before"
 
 
@@ -117,14 +148,14 @@ def test_a_bad_file_is_refused_or_skipped_by_all(make: Make, tmp_path: Path, ski
     for bad in ("train/images/3.png", "val/masks/1.png"):
         (tmp_path / "own" / bad).write_bytes(b"no image")
     config = make(data=f"folder:{tmp_path}/own", search="none", epochs=1, skip_bad=skip)
-    done = start(config)
+    statuses, _, errors = start(config)
     if skip:
-        assert done.returncode == 0, done.stderr
+        assert statuses == [0, 0], errors
         assert metrics_of(config)["skipped_samples"] == {"train": ["3"], "val": ["1"]}
     else:
-        assert done.returncode == 1
-        assert done.stderr.count("rfield train: ") == 1, "the first process says it, the others go"
-        assert "3.png" in done.stderr
+        assert statuses == [2, 2]
+        assert errors.count("rfield train: ") == 1, "the first process says it, the others go"
+        assert "3.png" in errors
         assert not Path(config.out).exists()
 
 
