@@ -10,7 +10,7 @@ from torchvision.ops import DeformConv2d
 
 from benchmarks.timing import Case, Group, training_step, without_gradient
 from rfield import AdaptiveConv2d, ReceptiveFieldRegulator, fuse
-from rfield.models import SinglePathHead
+from rfield.models import SinglePathHead, largefov_vgg16
 from rfield.ops import resize_bilinear, resized_size
 
 _FORMATS = ("contiguous", "channels-last")
@@ -26,7 +26,7 @@ def resize(quick: bool = False) -> Iterator[Group]:
     """The inflation, with the factor's gradient: against `F.grid_sample` and ATen's upsampling, which has none."""
     maps = [(21, 41, 41), (128, 41, 41), (512, 41, 41), (64, 65, 65), (256, 65, 65), (64, 128, 256), (256, 128, 256)]
     for (channels, height, width), factor in product(
-        maps[:1] if quick else maps, (0.8,) if quick else (0.5, 0.8, 1.25, 2.0)
+        maps[:1] if quick else maps, (0.63,) if quick else (0.5, 0.63, 0.8, 1.0, 1.25, 2.0)
     ):
         if channels * height * width * factor**2 > 2e7:
             continue
@@ -140,6 +140,14 @@ def _dcls() -> type[nn.Module] | None:
     return Dcls2d
 
 
+def _autocast(run: Case) -> Case:
+    def lowered() -> object:
+        with torch.autocast(_DEVICE.type, torch.bfloat16):
+            return run()
+
+    return lowered
+
+
 def _head(width: int, mechanism: str | None = None, factor: float = 1.0) -> nn.Module:
     torch.manual_seed(0)
     made = SinglePathHead(512, 21, 6, width, 0.0, mechanism is not None, mechanism or "regulator")
@@ -166,6 +174,29 @@ def head(quick: bool = False) -> Iterator[Group]:
         steps = {key: training_step(run, [features, *heads[key].parameters()]) for key, run in runs.items()}
         steps["four heads, as ASPP"] = _together([steps["bare"]] * 4)
         yield Group(name, steps)
+        if width == 128 and not frozen:
+            yield Group(f"{name}, bfloat16", {key: _autocast(step) for key, step in steps.items()})
+
+
+def network(quick: bool = False) -> Iterator[Group]:
+    """The training step and the inference of a whole LargeFOV VGG16: fixed, in a regulator, with learned dilations."""
+    batch, side = (1, 65) if quick else (2, 161)
+    images = _map((batch, 3, side, side), channels_last=True)
+    networks = {}
+    for key, mechanism in {"fixed": None, "regulator": "regulator", "adaptive convolution": "dilation"}.items():
+        torch.manual_seed(0)
+        made = largefov_vgg16(
+            21, 6, 128, regulate=mechanism is not None, mechanism=mechanism or "dilation", dropout=0.0
+        )
+        networks[key] = made.to(_DEVICE, memory_format=torch.channels_last)
+        for module in made.modules():
+            if isinstance(module, ReceptiveFieldRegulator | AdaptiveConv2d):
+                module.set_factor(1 / 1.05)
+    name = f"batch {batch}, {side} x {side} px"
+    runs = {key: (lambda m=made: m.logits(m.pad(images))) for key, made in networks.items()}
+    leaves = {key: [p for p in made.parameters() if p.requires_grad] for key, made in networks.items()}
+    yield Group(f"network, training: {name}", {key: training_step(run, leaves[key]) for key, run in runs.items()})
+    yield Group(f"network, inference: {name}", {key: without_gradient(run) for key, run in runs.items()})
 
 
 def _together(steps: list[Case]) -> Case:
@@ -193,4 +224,4 @@ def fused(quick: bool = False) -> Iterator[Group]:
         yield Group(f"head, inference: batch {batch}, 512 -> 128, {side} x {side}", runs)
 
 
-GROUPS = {"resize": resize, "convolution": convolution, "head": head, "fused": fused}
+GROUPS = {"resize": resize, "convolution": convolution, "head": head, "network": network, "fused": fused}

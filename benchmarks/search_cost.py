@@ -2,11 +2,13 @@
 
     python -m benchmarks.search_cost --out benchmarks/search_cost.json
 
-MSRC-21, frozen VGG16, the flags of docs/results/any_start.sh. The ratios to the fixed run of the same round are what
-counts; the seconds depend on the machine.
+`--setting msrc21` is MSRC-21 on a frozen VGG16, the flags of docs/results/any_start.sh; `--setting camvid` is CamVid and
+the whole of an EfficientNet-Lite0, 4 epochs of configs/camvid_efficientnet_lite0.yaml. The ratios to the fixed run of the
+same round are what counts; the seconds depend on the machine.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import platform
@@ -19,37 +21,58 @@ import torch
 from rfield.config import TrainConfig
 from rfield.training import train
 
-KINDS = ("none", "sampled", "spsa", "gradient")
+SETTINGS = {
+    "msrc21": TrainConfig(
+        "configs/data/msrc21.yaml",
+        "",
+        weights="../shared/weights/vgg16_features_imagenet_fp16.pth",
+        freeze_backbone=True,
+        head_channels=128,
+        epochs=10,
+        val_every=10,
+    ),
+    "camvid": TrainConfig(
+        "configs/data/camvid.yaml",
+        "",
+        model="efficientnet_lite0",
+        output_stride=16,
+        decoder=True,
+        head_channels=128,
+        optimizer="adamw",
+        crop_size=(288, 384),
+        epochs=4,
+        val_every=4,
+        workers=1,
+    ),
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--setting", choices=SETTINGS, default="msrc21")
+    parser.add_argument("--kinds", default="none,sampled,spsa,gradient", help="the first is what the others are over")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dilation", type=int, default=6)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    kinds = arguments.kinds.split(",")
+    seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
     for number in range(arguments.rounds):
         # Every second round backwards, so that a machine that slows down favours none.
-        for kind in KINDS[:: (-1) ** number]:
+        for kind in kinds[:: (-1) ** number]:
             with tempfile.TemporaryDirectory() as folder:
-                config = TrainConfig(
-                    "configs/data/msrc21.yaml",
-                    f"{folder}/run",
-                    weights="../shared/weights/vgg16_features_imagenet_fp16.pth",
-                    freeze_backbone=True,
-                    head_channels=128,
+                config = dataclasses.replace(
+                    SETTINGS[arguments.setting],
+                    out=f"{folder}/run",
                     dilation=arguments.dilation,
                     search=kind,
-                    epochs=10,
-                    val_every=10,
                     precision="bf16-mixed",
                     seed=number,
                 )
                 seconds[kind].append(train(config)["train_seconds"])
                 print(f"round {number}: {kind} {seconds[kind][-1]:.1f} s", flush=True)
-    ratios = {kind: [a / b for a, b in zip(seconds[kind], seconds["none"], strict=True)] for kind in KINDS}
+    ratios = {kind: [a / b for a, b in zip(seconds[kind], seconds[kinds[0]], strict=True)] for kind in kinds}
     machine = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__}
     medians = {kind: statistics.median(values) for kind, values in ratios.items()}
     report = {"machine": machine, "seconds": seconds, "ratios": ratios, "median ratio": medians}
