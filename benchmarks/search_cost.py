@@ -3,8 +3,8 @@
     python -m benchmarks.search_cost --out benchmarks/search_cost.json
 
 `--setting msrc21` is MSRC-21 on a frozen VGG16, the flags of docs/results/any_start.sh; `--setting camvid` is CamVid
-and the whole of an EfficientNet-Lite0, 4 epochs of configs/camvid_efficientnet_lite0.yaml. The ratios to the fixed run of
-the same round are what counts; the seconds depend on the machine.
+and the whole of an EfficientNet-Lite0, 4 epochs much as configs/camvid_efficientnet_lite0.yaml has them. The ratios to
+the fixed run of the same round are what counts; the seconds depend on the machine.
 """
 
 import argparse
