@@ -105,7 +105,7 @@ def finish(config: TrainConfig, pids: list[int]) -> None:
 def contents(config: TrainConfig) -> dict[str, Any]:
     out = Path(config.out)
     metrics = json.loads((out / "metrics.json").read_text())
-    log = sorted((out / "logs/csv").glob("*/metrics.csv"))[0]
+    log = max((out / "logs/csv").glob("*/metrics.csv"), key=lambda path: path.stat().st_mtime)
     with log.open(newline="") as file:
         mious = [float(row["miou"]) for row in csv.DictReader(file) if row.get("miou")]
     columns = read_factor_csv(out / "factor.csv")

@@ -134,15 +134,17 @@ def main() -> None:
         }
         wanted = sorted(Point("none", dilation, seed).name for dilation in DILATIONS for seed in SEEDS)
         begun_by = Counter(line.split(":")[0] for log in logs for line in log.splitlines() if ": training" in line)
-        lost = sorted(set(points[TrialState.FAIL]))
+        # Without a heartbeat: what two workers that started at once have both queued.
+        dead = [t for t in study.trials if t.state == TrialState.FAIL and "beats" in t.user_attrs]
+        lost = sorted(Point(**t.user_attrs["point"]).name for t in dead)
         finished = [t for t in study.trials if t.state == TrialState.COMPLETE]
         again = {
             Point(**t.user_attrs["point"]).name: round(
                 t.datetime_start.timestamp() - before.datetime_start.timestamp(), 1
             )
             for t in finished
-            for before in study.trials
-            if t.datetime_start and before.datetime_start and before.state == TrialState.FAIL
+            for before in dead
+            if t.datetime_start and before.datetime_start
             if before.user_attrs["point"] == t.user_attrs["point"]
         }
         tables = [
