@@ -1,9 +1,10 @@
 """Everybody's models through all of rfield: adapted, trained, fused, exported, compiled, timed; a table, cell by cell.
 
-    PYTHONPATH=. python docs/results/matrix.py OUT [--only NAME,...] [--steps 20] [--rounds 9] [--backend aot_eager]
+    PYTHONPATH=. python docs/results/matrix.py OUT [--only NAME,...] [--stages STAGE,...] [--steps 20] [--rounds 9]
 
-Weights are random and nothing is downloaded. OUT/matrix.json is written after every model, and models in it are
-skipped; OUT/matrix.md is the table. A cell that cannot be filled holds the reason, and those that need it say so.
+Weights are random and nothing is downloaded. OUT/matrix.json is written after every model, and cells in it are kept: a
+model is run again for the cells that it lacks. OUT/matrix.md is the table. A cell that cannot be filled holds the
+reason, and those that need it say so.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from benchmarks.timing import Group, machine, measure
+from benchmarks.timing import Group, machine, measure, peak_memory
 from torch import Tensor, nn
 
 import rfield
@@ -39,8 +40,11 @@ STAGES = {
     "parity": "fused: difference",
     "onnx": "ONNX: difference",
     "ops": "same ONNX operators",
+    "sizes": "ONNX, other sizes: difference",
     "compile": "torch.compile: difference",
+    "inductor": "inductor: difference",
     "latency": "time, fused / stock",
+    "memory": "peak memory, fused / stock",
 }
 # What a stage works on: without it the stage is not reached.
 NEEDS = {
@@ -50,8 +54,11 @@ NEEDS = {
     "parity": "fuse",
     "onnx": "fuse",
     "ops": "onnx",
+    "sizes": "fuse",
     "compile": "fuse",
+    "inductor": "fuse",
     "latency": "fuse",
+    "memory": "fuse",
 }
 # Of the range of all logits.
 TOLERANCE = 1e-4
@@ -170,9 +177,9 @@ def first_line(error: Exception) -> str:
 class Trial:
     """One model on its way through the stages; each method is a stage and gives the cell's text and its figures."""
 
-    def __init__(self, name: str, steps: int, rounds: int, backend: str, out: Path) -> None:
+    def __init__(self, name: str, steps: int, rounds: int, out: Path) -> None:
         self.build, self.side, self.select = MODELS[name]
-        self.steps, self.rounds, self.backend, self.out = steps, rounds, backend, out
+        self.steps, self.rounds, self.out = steps, rounds, out
         torch.manual_seed(0)
         self.stock = self.build()
         self.model = copy.deepcopy(self.stock)
@@ -241,18 +248,16 @@ class Trial:
         return self._judged(max(learned, stock), {"learned": learned, "stock": stock})
 
     def onnx(self) -> tuple[str, dict[str, Any]]:
-        import onnxruntime
-
-        path = self._write(self.plain, "fused")
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level, options.intra_op_num_threads = 3, torch.get_num_threads()
-        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        difference, agreement = compare(
-            Logits(self.plain),
-            lambda image: torch.from_numpy(session.run(["logits"], {"image": image.numpy()})[0]),
-            [self.image],
-        )
+        difference, agreement = self._onnx_parity(self._write(self.plain, "fused"), [self.image])
         return self._judged(difference, {"agreement": agreement})
+
+    def sizes(self) -> tuple[str, dict[str, Any]]:
+        # Smp's models want whole multiples of their stride.
+        other = torch.randn(BATCH, 3, self.side + 32, self.side + 64, generator=torch.Generator().manual_seed(1))
+        Logits(self.plain)(other)
+        path = self._write(self.plain, "sizes", {"image": dict.fromkeys((2, 3), torch.export.Dim.DYNAMIC)})
+        difference, agreement = self._onnx_parity(path, [self.image, other])
+        return self._judged(difference, {"agreement": agreement, "sizes": [list(other.shape[2:])]})
 
     def ops(self) -> tuple[str, dict[str, Any]]:
         fused, stock = (self._operators(path) for path in (self.out / "fused.onnx", self._write(self.stock, "stock")))
@@ -262,10 +267,10 @@ class Trial:
         return f"ok, {sum(fused.values())}", {"operators": dict(sorted(fused.items()))}
 
     def compile(self) -> tuple[str, dict[str, Any]]:
-        torch._dynamo.reset()
-        compiled = torch.compile(Logits(self.plain), backend=self.backend, fullgraph=True)
-        difference, _ = compare(Logits(self.plain), compiled, [self.image])
-        return self._judged(difference, {"backend": self.backend})
+        return self._compiled("aot_eager")
+
+    def inductor(self) -> tuple[str, dict[str, Any]]:
+        return self._compiled("inductor")
 
     def latency(self) -> tuple[str, dict[str, Any]]:
         models = {"stock": self.stock, "stock again": copy.deepcopy(self.stock), "fused": self.plain}
@@ -276,15 +281,38 @@ class Trial:
         text = f"{middle:.2f} ({low:.2f} to {high:.2f}; stock / stock {again:.2f})"
         return text, {name: {"ms": row["ms"], "ratio": row["ratio"]} for name, row in rows.items()}
 
+    def memory(self) -> tuple[str, dict[str, Any]]:
+        with torch.no_grad():
+            stock, fused = (peak_memory(lambda model=model: model(self.image)) for model in (self.stock, self.plain))
+        return f"{fused / stock:.2f}", {"stock_mib": stock / 2**20, "fused_mib": fused / 2**20}
+
+    def _compiled(self, backend: str) -> tuple[str, dict[str, Any]]:
+        torch._dynamo.reset()
+        compiled = torch.compile(Logits(self.plain), backend=backend, fullgraph=True)
+        difference, _ = compare(Logits(self.plain), compiled, [self.image])
+        return self._judged(difference, {"backend": backend})
+
+    def _onnx_parity(self, path: Path, images: list[Tensor]) -> tuple[float, float]:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level, options.intra_op_num_threads = 3, torch.get_num_threads()
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+        def run(image: Tensor) -> Tensor:
+            return torch.from_numpy(session.run(["logits"], {"image": image.numpy()})[0])
+
+        return compare(Logits(self.plain), run, images)
+
     def _judged(self, difference: float, figures: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         if not difference <= TOLERANCE:
             raise ValueError(f"the logits differ by {difference:.2g} of their range (at most {TOLERANCE:g})")
         return f"{difference:.0e}" if difference else "0", {"difference": difference, **figures}
 
-    def _write(self, model: nn.Module, name: str) -> Path:
+    def _write(self, model: nn.Module, name: str, dynamic: dict[str, Any] | None = None) -> Path:
         path = self.out / f"{name}.onnx"
         with quiet():
-            program = torch.export.export(Logits(model).eval(), (self.image,))
+            program = torch.export.export(Logits(model).eval(), (self.image,), dynamic_shapes=dynamic)
         write_onnx(program, {}, path)
         return path
 
@@ -295,27 +323,36 @@ class Trial:
         return Counter(node.op_type for graph in (model.graph, *model.functions) for node in graph.node)
 
 
-def try_model(name: str, steps: int, rounds: int, backend: str) -> dict[str, Any]:
-    cells: dict[str, dict[str, Any]] = {}
+def try_model(
+    name: str, steps: int, rounds: int, wanted: list[str], cells: dict[str, dict[str, Any]]
+) -> dict[str, Any]:
+    """The model's entry: the cells that are there, and those wanted."""
     with tempfile.TemporaryDirectory() as folder:
-        trial = Trial(name, steps, rounds, backend, Path(folder))
-        run_stages(trial, cells)
-    return {"side": trial.side, "batch": BATCH, "steps": steps, "cells": cells}
+        trial = Trial(name, steps, rounds, Path(folder))
+        run_stages(trial, wanted, cells)
+    ordered = {stage: cells[stage] for stage in STAGES if stage in cells}
+    return {"side": trial.side, "batch": BATCH, "steps": steps, "cells": ordered}
 
 
-def run_stages(trial: Trial, cells: dict[str, dict[str, Any]]) -> None:
-    for stage in STAGES:
+def run_stages(trial: Trial, wanted: list[str], cells: dict[str, dict[str, Any]]) -> None:
+    """Fills the cells that lack; stages on which they rest are run again, and their cells stay."""
+    missing = {stage for stage in wanted if stage not in cells}
+    needed = set(missing)
+    for stage in reversed(STAGES):
+        if stage in needed and stage in NEEDS:
+            needed.add(NEEDS[stage])
+    for stage in (stage for stage in STAGES if stage in needed):
         need = NEEDS.get(stage)
         if need and not cells[need]["ok"]:
-            cells[stage] = {"ok": False, "text": f"needs {need}"}
+            cells.setdefault(stage, {"ok": False, "text": f"needs {need}"})
             continue
         begun = time.perf_counter()
         try:
             text, figures = getattr(trial, stage)()
-            cells[stage] = {"ok": True, "text": text, **figures}
+            cell = {"ok": True, "text": text, **figures}
         except Exception as error:  # Whatever other people's code does is what the cell is for.
-            cells[stage] = {"ok": False, "text": first_line(error)}
-        cells[stage]["seconds"] = round(time.perf_counter() - begun, 1)
+            cell = {"ok": False, "text": first_line(error)}
+        cells.setdefault(stage, cell | {"seconds": round(time.perf_counter() - begun, 1)})
 
 
 def table(report: dict[str, Any]) -> str:
@@ -324,7 +361,11 @@ def table(report: dict[str, Any]) -> str:
     for name in (name for name in MODELS if name in report["models"]):
         entry = report["models"][name]
         texts = []
-        for stage, cell in entry["cells"].items():
+        for stage in STAGES:
+            cell = entry["cells"].get(stage)
+            if cell is None:
+                texts.append("")
+                continue
             texts.append(cell["text"].replace("|", "\\|") if cell["ok"] or "seconds" not in cell else "**no**")
             if texts[-1] == "**no**":
                 reasons.append(f"- {name}, {STAGES[stage]}: {cell['text']}")
@@ -333,7 +374,7 @@ def table(report: dict[str, Any]) -> str:
     cells = [entry["cells"] for entry in report["models"].values()]
     ok = [cell["ok"] for each in cells for cell in each.values()]
     lines += ["", f"{sum(ok)} of {len(ok)} cells hold."]
-    timed = [each["latency"] for each in cells if each["latency"]["ok"]]
+    timed = [each["latency"] for each in cells if each.get("latency", {"ok": False})["ok"]]
     if timed:
         medians = [statistics.median(each[case]["ratio"][1] for each in timed) for case in ("fused", "stock again")]
         lines.append(
@@ -354,16 +395,19 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(key.replace(",", "") for key in MODELS), help="parts of names")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--backend", default="aot_eager", help="of torch.compile")
+    parser.add_argument("--stages", default=",".join(STAGES), help="columns to fill")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     path = arguments.out / "matrix.json"
-    wanted = arguments.only.split(",")
+    parts, wanted = arguments.only.split(","), arguments.stages.split(",")
     for name in MODELS:
-        if name in read(path)["models"] or not any(part in name.replace(",", "") for part in wanted):
+        cells = read(path)["models"].get(name, {"cells": {}})["cells"]
+        missing = [stage for stage in wanted if stage not in cells]
+        if not missing or not any(part in name.replace(",", "") for part in parts):
             continue
-        entry = try_model(name, arguments.steps, arguments.rounds, arguments.backend)
-        for stage, cell in entry["cells"].items():
+        entry = try_model(name, arguments.steps, arguments.rounds, missing, cells)
+        for stage in missing:
+            cell = entry["cells"][stage]
             print(f"{name}: {STAGES[stage]}: {cell['text']} ({cell.get('seconds', 0)} s)", flush=True)
         # Whole after every model, so that what was found is not lost; another process may have added to it.
         report = read(path)
