@@ -106,11 +106,11 @@ def test_what_is_missing_in_a_run_folder_is_named(make_run: MakeRun, tmp_path: P
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("config.yaml", "data: [", r"config\.yaml is not a run's config"),
+        ("config.yaml", "data: [", r"config\.yaml is not valid YAML"),
         ("config.yaml", "data: synthetic\nout: x\nmodel: small_cnn", r"last\.ckpt is damaged or not a checkpoint of"),
         ("classes.json", "{", r"classes\.json is damaged"),
-        ("classes.json", "[]", r"classes\.json is damaged"),
-        ("classes.json", '{"class_names": ["sky"], "palette": [[1, 2]]}', r"classes\.json is damaged"),
+        ("classes.json", "[]", r"classes\.json does not say what rfield writes of the classes"),
+        ("classes.json", '{"class_names": ["sky"], "palette": [[1, 2]]}', r"classes\.json does not say what"),
         ("checkpoints/last.ckpt", "", r"last\.ckpt is damaged"),
         ("checkpoints/last.ckpt", "nonsense", r"last\.ckpt is damaged"),
     ],

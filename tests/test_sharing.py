@@ -147,7 +147,7 @@ def test_mistakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         load_run("runs/typo")
     network = small_cnn(2)
     network.save_pretrained(tmp_path / "saved")
-    with pytest.raises(ValueError, match="does not say what rfield push writes of the classes"):
+    with pytest.raises(ValueError, match="does not say what rfield writes of the classes"):
         load_run(tmp_path / "saved")
     config = json.loads((tmp_path / "saved/config.json").read_text())
     config["network"]["head_channels"] = 4
