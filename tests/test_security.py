@@ -24,6 +24,7 @@ from rfield.cli import parse
 from rfield.config import TrainConfig, parse_groups
 from rfield.data import FolderDataset, check_data, load_dataset
 from rfield.data.cache import CachedFeatures
+from rfield.data.files import palette_of
 from rfield.inference import build_network, load_config, load_run
 from rfield.models import ParsingNetwork
 from rfield.models.weights import read_weights
@@ -312,6 +313,16 @@ def test_a_home_of_nobody(tmp_path: Path) -> None:
     for spec in ("voc:~nobody-here/voc", str(tmp_path / "data.yaml")):
         with pytest.raises(ValueError, match="'~nobody-here/voc' names no folder"):
             load_dataset(spec)
+
+
+def test_a_palette_in_a_broken_file(tmp_path: Path) -> None:
+    path = tmp_path / "mask.png"
+    PIL.Image.new("P", (16, 12)).save(path)
+    content = bytearray(path.read_bytes())
+    place = content.index(b"IDAT")
+    content[place - 4 : place] = bytes(4)  # the chunk of the pixels says that it is empty
+    path.write_bytes(content)
+    assert palette_of([path]) == []
 
 
 def test_a_palette_that_is_none(pair: Callable[[], Path]) -> None:

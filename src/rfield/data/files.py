@@ -89,7 +89,7 @@ def palette_of(paths: Sequence[Path]) -> list[tuple[int, int, int]]:
     for path in paths:
         try:
             with _open(path) as image:
-                levels = image.getpalette() or []
+                levels = _load(image, path).getpalette() or []
             return list(zip(levels[::3], levels[1::3], levels[2::3], strict=True))
         except (OSError, ValueError):  # noqa: PERF203 a finding for who reads the sample
             continue
