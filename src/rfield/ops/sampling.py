@@ -69,8 +69,10 @@ class _Gather(torch.autograd.Function):
             wanted = [part for part, need in zip(ctx.saved_tensors, needed, strict=True) if need]
             twice = iter(torch.autograd.grad(sampled, wanted, grad, create_graph=True))
             return (*(next(twice) if need else None for need in needed), None, None, None)
-        kernel = _gradients_by_planes if _by_planes(input, ctx.beyond, ctx.window) else _gradients_by_pixels
-        grad_input, *slopes = kernel(grad, input, rows, columns, ctx.beyond, ctx.window, needed)
+        if _by_planes(input, ctx.beyond, ctx.window):
+            grad_input, *slopes = _gradients_by_planes(grad, input, rows, columns, needed)
+        else:
+            grad_input, *slopes = _gradients_by_pixels(grad, input, rows, columns, ctx.beyond, ctx.window, needed)
         for axis, slope in enumerate(slopes):
             if slope is not None and ctx.kinks:
                 _mean_at_kinks(slope, axis, grad, input, (rows, columns), ctx.beyond, ctx.window)
@@ -147,13 +149,7 @@ def _like(input: Tensor, output: Tensor) -> Tensor:
 
 
 def _gradients_by_planes(
-    grad: Tensor,
-    input: Tensor,
-    rows: Tensor,
-    columns: Tensor,
-    beyond: str,
-    window: tuple[int, int],
-    needed: tuple[bool, ...],
+    grad: Tensor, input: Tensor, rows: Tensor, columns: Tensor, needed: tuple[bool, ...]
 ) -> _Grads:
     wanted = [needed[0], needed[1] or needed[2]]
     grad_input, grad_grid = torch.ops.aten.grid_sampler_2d_backward(
