@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rfield.ops.sampling import sample_grid
+from rfield.ops.sampling import Axis, sample_grid
 
 Pair = tuple[int, int]
 
@@ -63,16 +63,18 @@ def fractional_conv2d(
         return _integer_conv2d(input, weight, bias, integer, stride, padding, base_dilation, groups)
     dtype = torch.promote_types(input.dtype, torch.float32)
     with torch.autocast(input.device.type, enabled=False):
-        real = dilation.to(dtype).expand(2)
         rows, columns = (
-            _tap_positions(
-                real[axis], input.shape[axis + 2], kernel[axis], stride[axis], padding[axis], base_dilation[axis]
+            _taps(
+                dilation.detach().to(dtype)[place],
+                input.shape[axis + 2],
+                kernel[axis],
+                stride[axis],
+                padding[axis],
+                base_dilation[axis],
             )
-            for axis in (0, 1)
+            for axis, place in ((0, 0), (1, -1))
         )
-        # Centre taps lie on pixels and stay there; the others do at whole dilations alone.
-        kinks = any(value == round(value) for value in values)
-        taps = sample_grid(input.to(dtype), rows, columns, "zeros", kinks, kernel).to(input.dtype)
+        taps = sample_grid(input.to(dtype), dilation.to(dtype), rows, columns, "zeros").to(input.dtype)
     output = _weigh(taps, weight, bias, groups)
     channels_last = input.is_contiguous(memory_format=torch.channels_last)
     return output.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
@@ -111,12 +113,12 @@ def _integer_conv2d(
     return F.conv2d(input, weight, bias, stride, (max(follow[0], 0), max(follow[1], 0)), dilation, groups)
 
 
-def _tap_positions(dilation: Tensor, source: int, kernel: int, stride: int, padding: int, base_dilation: int) -> Tensor:
-    """Where every tap of every output pixel of one axis reads, in source pixels, Tensor[output * kernel]."""
+def _taps(dilation: Tensor, source: int, kernel: int, stride: int, padding: int, base_dilation: int) -> Axis:
+    """Where every tap of every output pixel of one axis reads, in source pixels."""
     reach = base_dilation * (kernel - 1)
     target = (source + 2 * padding - reach - 1) // stride + 1
     if target < 1:
         raise ValueError(f"a map of {source} px, padded by {padding}, is smaller than the kernel's reach of {reach} px")
     centre = torch.arange(target, dtype=dilation.dtype, device=dilation.device) * stride - padding + reach / 2
-    offset = torch.arange(kernel, dtype=dilation.dtype, device=dilation.device) - (kernel - 1) / 2
-    return (centre[:, None] + offset * dilation).flatten()
+    offset = torch.arange(kernel, dtype=dilation.dtype, device=dilation.device)[:, None] - (kernel - 1) / 2
+    return Axis(centre + offset * dilation, offset.expand(-1, target))

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rfield.ops.sampling import by_matrices, sample_grid
+from rfield.ops.sampling import Axis, by_matrices, sample_grid
 
 # Float noise in (size - 1) * factor must not flip the size at integers.
 _SIZE_SLACK = 1e-4
@@ -73,13 +73,21 @@ def resize_bilinear(input: Tensor, scale_factor: Tensor, output_size: tuple[int,
         if _unresized(input, scale_factor, output_size):
             copied: Tensor = _Copy.apply(input.to(dtype), factor.expand(2))
             return copied.to(input.dtype)
-        rows, columns = (_positions(factor[axis], output_size[axis]) for axis in (0, -1))
-        return sample_grid(input.to(dtype), rows, columns, "edge").to(input.dtype)
+        return _sampled(input.to(dtype), factor, output_size).to(input.dtype)
 
 
-def _positions(scale: Tensor, target: int) -> Tensor:
-    """Where the target pixels of one axis lie in the source, Tensor[target]."""
-    return torch.arange(target, dtype=scale.dtype, device=scale.device) / scale
+def _sampled(input: Tensor, factor: Tensor, size: tuple[int, int], plain: bool = False) -> Tensor:
+    # Positions are linear in the pixels' spacing.
+    spacing, fixed = 1 / factor, factor.detach()
+    rows, columns = (_axis(fixed[axis], size[axis]) for axis in (0, -1))
+    if len(factor) == 1 and size[0] == size[1]:
+        columns = rows
+    return (by_matrices if plain else sample_grid)(input, spacing, rows, columns, "edge")
+
+
+def _axis(factor: Tensor, target: int) -> Axis:
+    pixel = torch.arange(target, dtype=factor.dtype, device=factor.device)[None]
+    return Axis(pixel / factor, pixel)
 
 
 def _unresized(input: Tensor, scale_factor: Tensor, output_size: tuple[int, int]) -> bool:
@@ -103,8 +111,7 @@ class _Copy(torch.autograd.Function):
         if not ctx.needs_input_grad[1]:
             return grad, None
         if torch.is_grad_enabled():  # For the second derivative.
-            rows, columns = (_positions(factor[axis], input.shape[2 + axis]) for axis in (0, 1))
-            resized = by_matrices(input, rows, columns, "edge")
+            resized = _sampled(input, factor, (input.shape[2], input.shape[3]), plain=True)
             grads = torch.autograd.grad(resized, (input, factor), grad, create_graph=True, allow_unused=True)
             return grads[0] if ctx.needs_input_grad[0] else None, grads[1]
         return grad, torch.stack([_slope_at_one(grad, input, axis) for axis in (2, 3)])
