@@ -15,6 +15,8 @@ Loss = Literal["cross_entropy", "focal", "dice"]
 
 # Marks a field that a derived config decides by itself: it has no flag.
 _FIXED = {"fixed": True}
+# From here on a number is a slip, and would only fail later or fill the memory; 2^31 where nothing is said.
+_LIMITS = {"paths": 256}
 
 
 def parse_size(value: Any) -> tuple[int, int]:
@@ -239,9 +241,13 @@ class TrainConfig:
         positive = ("dilation", "paths", "path_weight", "head_channels", "factor", "epochs", "head_lr_scale", "devices")
         optional = ("batch_size", "search_share", "factor_lr", "lr", "max_steps", "val_every")
         for name in (*positive, "memory_budget", *optional):
-            value = getattr(self, name)
-            if not (value is None and name in optional) and not (math.isfinite(value) and value > 0):
+            value, limit = getattr(self, name), _LIMITS.get(name, 2**31)
+            if value is None and name in optional:
+                continue
+            if value is None or not value > 0:
                 raise ValueError(f"{name} must be positive, got {value}")
+            if not value < limit:
+                raise ValueError(f"{name} must be less than {limit}, got {value}")
         for name in ("weight_decay", "clip_norm", "colour_jitter", "workers", "factor_start", "seed"):
             if not (getattr(self, name) or 0) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")

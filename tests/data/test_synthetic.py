@@ -90,7 +90,8 @@ def test_best_dilation() -> None:
         ({"distance": 129}, "from 1 to 128, less than both sides of the 129x129 images; got 129"),
         ({"distance": 0}, "distance must be a whole number"),
         ({"distance": 4.5}, "distance must be a whole number .*got 4.5"),
-        ({"length": 0}, "length must be a whole number of samples above 0; got 0"),
+        ({"length": 0}, "length must be a whole number of samples from 1 to 1000000; got 0"),
+        ({"length": 10**25}, "length must be a whole number of samples from 1 to 1000000; got 10000"),
         ({"seed": -1}, "seed must be a whole number, 0 or more; got -1"),
     ],
 )

@@ -102,7 +102,7 @@ def test_paths_builds_each_kind() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"paths": 1}, "at least 2"),
+        ({"paths": 1}, "2 to 255"),
         ({"dilation": [2, 3, 4]}, "2 paths need"),
         ({"fusion": "max"}, "fusion"),
         ({"class_groups": [[0]]}, "as many class groups"),

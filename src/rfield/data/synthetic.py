@@ -11,6 +11,7 @@ from torchvision.tv_tensors import Image, Mask
 from rfield.data.dataset import IGNORE_INDEX, ParsingDataset, voc_palette
 
 _LENGTHS = {"train": 200, "val": 40, "test": 40}
+_MOST = 1_000_000
 _COLOURS = [(38, 44, 74), (64, 176, 166), (214, 93, 77), (247, 201, 72)]
 
 # Chosen by a grid over fixed dilations: wide enough that the loss still falls toward the best from half and twice
@@ -68,8 +69,8 @@ class SyntheticCues(ParsingDataset):
                 f"distance must be a whole number of px from 1 to {min(size) - 1}, less than both sides of the "
                 f"{size[0]}x{size[1]} images; got {distance!r}"
             )
-        if length is not None and not _is_positive_integer(length):
-            raise ValueError(f"length must be a whole number of samples above 0; got {length!r}")
+        if length is not None and not (_is_positive_integer(length) and length <= _MOST):
+            raise ValueError(f"length must be a whole number of samples from 1 to {_MOST}; got {length!r}")
         if seed != 0 and not _is_positive_integer(seed):
             raise ValueError(f"seed must be a whole number, 0 or more; got {seed!r}")
         self.split = split

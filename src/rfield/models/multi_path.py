@@ -33,7 +33,7 @@ class MultiPathHead(nn.Module):
             each path and that of their sum; drifting paths show in them.
 
     Raises:
-        ValueError: fewer than two paths, class groups that do not fit them, or what `SinglePathHead` raises.
+        ValueError: fewer than 2 paths or more than 255, class groups that do not fit them, or what `SinglePathHead` raises.
 
     Example:
         >>> head = MultiPathHead(32, 5, dilation=4, paths=2, head_channels=16, class_groups=[[1, 2], [3, 4]])
@@ -58,8 +58,8 @@ class MultiPathHead(nn.Module):
         norm: bool = True,
     ) -> None:
         super().__init__()
-        if paths < 2:
-            raise ValueError(f"several paths are at least 2, got {paths}; one is a SinglePathHead")
+        if not 2 <= paths < 256:
+            raise ValueError(f"several paths are 2 to 255, got {paths}; one is a SinglePathHead")
         dilations = [dilation] * paths if isinstance(dilation, int) else list(dilation)
         if len(dilations) != paths:
             raise ValueError(f"{paths} paths need one dilation or as many, got {dilations}")
