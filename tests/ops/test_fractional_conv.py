@@ -101,6 +101,47 @@ class TestGradients:
             central = (loss(real + step) - loss(real - step)) / (2 * step)
         torch.testing.assert_close(gradient[0], central, rtol=1e-5, atol=1e-6)
 
+    def test_output_may_be_changed_in_place(self) -> None:
+        input = random_tensor(1, 2, 6, 5).contiguous(memory_format=torch.channels_last).requires_grad_()
+        weight, real = random_tensor(3, 2, 3, 3), torch.tensor([1.7], dtype=torch.float64)
+        fractional_conv2d(input, weight, None, real, padding=(1, 1)).relu_().sum().backward()
+        assert input.grad is not None
+
+    def test_double_backward(self) -> None:
+        leaves = (
+            random_tensor(1, 2, 5, 4).requires_grad_(),
+            random_tensor(2, 2, 3, 3).requires_grad_(),
+            torch.tensor([1.3], dtype=torch.float64, requires_grad=True),
+        )
+
+        def cubed(input: Tensor, weight: Tensor, real: Tensor) -> Tensor:
+            return fractional_conv2d(input, weight, None, real, padding=(1, 1)).pow(3)
+
+        assert torch.autograd.gradgradcheck(cubed, leaves)
+
+    @pytest.mark.parametrize("groups", [1, 2])
+    def test_bfloat16_sums_in_float32(self, groups: int) -> None:
+        input, weight, real = random_tensor(2, 8, 9, 7), random_tensor(4, 8 // groups, 3, 3), torch.tensor([1.7])
+        lower = [each.to(torch.bfloat16).requires_grad_() for each in (input, weight)]
+        exact = [each.detach().float().requires_grad_() for each in lower]
+        for leaves in (lower, exact):
+            fractional_conv2d(*leaves, None, real, padding=(1, 1), groups=groups).float().pow(2).sum().backward()
+        for actual, expected in zip(lower, exact, strict=True):
+            assert actual.grad is not None
+            assert expected.grad is not None
+            assert actual.grad.dtype == torch.bfloat16
+            torch.testing.assert_close(
+                actual.grad.float(), expected.grad, rtol=0.02, atol=0.02 * float(expected.grad.abs().max())
+            )
+
+    def test_autocast_lowers_it_as_the_plain_convolution(self) -> None:
+        input, weight, real = random_tensor(1, 4, 9, 7).float(), random_tensor(4, 4, 3, 3).float(), torch.tensor([1.7])
+        with torch.autocast("cpu", torch.bfloat16):
+            output = fractional_conv2d(input, weight, None, real, padding=(1, 1))
+        assert output.dtype == torch.bfloat16
+        expected = fractional_conv2d(input, weight, None, real, padding=(1, 1))
+        torch.testing.assert_close(output.float(), expected, rtol=0.03, atol=0.3)
+
     def test_channels_last(self) -> None:
         input = random_tensor(2, 4, 6, 5).contiguous(memory_format=torch.channels_last)
         weight, real = random_tensor(3, 4, 3, 3), torch.tensor([1.7], dtype=torch.float64)

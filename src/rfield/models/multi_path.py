@@ -33,7 +33,7 @@ class MultiPathHead(nn.Module):
             each path and that of their sum; drifting paths show in them.
 
     Raises:
-        ValueError: fewer than 2 paths or more than 255, class groups that do not fit them, or what `SinglePathHead` raises.
+        ValueError: not 2 to 255 paths, class groups that do not fit them, or what `SinglePathHead` raises.
 
     Example:
         >>> head = MultiPathHead(32, 5, dilation=4, paths=2, head_channels=16, class_groups=[[1, 2], [3, 4]])

@@ -1,12 +1,14 @@
 """Convolution whose dilation is a positive real number, by bilinear taps anchored at the kernel's centre."""
 
 import math
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rfield.ops.sampling import Axis, sample_grid
+from rfield.ops.sampling import Axis, Grid, as_map, as_table, by_matrices
 
 Pair = tuple[int, int]
 
@@ -61,37 +63,147 @@ def fractional_conv2d(
     if not learned and all(value == round(value) for value in values):
         integer = (round(values[0]), round(values[-1]))
         return _integer_conv2d(input, weight, bias, integer, stride, padding, base_dilation, groups)
-    dtype = torch.promote_types(input.dtype, torch.float32)
-    with torch.autocast(input.device.type, enabled=False):
-        rows, columns = (
-            _taps(
-                dilation.detach().to(dtype)[place],
-                input.shape[axis + 2],
-                kernel[axis],
-                stride[axis],
-                padding[axis],
-                base_dilation[axis],
-            )
-            for axis, place in ((0, 0), (1, -1))
+    real = dilation.to(torch.promote_types(input.dtype, torch.float32))
+    rows, columns = (
+        _taps(
+            real.detach()[place], input.shape[axis + 2], kernel[axis], stride[axis], padding[axis], base_dilation[axis]
         )
-        taps = sample_grid(input.to(dtype), dilation.to(dtype), rows, columns, "zeros").to(input.dtype)
-    output = _weigh(taps, weight, bias, groups)
-    channels_last = input.is_contiguous(memory_format=torch.channels_last)
-    return output.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+        for axis, place in ((0, 0), (1, -1))
+    )
+    if torch.is_autocast_enabled(input.device.type):
+        lower = torch.get_autocast_dtype(input.device.type)
+        input, weight, bias = input.to(lower), weight.to(lower), None if bias is None else bias.to(lower)
+    with torch.autocast(input.device.type, enabled=False):
+        if input.device.type != "cpu" or torch.compiler.is_compiling():
+            return _by_taps(input, weight, bias, real, rows, columns, groups)
+        convolved: Tensor = _ByRows.apply(input, weight, bias, real, rows, columns, groups)
+        return convolved
 
 
-def _weigh(taps: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
-    """The convolution, as one of 1x1: every pixel of Tensor[N, k_h * k_w * C, H, W] has its taps as channels.
+def _by_taps(
+    input: Tensor, weight: Tensor, bias: Tensor | None, dilation: Tensor, rows: Axis, columns: Axis, groups: int
+) -> Tensor:
+    """All taps at once, in plain operations: the kernel strides over a map of all that it reads."""
+    flat_rows, flat_columns = (Axis(*(each.flatten() for each in axis)) for axis in (rows, columns))
+    taps = by_matrices(input.to(dilation.dtype), dilation, flat_rows, flat_columns, "zeros").to(input.dtype)
+    return F.conv2d(taps, weight, bias, stride=(weight.shape[2], weight.shape[3]), groups=groups)
 
-    A strided convolution would do, but torch's backward pass of one takes several times as long on a CPU.
+
+class _ByRows(torch.autograd.Function):
+    """An image and a row of the kernel at a time: a product of matrices, an output pixel's taps being its channels.
+
+    The taps of a row take as much memory as the image and the kernel's width together; they are not kept but sampled
+    again. Output rows at which a row of taps lies beyond the map are left out.
     """
-    if groups > 1:
-        n, channels, *size = taps.shape
-        inputs = weight.shape[1]
-        taps = taps.view(n, channels // (groups * inputs), groups, inputs, *size).transpose(1, 2).flatten(1, 3)
-    pointwise = weight.permute(0, 2, 3, 1).flatten(1)[:, :, None, None]
-    # A dilation means nothing to one tap, but without it torch leaves oneDNN aside where there is one thread.
-    return F.conv2d(taps, pointwise, bias, dilation=2, groups=groups)
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        dilation: Tensor,
+        rows: Axis,
+        columns: Axis,
+        groups: int,
+    ) -> Tensor:
+        ctx.save_for_backward(input, weight, bias, dilation)
+        ctx.rows, ctx.columns, ctx.groups = rows, columns, groups
+        shape = (len(input), len(rows.at), len(columns.at), len(weight))
+        output = dilation.new_zeros(shape) if bias is None else bias.to(dilation.dtype).expand(shape).contiguous()
+        kernel = _as_matrices(weight, groups)
+        for table, total in zip(as_table(input), output, strict=True):
+            for tap, span, grid in _rows_of_taps(rows, columns, (input.shape[2], input.shape[3])):
+                taps = grid.sample(table.to(dilation.dtype)[None]).to(input.dtype)
+                _add_product(_by_group(total[span], groups), _grouped(taps, groups, weight.shape[3]), kernel[tap])
+        return as_map(output.to(input.dtype), input.is_contiguous(memory_format=torch.channels_last))
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        input, weight, bias, dilation = ctx.saved_tensors
+        rows, columns, groups, grad = ctx.rows, ctx.columns, ctx.groups, grad_outputs[0]
+        needed = ctx.needs_input_grad[:4]
+        if torch.is_grad_enabled():  # The kernels have no second derivative.
+            convolved = _by_taps(input, weight, bias, dilation, rows, columns, groups)
+            leaves = zip((input, weight, bias, dilation), needed, strict=True)
+            wanted = [leaf for leaf, need in leaves if need]
+            twice = iter(torch.autograd.grad(convolved, wanted, grad, create_graph=True))
+            return (*(next(twice) if need else None for need in needed), None, None, None)
+        grads, tables = as_table(grad), as_table(input)
+        kernel = _as_matrices(weight, groups)
+        grad_kernel = torch.zeros_like(kernel, dtype=dilation.dtype)
+        grad_tables = torch.zeros_like(tables, dtype=dilation.dtype)
+        grad_dilation = dilation.new_zeros(2)
+        for table, grad_table, each in zip(tables, grad_tables, grads, strict=True):
+            table = table.to(dilation.dtype)[None]
+            for tap, span, grid in _rows_of_taps(rows, columns, (input.shape[2], input.shape[3])):
+                grad_rows = _by_group(each[span], groups)
+                if needed[1]:
+                    taps = _grouped(grid.sample(table).to(input.dtype), groups, weight.shape[3])
+                    _add_product(grad_kernel[tap], taps.transpose(1, 2), grad_rows)
+                if needed[0] or needed[3]:
+                    grad_taps = torch.bmm(grad_rows, kernel[tap].transpose(1, 2)).to(dilation.dtype)
+                    grad_taps = _ungrouped(grad_taps, weight.shape[3]).view(1, -1, columns.at.numel(), input.shape[1])
+                    between = grid.columns_back(grad_taps)
+                    if needed[0]:
+                        grad_table += grid.rows_back(between)[0]
+                    if needed[3]:
+                        grad_dilation += grid.slopes(table, grad_taps, between)
+        grad_input = as_map(grad_tables.to(input.dtype), input.is_contiguous(memory_format=torch.channels_last))
+        grad_weight = _from_matrices(grad_kernel, weight).to(weight.dtype)
+        grad_bias = None if bias is None else grad.sum((0, 2, 3))
+        grad_dilation = grad_dilation if len(dilation) == 2 else grad_dilation.sum(0, keepdim=True)
+        found = (grad_input, grad_weight, grad_bias, grad_dilation)
+        return (*(each if need else None for each, need in zip(found, needed, strict=True)), None, None, None)
+
+
+def _rows_of_taps(rows: Axis, columns: Axis, size: Pair) -> Iterator[tuple[int, slice, Grid]]:
+    """Each row of taps, the output rows at which it reads the map at all, and where it reads it there."""
+    flat = Axis(*(each.flatten() for each in columns))
+    # One pixel out nothing is read, but moving in is: where the derivative has its kink.
+    inside = (rows.at >= -1) & (rows.at <= size[0])
+    for tap, count in enumerate(inside.sum(0).tolist()):
+        if count:
+            first = int(inside[:, tap].int().argmax())
+            span = slice(first, first + count)
+            yield tap, span, Grid(Axis(*(each[span, tap].contiguous() for each in rows)), flat, size, "zeros")
+
+
+def _as_matrices(weight: Tensor, groups: int) -> Tensor:
+    """Tensor[k_h, groups, k_w * C / groups, K / groups]: what the taps of a row are multiplied with."""
+    k, c, h, w = weight.shape
+    return weight.view(groups, k // groups, c, h, w).permute(3, 0, 4, 2, 1).reshape(h, groups, w * c, k // groups)
+
+
+def _from_matrices(kernel: Tensor, weight: Tensor) -> Tensor:
+    k, c, h, w = weight.shape
+    groups = kernel.shape[1]
+    return kernel.view(h, groups, w, c, k // groups).permute(1, 4, 3, 0, 2).reshape(weight.shape)
+
+
+def _by_group(pixels: Tensor, groups: int) -> Tensor:
+    """Tensor[groups, T * U, K / groups] of Tensor[T, U, K]: a view."""
+    return pixels.reshape(-1, groups, pixels.shape[-1] // groups).transpose(0, 1)
+
+
+def _grouped(taps: Tensor, groups: int, width: int) -> Tensor:
+    """Tensor[groups, T * U, k_w * C / groups] of Tensor[1, T, U * k_w, C]: a view, if there is one group."""
+    c = taps.shape[3] // groups
+    return taps.view(-1, width, groups, c).permute(2, 0, 1, 3).reshape(groups, -1, width * c)
+
+
+def _ungrouped(taps: Tensor, width: int) -> Tensor:
+    """Tensor[T * U, k_w, C] of what `_grouped` returns."""
+    groups, pixels, channels = taps.shape
+    return taps.view(groups, pixels, width, channels // width).permute(1, 2, 0, 3).reshape(pixels, width, -1)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """In the precision of the sum."""
+    if total.dtype == left.dtype:
+        total.baddbmm_(left, right)
+    else:
+        total += torch.bmm(left, right)
 
 
 def _integer_conv2d(
@@ -114,11 +226,11 @@ def _integer_conv2d(
 
 
 def _taps(dilation: Tensor, source: int, kernel: int, stride: int, padding: int, base_dilation: int) -> Axis:
-    """Where every tap of every output pixel of one axis reads, in source pixels."""
+    """Where every tap of every output pixel of one axis reads, in source pixels: Tensor[output, kernel]."""
     reach = base_dilation * (kernel - 1)
     target = (source + 2 * padding - reach - 1) // stride + 1
     if target < 1:
         raise ValueError(f"a map of {source} px, padded by {padding}, is smaller than the kernel's reach of {reach} px")
     centre = torch.arange(target, dtype=dilation.dtype, device=dilation.device) * stride - padding + reach / 2
-    offset = torch.arange(kernel, dtype=dilation.dtype, device=dilation.device)[:, None] - (kernel - 1) / 2
-    return Axis(centre + offset * dilation, offset.expand(-1, target))
+    offset = torch.arange(kernel, dtype=dilation.dtype, device=dilation.device) - (kernel - 1) / 2
+    return Axis(centre[:, None] + offset * dilation, offset.expand(target, -1))

@@ -77,17 +77,15 @@ def resize_bilinear(input: Tensor, scale_factor: Tensor, output_size: tuple[int,
 
 
 def _sampled(input: Tensor, factor: Tensor, size: tuple[int, int], plain: bool = False) -> Tensor:
-    # Positions are linear in the pixels' spacing.
-    spacing, fixed = 1 / factor, factor.detach()
-    rows, columns = (_axis(fixed[axis], size[axis]) for axis in (0, -1))
-    if len(factor) == 1 and size[0] == size[1]:
-        columns = rows
-    return (by_matrices if plain else sample_grid)(input, spacing, rows, columns, "edge")
+    rows = _axis(factor[:1], size[0])
+    columns = rows if len(factor) == 1 and size[0] == size[1] else _axis(factor[-1:], size[1])
+    # Positions are linear in the spacing of the pixels.
+    return (by_matrices if plain else sample_grid)(input, 1 / factor, rows, columns, "edge")
 
 
 def _axis(factor: Tensor, target: int) -> Axis:
-    pixel = torch.arange(target, dtype=factor.dtype, device=factor.device)[None]
-    return Axis(pixel / factor, pixel)
+    pixel = torch.arange(target, dtype=factor.dtype, device=factor.device)
+    return Axis(pixel / factor.detach(), pixel)
 
 
 def _unresized(input: Tensor, scale_factor: Tensor, output_size: tuple[int, int]) -> bool:
