@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rfield.ops.sampling import Axis, Grid, as_map, as_table, by_matrices
+from rfield.ops.sampling import Axis, Grid, as_map, as_table, by_matrices, is_channels_last
 
 Pair = tuple[int, int]
 
@@ -112,11 +112,11 @@ class _ByRows(torch.autograd.Function):
         shape = (len(input), len(rows.at), len(columns.at), len(weight))
         output = dilation.new_zeros(shape) if bias is None else bias.to(dilation.dtype).expand(shape).contiguous()
         kernel = _as_matrices(weight, groups)
-        for table, total in zip(as_table(input), output, strict=True):
+        for table, total in zip(as_table(input, True), output, strict=True):
             for tap, span, grid in _rows_of_taps(rows, columns, (input.shape[2], input.shape[3])):
                 taps = grid.sample(table.to(dilation.dtype)[None]).to(input.dtype)
                 _add_product(_by_group(total[span], groups), _grouped(taps, groups, weight.shape[3]), kernel[tap])
-        return as_map(output.to(input.dtype), input.is_contiguous(memory_format=torch.channels_last))
+        return _in_format_of(input, output)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
@@ -129,7 +129,7 @@ class _ByRows(torch.autograd.Function):
             wanted = [leaf for leaf, need in leaves if need]
             twice = iter(torch.autograd.grad(convolved, wanted, grad, create_graph=True))
             return (*(next(twice) if need else None for need in needed), None, None, None)
-        grads, tables = as_table(grad), as_table(input)
+        grads, tables = as_table(grad, True), as_table(input, True)
         kernel = _as_matrices(weight, groups)
         grad_kernel = torch.zeros_like(kernel, dtype=dilation.dtype)
         grad_tables = torch.zeros_like(tables, dtype=dilation.dtype)
@@ -144,12 +144,12 @@ class _ByRows(torch.autograd.Function):
                 if needed[0] or needed[3]:
                     grad_taps = torch.bmm(grad_rows, kernel[tap].transpose(1, 2)).to(dilation.dtype)
                     grad_taps = _ungrouped(grad_taps, weight.shape[3]).view(1, -1, columns.at.numel(), input.shape[1])
-                    between = grid.columns_back(grad_taps)
-                    if needed[0]:
-                        grad_table += grid.rows_back(between)[0]
-                    if needed[3]:
-                        grad_dilation += grid.slopes(table, grad_taps, between)
-        grad_input = as_map(grad_tables.to(input.dtype), input.is_contiguous(memory_format=torch.channels_last))
+                    of_table, of_dilation = grid.gradients(grad_taps, table, needed[0], needed[3])
+                    if of_table is not None:
+                        grad_table += of_table[0]
+                    if of_dilation is not None:
+                        grad_dilation += of_dilation
+        grad_input = _in_format_of(input, grad_tables)
         grad_weight = _from_matrices(grad_kernel, weight).to(weight.dtype)
         grad_bias = None if bias is None else grad.sum((0, 2, 3))
         grad_dilation = grad_dilation if len(dilation) == 2 else grad_dilation.sum(0, keepdim=True)
@@ -196,6 +196,12 @@ def _ungrouped(taps: Tensor, width: int) -> Tensor:
     """Tensor[T * U, k_w, C] of what `_grouped` returns."""
     groups, pixels, channels = taps.shape
     return taps.view(groups, pixels, width, channels // width).permute(1, 2, 0, 3).reshape(pixels, width, -1)
+
+
+def _in_format_of(input: Tensor, table: Tensor) -> Tensor:
+    """Tensor[N, h, w, C] as a map of the type and memory format of another."""
+    map = as_map(table.to(input.dtype), table.shape[3], True)
+    return map if is_channels_last(input) else map.contiguous()
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

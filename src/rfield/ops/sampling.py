@@ -69,7 +69,8 @@ class _Sample(torch.autograd.Function):
         ctx.save_for_backward(input, learned)
         ctx.rows, ctx.columns, ctx.beyond = rows, columns, beyond
         ctx.grid = Grid(rows, columns, (input.shape[2], input.shape[3]), beyond)
-        return as_map(ctx.grid.sample(as_table(input)), input.is_contiguous(memory_format=torch.channels_last))
+        channels_last = is_channels_last(input)
+        return as_map(ctx.grid.sample(as_table(input, channels_last)), input.shape[1], channels_last)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
@@ -80,14 +81,12 @@ class _Sample(torch.autograd.Function):
             wanted = [part for part, need in zip((input, learned), needed, strict=True) if need]
             twice = iter(torch.autograd.grad(sampled, wanted, grad, create_graph=True))
             return (*(next(twice) if need else None for need in needed), None, None, None)
-        grad_input = grad_learned = None
-        grads = as_table(grad)
-        grad_rows = ctx.grid.columns_back(grads)
-        if needed[0]:
-            grad_input = as_map(ctx.grid.rows_back(grad_rows), input.is_contiguous(memory_format=torch.channels_last))
-        if needed[1]:
-            sums = ctx.grid.slopes(as_table(input), grads, grad_rows)
-            grad_learned = sums if len(learned) == 2 else sums.sum(0, keepdim=True)
+        channels_last = is_channels_last(input)
+        grads, table = as_table(grad, channels_last), as_table(input, channels_last)
+        grad_table, grad_learned = ctx.grid.gradients(grads, table, *needed)
+        grad_input = None if grad_table is None else as_map(grad_table, input.shape[1], channels_last)
+        if grad_learned is not None and len(learned) == 1:
+            grad_learned = grad_learned.sum(0, keepdim=True)
         return grad_input, grad_learned, None, None, None
 
 
@@ -111,23 +110,30 @@ class Grid:
 
     def sample(self, table: Tensor) -> Tensor:
         """Tensor[N, T, U, C]."""
-        return _mix_columns(_mix(table, self._row), self._column)
+        between = _by_columns(_mix(table, self._row))
+        return _by_rows(_mix(between, self._column), table)
 
-    def columns_back(self, grads: Tensor) -> Tensor:
-        """Tensor[N, T, w, C] of Tensor[N, T, U, C]: the gradient of what lies between rows and columns."""
-        return _mix_columns(grads, _transposed(self._column, self._size[1]))
+    def gradients(
+        self, grads: Tensor, table: Tensor, of_table: bool, of_learned: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The gradients of the maps, Tensor[N, h, w, C], and of the learned number along each axis, Tensor[2].
 
-    def rows_back(self, grad_rows: Tensor) -> Tensor:
-        """Tensor[N, h, w, C] of what `columns_back` returns: the gradient of the maps."""
-        return _mix(grad_rows, _transposed(self._row, self._size[0]))
-
-    def slopes(self, table: Tensor, grads: Tensor, grad_rows: Tensor) -> Tensor:
-        """Tensor[2]: the gradient of the learned number along the rows, and along the columns."""
-        row, column = self._both(_slopes)
-        by_row, by_column = _mix(table, row), _mix_columns(_mix(table, self._row), column)
-        return torch.stack(
-            (torch.dot(by_row.view(-1), grad_rows.view(-1)), torch.dot(by_column.view(-1), grads.view(-1)))
-        )
+        Args:
+            grads: Tensor[N, T, U, C], of what `sample` returns.
+            table: Tensor[N, h, w, C], the maps.
+            of_table, of_learned: which of the two are wanted.
+        """
+        grad_table = grad_learned = None
+        turned = _by_columns(grads)
+        between = _by_rows(_mix(turned, _transposed(self._column, self._size[1])), table)
+        if of_table:
+            grad_table = _mix(between, _transposed(self._row, self._size[0]))
+        if of_learned:
+            row, column = self._both(_slopes)
+            changes = _mix(table, row), _mix(_by_columns(_mix(table, self._row)), column)
+            pairs = zip(changes, (between, turned), strict=True)
+            grad_learned = torch.stack([torch.dot(change.flatten(), grad.flatten()) for change, grad in pairs])
+        return grad_table, grad_learned
 
 
 def _samples(axis: Axis, source: int, beyond: str) -> _Mixture:
@@ -179,25 +185,33 @@ def _mix(table: Tensor, mixture: _Mixture) -> Tensor:
     return mixed.view(n, -1, *table.shape[2:])
 
 
-def _mix_columns(table: Tensor, mixture: _Mixture) -> Tensor:
-    """Tensor[N, T, sums, C] of Tensor[N, T, columns, C]."""
-    n, t, _, c = table.shape
-    return _mix(table.flatten(0, 1), mixture).view(n, t, -1, c)
+def _by_columns(table: Tensor) -> Tensor:
+    """Tensor[N * T, w, C] of Tensor[N, T, w, C]; of planes, where C is 1, Tensor[N, w, T], whose rows are long."""
+    n, t, w, c = table.shape
+    return _turned(table.view(n, t, w)) if c == 1 else table.view(n * t, w, c)
 
 
-def as_table(map: Tensor) -> Tensor:
-    """Tensor[N, h, w, C] of a map: a view of a channels-last one, a copy of another."""
-    if map.is_contiguous(memory_format=torch.channels_last):
-        return map.permute(0, 2, 3, 1)
-    n, c, h, w = map.shape
-    return _turned(map.reshape(n, c, h * w)).view(n, h, w, c)
+def _by_rows(columns: Tensor, table: Tensor) -> Tensor:
+    """Back from `_by_columns`, for a table that the columns are of."""
+    n, _, _, c = table.shape
+    return _turned(columns)[..., None] if c == 1 else columns.view(n, -1, columns.shape[1], c)
 
 
-def as_map(table: Tensor, channels_last: bool) -> Tensor:
-    """Tensor[N, C, h, w] of Tensor[N, h, w, C]: a view, or a contiguous copy."""
-    n, h, w, c = table.shape
-    map = table.permute(0, 3, 1, 2) if channels_last else _turned(table.view(n, h * w, c)).view(n, c, h, w)
+def as_table(map: Tensor, channels_last: bool) -> Tensor:
+    """Tensor[N, h, w, C] of a channels-last map, Tensor[N * C, h, w, 1] of another: a view, where it is contiguous."""
+    if channels_last:
+        return map.permute(0, 2, 3, 1).contiguous()
+    return map.reshape(-1, *map.shape[2:], 1)
+
+
+def as_map(table: Tensor, channels: int, channels_last: bool) -> Tensor:
+    """What `as_table` makes a table of: a view."""
+    map = table.permute(0, 3, 1, 2) if channels_last else table.view(-1, channels, *table.shape[1:3])
     return map.detach()  # Else autograd takes it for a view, which may not leave a function and be changed in place.
+
+
+def is_channels_last(map: Tensor) -> bool:
+    return map.is_contiguous(memory_format=torch.channels_last)
 
 
 def _turned(matrices: Tensor) -> Tensor:
