@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rfield.ops.sampling import Axis, Grid, as_map, as_table, by_matrices, is_channels_last
+from rfield.ops.sampling import Axis, Grid, as_table, by_matrices, is_channels_last
 
 Pair = tuple[int, int]
 
@@ -200,8 +200,8 @@ def _ungrouped(taps: Tensor, width: int) -> Tensor:
 
 def _in_format_of(input: Tensor, table: Tensor) -> Tensor:
     """Tensor[N, h, w, C] as a map of the type and memory format of another."""
-    map = as_map(table.to(input.dtype), table.shape[3], True)
-    return map if is_channels_last(input) else map.contiguous()
+    map = table.to(input.dtype).permute(0, 3, 1, 2)
+    return map.detach() if is_channels_last(input) else map.contiguous()
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

@@ -62,32 +62,93 @@ def sample_grid(input: Tensor, learned: Tensor, rows: Axis, columns: Axis, beyon
 
 
 class _Sample(torch.autograd.Function):
-    """Keeps nothing but what it was given, since sampling once more is cheap."""
+    """Keeps nothing of a map's size but what it was given, since sampling once more is cheap."""
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, learned: Tensor, rows: Axis, columns: Axis, beyond: str) -> Tensor:
         ctx.save_for_backward(input, learned)
         ctx.rows, ctx.columns, ctx.beyond = rows, columns, beyond
-        ctx.grid = Grid(rows, columns, (input.shape[2], input.shape[3]), beyond)
-        channels_last = is_channels_last(input)
-        return as_map(ctx.grid.sample(as_table(input, channels_last)), input.shape[1], channels_last)
+        ctx.sampler_grid = None
+        if _suits_sampler(input, rows, columns, beyond):
+            ctx.sampler_grid = _sampler_grid(input, rows, columns)
+            sampled = torch.grid_sampler_2d(input, ctx.sampler_grid, *_SAMPLER)
+            return sampled.contiguous(memory_format=_format_of(input))
+        grid = Grid(rows, columns, (input.shape[2], input.shape[3]), beyond)
+        return as_map(grid.sample(as_table(input, is_channels_last(input))), input)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         input, learned = ctx.saved_tensors
-        needed, grad = ctx.needs_input_grad[:2], grad_outputs[0]
+        rows, columns, beyond, grad = ctx.rows, ctx.columns, ctx.beyond, grad_outputs[0]
+        needed = ctx.needs_input_grad[:2]
         if torch.is_grad_enabled():  # The kernels have no second derivative.
-            sampled = by_matrices(input, learned, ctx.rows, ctx.columns, ctx.beyond)
+            sampled = by_matrices(input, learned, rows, columns, beyond)
             wanted = [part for part, need in zip((input, learned), needed, strict=True) if need]
             twice = iter(torch.autograd.grad(sampled, wanted, grad, create_graph=True))
             return (*(next(twice) if need else None for need in needed), None, None, None)
-        channels_last = is_channels_last(input)
-        grads, table = as_table(grad, channels_last), as_table(input, channels_last)
-        grad_table, grad_learned = ctx.grid.gradients(grads, table, *needed)
-        grad_input = None if grad_table is None else as_map(grad_table, input.shape[1], channels_last)
+        if ctx.sampler_grid is not None:
+            grad_input, grad_learned = _sampler_gradients(grad, input, ctx.sampler_grid, rows, columns, needed)
+        else:
+            channels_last = is_channels_last(input)
+            grid = Grid(rows, columns, (input.shape[2], input.shape[3]), beyond)
+            grads, table = as_table(grad, channels_last), as_table(input, channels_last)
+            grad_table, grad_learned = grid.gradients(grads, table, *needed)
+            grad_input = None if grad_table is None else as_map(grad_table, input)
         if grad_learned is not None and len(learned) == 1:
             grad_learned = grad_learned.sum(0, keepdim=True)
         return grad_input, grad_learned, None, None, None
+
+
+# ATen's grid sampler: bilinear, beyond the border the border, -1 and 1 at the centres of the corner pixels.
+_SAMPLER = (0, 1, True)
+# Maps of fewer numbers are sampled by it in any memory format, since it takes fewer calls.
+_SMALL = 2**17
+
+
+def _suits_sampler(input: Tensor, rows: Axis, columns: Axis, beyond: str) -> bool:
+    """Whether ATen's grid sampler is exact and fast here: it takes the slope of a sample on a pixel from one side.
+
+    It walks a map plane by plane, and is slower at gradients of maps that grow.
+    """
+    if beyond != "edge":
+        return False
+    grows = len(rows.at) * len(columns.at) > input.shape[2] * input.shape[3]
+    if input.numel() > _SMALL and (grows or is_channels_last(input)):
+        return False
+    height, width = input.shape[2:]
+    alike = columns is rows and height == width
+    return not (_has_kinks(rows, height) or (not alike and _has_kinks(columns, width)))
+
+
+def _has_kinks(axis: Axis, source: int) -> bool:
+    moved = zip(axis.at.tolist(), axis.rate.tolist(), strict=True)
+    return any(place.is_integer() and place < source and rate for place, rate in moved)
+
+
+def _sampler_grid(input: Tensor, rows: Axis, columns: Axis) -> Tensor:
+    """Tensor[N, T, U, 2]: the positions as the grid sampler has them, columns first, -1 to 1."""
+    grid = input.new_empty(len(rows.at), len(columns.at), 2)
+    grid[..., 0] = columns.at * _per_pixel(input.shape[3]) - 1
+    grid[..., 1] = (rows.at * _per_pixel(input.shape[2]) - 1)[:, None]
+    return grid.expand(len(input), -1, -1, -1)
+
+
+def _sampler_gradients(
+    grad: Tensor, input: Tensor, grid: Tensor, rows: Axis, columns: Axis, needed: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    backward = torch.ops.aten.grid_sampler_2d_backward
+    grad_input, grad_grid = backward(grad, input, grid, *_SAMPLER, list(needed))
+    grad_learned = None
+    if needed[1]:
+        along = grad_grid.sum(0) if len(input) > 1 else grad_grid[0]
+        by_row = (rows.rate @ along[..., 1]).sum() * _per_pixel(input.shape[2])
+        by_column = (along[..., 0] @ columns.rate).sum() * _per_pixel(input.shape[3])
+        grad_learned = torch.stack((by_row, by_column))
+    return grad_input.contiguous(memory_format=_format_of(input)) if needed[0] else None, grad_learned
+
+
+def _per_pixel(source: int) -> float:
+    return 2 / max(source - 1, 1)
 
 
 class Grid:
@@ -110,8 +171,14 @@ class Grid:
 
     def sample(self, table: Tensor) -> Tensor:
         """Tensor[N, T, U, C]."""
-        between = _by_columns(_mix(table, self._row))
-        return _by_rows(_mix(between, self._column), table)
+        output = table.new_empty(len(table), *(len(axis.at) for axis in self._axes), table.shape[3])
+        for maps, place in zip(*_in_cache(table, output), strict=True):
+            between = _by_columns(_mix(maps, self._row))
+            sampled = _by_rows(_mix(between, self._column), maps)
+            if len(maps) == len(table):
+                return sampled
+            place.copy_(sampled)
+        return output
 
     def gradients(
         self, grads: Tensor, table: Tensor, of_table: bool, of_learned: bool
@@ -123,17 +190,33 @@ class Grid:
             table: Tensor[N, h, w, C], the maps.
             of_table, of_learned: which of the two are wanted.
         """
-        grad_table = grad_learned = None
-        turned = _by_columns(grads)
-        between = _by_rows(_mix(turned, _transposed(self._column, self._size[1])), table)
-        if of_table:
-            grad_table = _mix(between, _transposed(self._row, self._size[0]))
-        if of_learned:
-            row, column = self._both(_slopes)
-            changes = _mix(table, row), _mix(_by_columns(_mix(table, self._row)), column)
-            pairs = zip(changes, (between, turned), strict=True)
-            grad_learned = torch.stack([torch.dot(change.flatten(), grad.flatten()) for change, grad in pairs])
-        return grad_table, grad_learned
+        grad_table, grad_learned = torch.empty_like(table), table.new_zeros(2)
+        row_back = _transposed(self._row, self._size[0])
+        column_back = row_back if self._column is self._row else _transposed(self._column, self._size[1])
+        row_slope, column_slope = self._both(_slopes) if of_learned else (self._row, self._column)
+        for maps, grad, place in zip(*_in_cache(table, grads, grad_table), strict=True):
+            turned = _by_columns(grad)
+            between = _by_rows(_mix(turned, column_back), maps)
+            if of_table:
+                back = _mix(between, row_back)
+                if len(maps) == len(table):
+                    grad_table = back
+                else:
+                    place.copy_(back)
+            if of_learned:
+                changes = _mix(maps, row_slope), _mix(_by_columns(_mix(maps, self._row)), column_slope)
+                pairs = zip(changes, (between, turned), strict=True)
+                grad_learned += torch.stack([torch.dot(change.flatten(), each.flatten()) for change, each in pairs])
+        return grad_table if of_table else None, grad_learned if of_learned else None
+
+
+def _in_cache(table: Tensor, *others: Tensor) -> list[tuple[Tensor, ...]]:
+    """Tables and what belongs to them, as many maps at a time as a core's cache holds.
+
+    What is made in between then stays there, and needs no memory that the system would first have to clear.
+    """
+    some = max(1, 2**18 // table[0].numel())
+    return [torch.split(each, some) for each in (table, *others)]
 
 
 def _samples(axis: Axis, source: int, beyond: str) -> _Mixture:
@@ -204,14 +287,19 @@ def as_table(map: Tensor, channels_last: bool) -> Tensor:
     return map.reshape(-1, *map.shape[2:], 1)
 
 
-def as_map(table: Tensor, channels: int, channels_last: bool) -> Tensor:
-    """What `as_table` makes a table of: a view."""
-    map = table.permute(0, 3, 1, 2) if channels_last else table.view(-1, channels, *table.shape[1:3])
+def as_map(table: Tensor, like: Tensor) -> Tensor:
+    """The map, in the memory format of another, of a table that `as_table` makes of that format: a view."""
+    channels = like.shape[1]
+    map = table.permute(0, 3, 1, 2) if is_channels_last(like) else table.view(-1, channels, *table.shape[1:3])
     return map.detach()  # Else autograd takes it for a view, which may not leave a function and be changed in place.
 
 
 def is_channels_last(map: Tensor) -> bool:
     return map.is_contiguous(memory_format=torch.channels_last)
+
+
+def _format_of(map: Tensor) -> torch.memory_format:
+    return torch.channels_last if is_channels_last(map) else torch.contiguous_format
 
 
 def _turned(matrices: Tensor) -> Tensor:
