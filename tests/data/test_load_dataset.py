@@ -121,5 +121,8 @@ def test_missing_config_and_missing_root(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no data config .*data\.yaml"):
         load_dataset(str(tmp_path / "data.yaml"))
     (tmp_path / "data.yaml").write_text("format: voc\nroot: nowhere")
-    with pytest.raises(FileNotFoundError, match=r"data\.yaml: its root .*nowhere is not a folder"):
+    with pytest.raises(FileNotFoundError, match=r"data\.yaml: .*nowhere is not a folder"):
+        load_dataset(str(tmp_path / "data.yaml"))
+    (tmp_path / "data.yaml").write_text("format: folder\nroot: .")
+    with pytest.raises(FileNotFoundError, match=r"data\.yaml: .*classes\.txt is missing"):
         load_dataset(str(tmp_path / "data.yaml"))

@@ -93,7 +93,12 @@ def load_dataset(spec: str, split: str = "train") -> ParsingDataset:
             return SyntheticCues(split, **source.options)
         except ValueError as error:
             raise ValueError(f"{source.file}: {error}" if source.file else str(error)) from error
-    dataset = _FOLDERS[source.format](source.root, source.splits.get(split, split))
+    try:
+        dataset = _FOLDERS[source.format](source.root, source.splits.get(split, split))
+    except FileNotFoundError as error:
+        if source.file is None:
+            raise
+        raise FileNotFoundError(f"{source.file}: {error}") from error
     return dataset if source.size is None else ResizedDataset(dataset, source.size)
 
 

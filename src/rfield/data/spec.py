@@ -104,6 +104,4 @@ def _folder_source(path: Path, data_format: str, config: dict[str, Any]) -> Data
         root = path.parent / _folder(config.pop("root"))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    if not root.is_dir():
-        raise FileNotFoundError(f"{path}: its root {root} is not a folder; name the one that holds the data")
     return DataSource(data_format, root, size, splits=config, file=path)
