@@ -1,8 +1,11 @@
 """The PASCAL VOC devkit layout: `JPEGImages`, `SegmentationClass`, `ImageSets/Segmentation`."""
 
+import contextlib
 import os
 import shutil
+import tarfile
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -165,7 +168,8 @@ def download_voc2012(root: str | os.PathLike[str], augmented: bool = False) -> P
     """
     root = Path(root)
     devkit = root / "VOCdevkit" / "VOC2012"
-    VOCSegmentation(root, year="2012", image_set="val", download=True)
+    with unpacking_inside():
+        VOCSegmentation(root, year="2012", image_set="val", download=True)
     if augmented:
         sbd = root / "sbd"
         # torchvision moves val.txt last, and cannot move onto what an interrupted run has left.
@@ -173,9 +177,27 @@ def download_voc2012(root: str | os.PathLike[str], augmented: bool = False) -> P
             for name in ("cls", "img", "inst", "benchmark_RELEASE"):
                 shutil.rmtree(sbd / name, ignore_errors=True)
             (sbd / "train.txt").unlink(missing_ok=True)
-            SBDataset(sbd, download=True)
+            with unpacking_inside():
+                SBDataset(sbd, download=True)
         convert_sbd(sbd, devkit)
     return devkit
+
+
+@contextlib.contextmanager
+def unpacking_inside() -> Iterator[None]:
+    """Within it no archive unpacks a file outside its folder, whatever release of torchvision unpacks it.
+
+    Raises:
+        RuntimeError: if this Python cannot do so.
+    """
+    if not hasattr(tarfile, "data_filter"):
+        raise RuntimeError("this Python unpacks archives wherever they say: update it to 3.10.12, 3.11.4 or newer")
+    before = tarfile.TarFile.extraction_filter
+    tarfile.TarFile.extraction_filter = staticmethod(tarfile.data_filter)
+    try:
+        yield
+    finally:
+        tarfile.TarFile.extraction_filter = before
 
 
 def convert_sbd(sbd_root: str | os.PathLike[str], voc_root: str | os.PathLike[str]) -> list[str]:
