@@ -103,6 +103,7 @@ def test_paths_builds_each_kind() -> None:
     ("options", "message"),
     [
         ({"paths": 1}, "2 to 255"),
+        ({"paths": 65536}, "2 to 255"),
         ({"dilation": [2, 3, 4]}, "2 paths need"),
         ({"fusion": "max"}, "fusion"),
         ({"class_groups": [[0]]}, "as many class groups"),
