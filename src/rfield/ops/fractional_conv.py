@@ -112,8 +112,9 @@ class _ByRows(torch.autograd.Function):
         shape = (len(input), len(rows.at), len(columns.at), len(weight))
         output = dilation.new_zeros(shape) if bias is None else bias.to(dilation.dtype).expand(shape).contiguous()
         kernel = _as_matrices(weight, groups)
+        grids = list(_rows_of_taps(rows, columns, (input.shape[2], input.shape[3])))
         for table, total in zip(as_table(input, True), output, strict=True):
-            for tap, span, grid in _rows_of_taps(rows, columns, (input.shape[2], input.shape[3])):
+            for tap, span, grid in grids:
                 taps = grid.sample(table.to(dilation.dtype)[None]).to(input.dtype)
                 _add_product(_by_group(total[span], groups), _grouped(taps, groups, weight.shape[3]), kernel[tap])
         return _in_format_of(input, output)
@@ -134,9 +135,10 @@ class _ByRows(torch.autograd.Function):
         grad_kernel = torch.zeros_like(kernel, dtype=dilation.dtype)
         grad_tables = torch.zeros_like(tables, dtype=dilation.dtype)
         grad_dilation = dilation.new_zeros(2)
+        grids = list(_rows_of_taps(rows, columns, (input.shape[2], input.shape[3])))
         for table, grad_table, each in zip(tables, grad_tables, grads, strict=True):
             table = table.to(dilation.dtype)[None]
-            for tap, span, grid in _rows_of_taps(rows, columns, (input.shape[2], input.shape[3])):
+            for tap, span, grid in grids:
                 grad_rows = _by_group(each[span], groups)
                 if needed[1]:
                     taps = _grouped(grid.sample(table).to(input.dtype), groups, weight.shape[3])
@@ -151,7 +153,7 @@ class _ByRows(torch.autograd.Function):
                         grad_dilation += of_dilation
         grad_input = _in_format_of(input, grad_tables)
         grad_weight = _from_matrices(grad_kernel, weight).to(weight.dtype)
-        grad_bias = None if bias is None else grad.sum((0, 2, 3))
+        grad_bias = grad.sum((0, 2, 3)) if needed[2] else None
         grad_dilation = grad_dilation if len(dilation) == 2 else grad_dilation.sum(0, keepdim=True)
         found = (grad_input, grad_weight, grad_bias, grad_dilation)
         return (*(each if need else None for each, need in zip(found, needed, strict=True)), None, None, None)

@@ -68,13 +68,13 @@ class _Sample(torch.autograd.Function):
     def forward(ctx: Any, input: Tensor, learned: Tensor, rows: Axis, columns: Axis, beyond: str) -> Tensor:
         ctx.save_for_backward(input, learned)
         ctx.rows, ctx.columns, ctx.beyond = rows, columns, beyond
-        ctx.sampler_grid = None
+        ctx.grid = ctx.sampler_grid = None
         if _suits_sampler(input, rows, columns, beyond):
             ctx.sampler_grid = _sampler_grid(input, rows, columns)
             sampled = torch.grid_sampler_2d(input, ctx.sampler_grid, *_SAMPLER)
             return sampled.contiguous(memory_format=_format_of(input))
-        grid = Grid(rows, columns, (input.shape[2], input.shape[3]), beyond)
-        return as_map(grid.sample(as_table(input, is_channels_last(input))), input)
+        ctx.grid = Grid(rows, columns, (input.shape[2], input.shape[3]), beyond)
+        return _as_map(ctx.grid.sample(as_table(input, is_channels_last(input))), input)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
@@ -90,10 +90,9 @@ class _Sample(torch.autograd.Function):
             grad_input, grad_learned = _sampler_gradients(grad, input, ctx.sampler_grid, rows, columns, needed)
         else:
             channels_last = is_channels_last(input)
-            grid = Grid(rows, columns, (input.shape[2], input.shape[3]), beyond)
             grads, table = as_table(grad, channels_last), as_table(input, channels_last)
-            grad_table, grad_learned = grid.gradients(grads, table, *needed)
-            grad_input = None if grad_table is None else as_map(grad_table, input)
+            grad_table, grad_learned = ctx.grid.gradients(grads, table, *needed)
+            grad_input = None if grad_table is None else _as_map(grad_table, input)
         if grad_learned is not None and len(learned) == 1:
             grad_learned = grad_learned.sum(0, keepdim=True)
         return grad_input, grad_learned, None, None, None
@@ -287,7 +286,7 @@ def as_table(map: Tensor, channels_last: bool) -> Tensor:
     return map.reshape(-1, *map.shape[2:], 1)
 
 
-def as_map(table: Tensor, like: Tensor) -> Tensor:
+def _as_map(table: Tensor, like: Tensor) -> Tensor:
     """The map, in the memory format of another, of a table that `as_table` makes of that format: a view."""
     channels = like.shape[1]
     map = table.permute(0, 3, 1, 2) if is_channels_last(like) else table.view(-1, channels, *table.shape[1:3])
