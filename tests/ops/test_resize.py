@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rfield.ops import reference, resize_bilinear, resized_size
+from rfield.ops import reference, resize, resize_bilinear, resized_size
 
 FACTORS = (0.37, 0.5, 1 - 1e-3, 1 + 1e-3, 1.3, 2 - 1e-3, 2 + 1e-3, 2.7)
 
@@ -118,6 +118,25 @@ class TestGradients:
         with torch.no_grad():
             central = (loss(scale + step) - loss(scale - step)) / (2 * step)
         torch.testing.assert_close(gradient[0], central, rtol=1e-5, atol=1e-7)
+
+    @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+    @pytest.mark.parametrize("factors", [(1.0, 1.0), (0.5, 0.5), (0.25, 0.5), (1.0, 0.25), (0.125, 1.0)])
+    def test_strides_against_matrices(self, factors: tuple[float, float], memory_format: torch.memory_format) -> None:
+        input = random_map(2, 3, 9, 17).contiguous(memory_format=memory_format).requires_grad_()
+        size = (round(8 * factors[0]) + 1, round(16 * factors[1]) + 1)
+        weight = random_map(2, 3, *size, seed=1)
+        scale = torch.tensor(factors, dtype=torch.float64, requires_grad=True)
+        output = resize_bilinear(input, scale, size)
+        expected = resize._sampled(input, scale, size, plain=True)
+        assert type(output.grad_fn).__name__ == "_PickBackward"
+        assert output.is_contiguous(memory_format=memory_format)
+        torch.testing.assert_close(output, expected)
+        for got, want in zip(
+            torch.autograd.grad((output.pow(2) * weight).sum(), (input, scale)),
+            torch.autograd.grad((expected.pow(2) * weight).sum(), (input, scale)),
+            strict=True,
+        ):
+            torch.testing.assert_close(got, want)
 
     def test_double_backward_to_the_input(self) -> None:
         input = random_map(1, 2, 4, 3).requires_grad_()

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rfield.ops.sampling import Axis, Grid, as_table, by_matrices, is_channels_last
+from rfield.ops.sampling import Axis, Grid, as_table, by_matrices, differentiable_gradients, is_channels_last
 
 Pair = tuple[int, int]
 
@@ -126,10 +126,8 @@ class _ByRows(torch.autograd.Function):
         needed = ctx.needs_input_grad[:4]
         if torch.is_grad_enabled():  # The kernels have no second derivative.
             convolved = _by_taps(input, weight, bias, dilation, rows, columns, groups)
-            leaves = zip((input, weight, bias, dilation), needed, strict=True)
-            wanted = [leaf for leaf, need in leaves if need]
-            twice = iter(torch.autograd.grad(convolved, wanted, grad, create_graph=True))
-            return (*(next(twice) if need else None for need in needed), None, None, None)
+            inputs = input, weight, bias, dilation
+            return (*differentiable_gradients(convolved, inputs, needed, grad), None, None, None)
         grads, tables = as_table(grad, True), as_table(input, True)
         kernel = _as_matrices(weight, groups)
         grad_kernel = torch.zeros_like(kernel, dtype=dilation.dtype)

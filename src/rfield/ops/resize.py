@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rfield.ops.sampling import Axis, by_matrices, sample_grid
+from rfield.ops.sampling import Axis, by_matrices, differentiable_gradients, format_of, sample_grid
 
 # Float noise in (size - 1) * factor must not flip the size at integers.
 _SIZE_SLACK = 1e-4
@@ -70,9 +70,10 @@ def resize_bilinear(input: Tensor, scale_factor: Tensor, output_size: tuple[int,
     dtype = torch.promote_types(input.dtype, torch.float32)
     with torch.autocast(input.device.type, enabled=False):
         factor = scale_factor.to(dtype)
-        if _unresized(input, scale_factor, output_size):
-            copied: Tensor = _Copy.apply(input.to(dtype), factor.expand(2))
-            return copied.to(input.dtype)
+        strides = _strides(input, scale_factor, output_size)
+        if strides is not None:
+            picked: Tensor = _Pick.apply(input.to(dtype), factor.expand(2), strides)
+            return picked.to(input.dtype)
         return _sampled(input.to(dtype), factor, output_size).to(input.dtype)
 
 
@@ -88,42 +89,57 @@ def _axis(factor: Tensor, target: int) -> Axis:
     return Axis(pixel / factor.detach(), pixel)
 
 
-def _unresized(input: Tensor, scale_factor: Tensor, output_size: tuple[int, int]) -> bool:
-    if torch.compiler.is_compiling() or tuple(output_size) != tuple(input.shape[2:]):
-        return False
-    return all(value == 1 for value in scale_factor.tolist())
+def _strides(input: Tensor, scale_factor: Tensor, output_size: tuple[int, int]) -> tuple[int, int] | None:
+    """How many pixels lie from one sample to the next, if all samples are pixels and the last is the last of both."""
+    if torch.compiler.is_compiling():
+        return None
+    strides = [1 / value for value in scale_factor.tolist()]
+    row, column = strides[0], strides[-1]
+    ends = [(target - 1) * stride for target, stride in zip(output_size, (row, column), strict=True)]
+    if not (row.is_integer() and column.is_integer()) or ends != [size - 1 for size in input.shape[2:]]:
+        return None
+    return int(row), int(column)
 
 
-class _Copy(torch.autograd.Function):
-    """The resize by a factor of 1 to the same size, where every sample is a pixel and a kink of the factor."""
+class _Pick(torch.autograd.Function):
+    """The resize by 1, 1/2, 1/4 and so on, where every sample is a pixel and a kink of the factor."""
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, factor: Tensor) -> Tensor:
+    def forward(ctx: Any, input: Tensor, factor: Tensor, strides: tuple[int, int]) -> Tensor:
         ctx.save_for_backward(input, factor)
-        return input.clone()
+        ctx.strides = strides
+        return input[:, :, :: strides[0], :: strides[1]].clone(memory_format=format_of(input))
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        input, factor = ctx.saved_tensors
-        grad = grad_outputs[0]
-        if not ctx.needs_input_grad[1]:
-            return grad, None
-        if torch.is_grad_enabled():  # For the second derivative.
-            resized = _sampled(input, factor, (input.shape[2], input.shape[3]), plain=True)
-            grads = torch.autograd.grad(resized, (input, factor), grad, create_graph=True, allow_unused=True)
-            return grads[0] if ctx.needs_input_grad[0] else None, grads[1]
-        return grad, torch.stack([_slope_at_one(grad, input, axis) for axis in (2, 3)])
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (input, factor), (row, column), grad = ctx.saved_tensors, ctx.strides, grad_outputs[0]
+        of_input, of_factor = ctx.needs_input_grad[:2]
+        if of_factor and torch.is_grad_enabled():  # For the second derivative.
+            resized = _sampled(input, factor, (grad.shape[2], grad.shape[3]), plain=True)
+            return (*differentiable_gradients(resized, (input, factor), (of_input, of_factor), grad), None)
+        grad_input = grad if of_input else None
+        if of_input and ctx.strides != (1, 1):
+            grad_input = torch.zeros_like(input)
+            grad_input[:, :, ::row, ::column] = grad
+        if not of_factor:
+            return grad_input, None, None
+        by_row = _slope(grad, input[:, :, :, ::column], 2, row)
+        return grad_input, torch.stack((by_row, _slope(grad, input[:, :, ::row], 3, column))), None
 
 
-def _slope_at_one(grad: Tensor, input: Tensor, axis: int) -> Tensor:
-    """Along one axis, pixel i moves by -i a unit of the factor, by the mean slope of its two sides: past the end, 0."""
-    last = input.shape[axis] - 1
+def _slope(grad: Tensor, input: Tensor, axis: int, stride: int) -> Tensor:
+    """The factor's gradient along one axis, by the mean slope of a pixel's two sides: past the end, 0.
+
+    With `stride` = 1 / f sample i lies at i / f and moves by -i / f² a unit of the factor.
+    """
+    grad, input = grad.transpose(axis, 3), input.transpose(axis, 3)
+    samples, last = grad.shape[3], input.shape[3] - 1
     if last == 0:
         return grad.new_zeros(())
-    end = (grad.select(axis, last) * (input.select(axis, last) - input.select(axis, last - 1))).sum() * last
-    change = input.narrow(axis, 2, last - 1) - input.narrow(axis, 0, last - 1)
-    inner = change.mul_(grad.narrow(axis, 1, last - 1)).sum([other for other in range(4) if other != axis])
-    return -(end + inner @ torch.arange(1, last, dtype=inner.dtype, device=inner.device)) / 2
+    end = (grad[..., -1] * (input[..., last] - input[..., last - 1])).sum() * (samples - 1)
+    change = input[..., stride + 1 :: stride] - input[..., stride - 1 : last - 1 : stride]
+    inner = change.mul_(grad[..., 1:-1]).sum((0, 1, 2))
+    return -(end + inner @ torch.arange(1, samples - 1, dtype=inner.dtype, device=inner.device)) * (stride**2 / 2)
 
 
 def _check(input: Tensor, scale_factor: Tensor, output_size: tuple[int, int]) -> None:

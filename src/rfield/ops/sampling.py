@@ -7,6 +7,7 @@ by two small matrices.
 """
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -26,12 +27,27 @@ class Axis(NamedTuple):
     rate: Tensor
 
 
-class _Mixture(NamedTuple):
-    """Weighted sums of rows of a table: the rows and weights of all sums, and where in these each sum starts."""
+class _Mixture:
+    """Weighted sums of rows of a table: the rows and weights of all sums, and where in these each sum starts.
 
-    row: Tensor
-    weight: Tensor
-    start: Tensor
+    Args:
+        row, weight: Tensor[R], int32 and as the table.
+        start: Tensor[sums], int32.
+        source: rows of a table.
+    """
+
+    def __init__(self, row: Tensor, weight: Tensor, start: Tensor, source: int) -> None:
+        self.source = source
+        self._of = {1: (row, weight, start)}
+
+    def of(self, tables: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The same sums for each of several tables that lie behind one another."""
+        if tables not in self._of:
+            row, weight, start = self._of[1]
+            table, read = (torch.arange(0, tables * each, each, dtype=row.dtype) for each in (self.source, len(row)))
+            rows, starts = (place[None] + first[:, None] for place, first in ((row, table), (start, read)))
+            self._of[tables] = rows.view(-1), torch.cat([weight] * tables), starts.view(-1)
+        return self._of[tables]
 
 
 def sample_grid(input: Tensor, learned: Tensor, rows: Axis, columns: Axis, beyond: str) -> Tensor:
@@ -72,7 +88,7 @@ class _Sample(torch.autograd.Function):
         if _suits_sampler(input, rows, columns, beyond):
             ctx.sampler_grid = _sampler_grid(input, rows, columns)
             sampled = torch.grid_sampler_2d(input, ctx.sampler_grid, *_SAMPLER)
-            return sampled.contiguous(memory_format=_format_of(input))
+            return sampled.contiguous(memory_format=format_of(input))
         ctx.grid = Grid(rows, columns, (input.shape[2], input.shape[3]), beyond)
         return _as_map(ctx.grid.sample(as_table(input, is_channels_last(input))), input)
 
@@ -83,16 +99,22 @@ class _Sample(torch.autograd.Function):
         needed = ctx.needs_input_grad[:2]
         if torch.is_grad_enabled():  # The kernels have no second derivative.
             sampled = by_matrices(input, learned, rows, columns, beyond)
-            wanted = [part for part, need in zip((input, learned), needed, strict=True) if need]
-            twice = iter(torch.autograd.grad(sampled, wanted, grad, create_graph=True))
-            return (*(next(twice) if need else None for need in needed), None, None, None)
+            return (*differentiable_gradients(sampled, (input, learned), needed, grad), None, None, None)
+        grad_input = grad_learned = None
         if ctx.sampler_grid is not None:
-            grad_input, grad_learned = _sampler_gradients(grad, input, ctx.sampler_grid, rows, columns, needed)
-        else:
-            channels_last = is_channels_last(input)
-            grads, table = as_table(grad, channels_last), as_table(input, channels_last)
-            grad_table, grad_learned = ctx.grid.gradients(grads, table, *needed)
+            # Its gradient of the map is slow, that of the grid is not.
+            needed_of_it = needed[0] and grad.numel() <= _SMALL, needed[1]
+            if any(needed_of_it):
+                grad_input, grad_learned = _sampler_gradients(
+                    grad, input, ctx.sampler_grid, rows, columns, needed_of_it
+                )
+            needed = needed[0] and grad_input is None, False
+        if any(needed):
+            grid = ctx.grid or Grid(rows, columns, (input.shape[2], input.shape[3]), beyond)
+            grads, table = (as_table(each, is_channels_last(input)) for each in (grad, input))
+            grad_table, of_learned = grid.gradients(grads, table, *needed)
             grad_input = None if grad_table is None else _as_map(grad_table, input)
+            grad_learned = of_learned if grad_learned is None else grad_learned
         if grad_learned is not None and len(learned) == 1:
             grad_learned = grad_learned.sum(0, keepdim=True)
         return grad_input, grad_learned, None, None, None
@@ -100,19 +122,15 @@ class _Sample(torch.autograd.Function):
 
 # ATen's grid sampler: bilinear, beyond the border the border, -1 and 1 at the centres of the corner pixels.
 _SAMPLER = (0, 1, True)
-# Maps of fewer numbers are sampled by it in any memory format, since it takes fewer calls.
-_SMALL = 2**17
+# Up to so many samples it is faster than tables: at channels-last maps, at all of contiguous maps but for the gradient
+# of the map, and at that gradient. Found on one machine, by benchmarks.
+_FEW_CHANNELS_LAST, _MANY, _SMALL = 2**15, 2**19, 2**17
 
 
 def _suits_sampler(input: Tensor, rows: Axis, columns: Axis, beyond: str) -> bool:
-    """Whether ATen's grid sampler is exact and fast here: it takes the slope of a sample on a pixel from one side.
-
-    It walks a map plane by plane, and is slower at gradients of maps that grow.
-    """
-    if beyond != "edge":
-        return False
-    grows = len(rows.at) * len(columns.at) > input.shape[2] * input.shape[3]
-    if input.numel() > _SMALL and (grows or is_channels_last(input)):
+    """Whether ATen's grid sampler is exact and fast here: it takes the slope of a sample on a pixel from one side."""
+    samples = input.shape[0] * input.shape[1] * len(rows.at) * len(columns.at)
+    if beyond != "edge" or samples > (_FEW_CHANNELS_LAST if is_channels_last(input) else _MANY):
         return False
     height, width = input.shape[2:]
     alike = columns is rows and height == width
@@ -126,10 +144,9 @@ def _has_kinks(axis: Axis, source: int) -> bool:
 
 def _sampler_grid(input: Tensor, rows: Axis, columns: Axis) -> Tensor:
     """Tensor[N, T, U, 2]: the positions as the grid sampler has them, columns first, -1 to 1."""
-    grid = input.new_empty(len(rows.at), len(columns.at), 2)
-    grid[..., 0] = columns.at * _per_pixel(input.shape[3]) - 1
-    grid[..., 1] = (rows.at * _per_pixel(input.shape[2]) - 1)[:, None]
-    return grid.expand(len(input), -1, -1, -1)
+    row, column = rows.at * _per_pixel(input.shape[2]) - 1, columns.at * _per_pixel(input.shape[3]) - 1
+    size = len(row), len(column)
+    return torch.stack((column.expand(size), row[:, None].expand(size)), 2).expand(len(input), -1, -1, -1)
 
 
 def _sampler_gradients(
@@ -140,10 +157,10 @@ def _sampler_gradients(
     grad_learned = None
     if needed[1]:
         along = grad_grid.sum(0) if len(input) > 1 else grad_grid[0]
-        by_row = (rows.rate @ along[..., 1]).sum() * _per_pixel(input.shape[2])
-        by_column = (along[..., 0] @ columns.rate).sum() * _per_pixel(input.shape[3])
+        by_row = torch.dot(rows.rate, along[..., 1].sum(1)) * _per_pixel(input.shape[2])
+        by_column = torch.dot(columns.rate, along[..., 0].sum(0)) * _per_pixel(input.shape[3])
         grad_learned = torch.stack((by_row, by_column))
-    return grad_input.contiguous(memory_format=_format_of(input)) if needed[0] else None, grad_learned
+    return grad_input.contiguous(memory_format=format_of(input)) if needed[0] else None, grad_learned
 
 
 def _per_pixel(source: int) -> float:
@@ -161,6 +178,15 @@ class Grid:
     def __init__(self, rows: Axis, columns: Axis, size: tuple[int, int], beyond: str) -> None:
         self._axes, self._size, self._beyond = (rows, columns), size, beyond
         self._row, self._column = self._both(_samples)
+
+    @cached_property
+    def _back(self) -> tuple[_Mixture, _Mixture]:
+        row = _transposed(self._row)
+        return row, row if self._column is self._row else _transposed(self._column)
+
+    @cached_property
+    def _slope(self) -> tuple[_Mixture, _Mixture]:
+        return self._both(_slopes)
 
     def _both(self, read: Callable[[Axis, int, str], _Mixture]) -> tuple[_Mixture, _Mixture]:
         """What is read along the rows and along the columns, worked out once where they are alike."""
@@ -190,8 +216,8 @@ class Grid:
             of_table, of_learned: which of the two are wanted.
         """
         grad_table, grad_learned = torch.empty_like(table), table.new_zeros(2)
-        row_back = _transposed(self._row, self._size[0])
-        column_back = row_back if self._column is self._row else _transposed(self._column, self._size[1])
+        row_back = _transposed(self._row)
+        column_back = row_back if self._column is self._row else _transposed(self._column)
         row_slope, column_slope = self._both(_slopes) if of_learned else (self._row, self._column)
         for maps, grad, place in zip(*_in_cache(table, grads, grad_table), strict=True):
             turned = _by_columns(grad)
@@ -203,6 +229,7 @@ class Grid:
                 else:
                     place.copy_(back)
             if of_learned:
+                row_slope, column_slope = self._slope
                 changes = _mix(maps, row_slope), _mix(_by_columns(_mix(maps, self._row)), column_slope)
                 pairs = zip(changes, (between, turned), strict=True)
                 grad_learned += torch.stack([torch.dot(change.flatten(), each.flatten()) for change, each in pairs])
@@ -215,15 +242,16 @@ def _in_cache(table: Tensor, *others: Tensor) -> list[tuple[Tensor, ...]]:
     What is made in between then stays there, and needs no memory that the system would first have to clear.
     """
     some = max(1, 2**18 // table[0].numel())
-    return [torch.split(each, some) for each in (table, *others)]
+    tables = (table, *others)
+    return [torch.split(each, some) for each in tables] if some < len(table) else [(each,) for each in tables]
 
 
 def _samples(axis: Axis, source: int, beyond: str) -> _Mixture:
     """The two pixels that each sample reads, and how much of each."""
     at = axis.at.clamp(max=source - 1) if beyond == "edge" else axis.at
     first = at.floor()
-    share = at - first
-    return _pairs(first, first + 1, 1 - share, share, source, beyond)
+    second = first + 1
+    return _pairs(first, second, second - at, at - first, source, beyond)
 
 
 def _slopes(axis: Axis, source: int, beyond: str) -> _Mixture:
@@ -244,39 +272,36 @@ def _pairs(first: Tensor, second: Tensor, weight: Tensor, other: Tensor, source:
     if beyond == "zeros":
         weights *= (index >= 0) & (index < source)
     start = torch.arange(0, index.numel(), 2, dtype=torch.int32)
-    return _Mixture(index.clamp_(0, source - 1).int().view(-1), weights.view(-1), start)
+    return _Mixture(index.clamp_(0, source - 1).int().view(-1), weights.view(-1), start, source)
 
 
-def _transposed(pairs: _Mixture, source: int) -> _Mixture:
+def _transposed(pairs: _Mixture) -> _Mixture:
     """For each source pixel the samples that read it, and how much of it."""
-    index, order = pairs.row.sort(stable=True)
-    start = torch.searchsorted(index, torch.arange(source, dtype=torch.int32), out_int32=True)
-    return _Mixture((order >> 1).int(), pairs.weight[order], start)
+    row, weight, _ = pairs.of(1)
+    index, order = row.sort(stable=True)
+    start = torch.searchsorted(index, torch.arange(pairs.source, dtype=torch.int32), out_int32=True)
+    return _Mixture((order >> 1).int(), weight[order], start, len(row) >> 1)
 
 
-def _mix(table: Tensor, mixture: _Mixture) -> Tensor:
+def _mix(tables: Tensor, mixture: _Mixture) -> Tensor:
     """Tensor[N, sums, ...] of Tensor[N, rows, ...]: the same sums for each of N tables."""
-    n, rows = table.shape[:2]
-    row, weight, start = mixture
-    if n > 1:
-        table_start, read_start = (
-            torch.arange(0, n * each, each, dtype=row.dtype)[:, None] for each in (rows, len(row))
-        )
-        row, weight, start = (row + table_start).flatten(), weight.repeat(n), (start + read_start).flatten()
-    mixed = torch.embedding_bag(table.reshape(n * rows, -1), row, start, False, 0, False, weight)[0]
-    return mixed.view(n, -1, *table.shape[2:])
+    row, weight, start = mixture.of(len(tables))
+    rows = tables.reshape(len(tables) * mixture.source, -1)
+    mixed = torch.embedding_bag(rows, row, start, False, 0, False, weight)[0]
+    return mixed.view(len(tables), -1, *tables.shape[2:])
 
 
 def _by_columns(table: Tensor) -> Tensor:
-    """Tensor[N * T, w, C] of Tensor[N, T, w, C]; of planes, where C is 1, Tensor[N, w, T], whose rows are long."""
+    """Tensor[N * T, w, C] of Tensor[N, T, w, C]; of planes, where C is 1, Tensor[1, w, N * T], whose rows are long."""
     n, t, w, c = table.shape
-    return _turned(table.view(n, t, w)) if c == 1 else table.view(n * t, w, c)
+    return _turned(table.view(n * t, w))[None] if c == 1 else table.view(n * t, w, c)
 
 
 def _by_rows(columns: Tensor, table: Tensor) -> Tensor:
     """Back from `_by_columns`, for a table that the columns are of."""
     n, _, _, c = table.shape
-    return _turned(columns)[..., None] if c == 1 else columns.view(n, -1, columns.shape[1], c)
+    turned = _turned(columns[0]) if c == 1 else columns
+    return turned.view(n, -1, columns.shape[1], c)
 
 
 def as_table(map: Tensor, channels_last: bool) -> Tensor:
@@ -297,19 +322,34 @@ def is_channels_last(map: Tensor) -> bool:
     return map.is_contiguous(memory_format=torch.channels_last)
 
 
-def _format_of(map: Tensor) -> torch.memory_format:
+def format_of(map: Tensor) -> torch.memory_format:
     return torch.channels_last if is_channels_last(map) else torch.contiguous_format
 
 
-def _turned(matrices: Tensor) -> Tensor:
-    """Tensor[n, p, q] as Tensor[n, q, p].
+def _turned(matrix: Tensor) -> Tensor:
+    """Tensor[p, q] as Tensor[q, p].
 
     A shuffle of channels is a transposition too, and its kernel for channels-last maps takes a quarter to a fifth of
     the time that a transposed copy does.
     """
-    n, p, q = matrices.shape
-    channels = matrices.contiguous().as_strided((n, p * q, 1, 1), (p * q, 1, p * q, p * q))
-    return F.channel_shuffle(channels, p).view(n, q, p)
+    p, q = matrix.shape
+    channels = matrix.contiguous().as_strided((1, p * q, 1, 1), (p * q, 1, p * q, p * q))
+    return F.channel_shuffle(channels, p).view(q, p)
+
+
+def differentiable_gradients(
+    output: Tensor, inputs: tuple[Tensor | None, ...], needed: tuple[bool, ...], grad: Tensor
+) -> list[Tensor | None]:
+    """What a backward pass returns if it is to be differentiated once more: by autograd, of what autograd can follow.
+
+    Args:
+        output: what was made of the inputs, in plain operations.
+        needed: for each of the inputs, whether its gradient is wanted.
+        grad: of the output.
+    """
+    wanted = [each for each, need in zip(inputs, needed, strict=True) if need and each is not None]
+    found = iter(torch.autograd.grad(output, wanted, grad, create_graph=True, allow_unused=True))
+    return [next(found) if need else None for need in needed]
 
 
 def by_matrices(input: Tensor, learned: Tensor, rows: Axis, columns: Axis, beyond: str) -> Tensor:
