@@ -1,21 +1,25 @@
-"""What a search costs: whole training runs of each search and of a fixed dilation, by turns in one process.
+"""What a search costs: whole training runs of each search and of a fixed dilation, by turns or side by side.
 
     python -m benchmarks.search_cost --out benchmarks/search_cost.json
+    python -m benchmarks.search_cost --setting camvid --kinds none,sampled --rounds 1 --side-by-side --out camvid.json
 
 `--setting msrc21` is MSRC-21 on a frozen VGG16, the flags of docs/results/any_start.sh; `--setting camvid` is CamVid
-and the whole of an EfficientNet-Lite0, 4 epochs much as configs/camvid_efficientnet_lite0.yaml has them. The ratios to
-the fixed run of the same round are what counts; the seconds depend on the machine. On one that has other work the
-process's CPU seconds, scoring included, tell more than the wall time.
+and the whole of an EfficientNet-Lite0, much as configs/camvid_efficientnet_lite0.yaml has it. The ratios to the fixed
+run of the same round are what counts; the seconds depend on the machine. On one that has other work the process's CPU
+seconds, scoring included, tell more than the wall time. `--side-by-side` gives every kind a process of its own, one
+thread each, all at once: for long runs, where a machine would not stay the same from one to the next.
 """
 
 import argparse
 import dataclasses
 import json
+import multiprocessing
 import os
 import platform
 import statistics
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
@@ -31,7 +35,6 @@ SETTINGS = {
         freeze_backbone=True,
         head_channels=128,
         epochs=10,
-        val_every=10,
     ),
     "camvid": TrainConfig(
         "configs/data/camvid.yaml",
@@ -42,11 +45,19 @@ SETTINGS = {
         head_channels=128,
         optimizer="adamw",
         crop_size=(288, 384),
-        epochs=4,
-        val_every=4,
+        epochs=36,
         workers=1,
     ),
 }
+
+
+def _run(config: TrainConfig) -> tuple[float, float, float]:
+    """Seconds of training, of the whole run's CPU, and of what the search did between the steps."""
+    torch.set_num_threads(1)
+    begun = time.process_time()
+    with tempfile.TemporaryDirectory() as folder:
+        metrics = train(dataclasses.replace(config, out=f"{folder}/run"))
+    return metrics["train_seconds"], time.process_time() - begun, metrics.get("search", {}).get("seconds", 0.0)
 
 
 def main() -> None:
@@ -56,29 +67,41 @@ def main() -> None:
     parser.add_argument("--kinds", default="none,sampled,spsa,gradient", help="the first is what the others are over")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dilation", type=int, default=6)
+    parser.add_argument("--epochs", type=int, help="by default those of the setting")
+    parser.add_argument("--side-by-side", action="store_true", help="all kinds of a round at once")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
     kinds = arguments.kinds.split(",")
+    epochs = arguments.epochs or SETTINGS[arguments.setting].epochs
     seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
     cpu_seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
+    spent: dict[str, list[float]] = {kind: [] for kind in kinds}
     for number in range(arguments.rounds):
         # Every second round backwards, so that a machine that slows down favours none.
-        for kind in kinds[:: (-1) ** number]:
-            with tempfile.TemporaryDirectory() as folder:
-                config = dataclasses.replace(
-                    SETTINGS[arguments.setting],
-                    out=f"{folder}/run",
-                    dilation=arguments.dilation,
-                    search=kind,
-                    precision="bf16-mixed",
-                    seed=number,
-                )
-                begun = time.process_time()
-                seconds[kind].append(train(config)["train_seconds"])
-                cpu_seconds[kind].append(time.process_time() - begun)
-                print(
-                    f"round {number}: {kind} {seconds[kind][-1]:.1f} s, CPU {cpu_seconds[kind][-1]:.1f} s", flush=True
-                )
+        order = kinds[:: (-1) ** number]
+        configs = [
+            dataclasses.replace(
+                SETTINGS[arguments.setting],
+                dilation=arguments.dilation,
+                search=kind,
+                precision="bf16-mixed",
+                seed=number,
+                epochs=epochs,
+                val_every=epochs,
+            )
+            for kind in order
+        ]
+        if arguments.side_by_side:
+            with ProcessPoolExecutor(len(kinds), multiprocessing.get_context("spawn")) as pool:
+                taken = list(pool.map(_run, configs))
+        else:
+            taken = [_run(config) for config in configs]
+        for kind, (wall, cpu, search) in zip(order, taken, strict=True):
+            seconds[kind].append(wall)
+            cpu_seconds[kind].append(cpu)
+            spent[kind].append(search)
+            print(
+                f"round {number}: {kind} {wall:.1f} s, CPU {cpu:.1f} s, readings and moves {search:.1f} s", flush=True
+            )
     ratios, cpu_ratios = (
         {kind: [a / b for a, b in zip(taken[kind], taken[kinds[0]], strict=True)] for kind in kinds}
         for taken in (seconds, cpu_seconds)
@@ -87,12 +110,14 @@ def main() -> None:
     medians = {kind: statistics.median(values) for kind, values in ratios.items()}
     report = {
         "machine": machine,
-        "epochs": SETTINGS[arguments.setting].epochs,
+        "epochs": epochs,
+        "side_by_side": arguments.side_by_side,
         "seconds": seconds,
         "ratios": ratios,
         "median ratio": medians,
         "cpu_seconds": cpu_seconds,
         "cpu_ratios": cpu_ratios,
+        "search_seconds": spent,
     }
     arguments.out.write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps(report["median ratio"]))
