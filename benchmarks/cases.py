@@ -24,14 +24,14 @@ def _map(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, channels_la
 
 def resize(quick: bool = False) -> Iterator[Group]:
     """The inflation, with the factor's gradient: against `F.grid_sample` and ATen's upsampling, which has none."""
-    maps = [(21, 41, 41), (128, 41, 41), (512, 41, 41), (64, 65, 65), (256, 65, 65), (64, 128, 256), (256, 128, 256)]
-    for (channels, height, width), factor in product(
-        maps[:1] if quick else maps, (0.63,) if quick else (0.5, 0.63, 0.8, 1.0, 1.25, 2.0)
-    ):
-        if channels * height * width * factor**2 > 2e7:
+    maps = [(1, 21, 41, 41), (1, 128, 41, 41), (1, 512, 41, 41), (8, 64, 41, 41), (1, 64, 65, 65), (1, 256, 65, 65)]
+    maps += [(1, 64, 128, 256), (1, 256, 128, 256)]
+    for shape, factor in product(maps[:1] if quick else maps, (0.63,) if quick else (0.5, 0.63, 0.8, 1.0, 1.25, 2.0)):
+        batch, channels, height, width = shape
+        if batch * channels * height * width * factor**2 > 2e7:
             continue
         for channels_last in (False, True):
-            input = _map((1, channels, height, width), channels_last=channels_last).requires_grad_()
+            input = _map(shape, channels_last=channels_last).requires_grad_()
             scale = torch.tensor([factor], device=_DEVICE, requires_grad=True)
             size = (resized_size(height, factor), resized_size(width, factor))
             ways = {
@@ -42,9 +42,8 @@ def resize(quick: bool = False) -> Iterator[Group]:
                     [input],
                 ),
             }
-            name = (
-                f"{channels} x {height} x {width}, f = {factor:g}, {'channels-last' if channels_last else 'contiguous'}"
-            )
+            size = " x ".join(map(str, shape[1:] if batch == 1 else shape))
+            name = f"{size}, f = {factor:g}, {_FORMATS[channels_last]}"
             yield Group(f"resize, forward: {name}", {k: without_gradient(f) for k, (f, _) in ways.items()})
             yield Group(f"resize, training: {name}", {k: training_step(f, leaves) for k, (f, leaves) in ways.items()})
 
@@ -96,10 +95,12 @@ class _WeightedDilations(nn.Module):
 
 
 def convolution(quick: bool = False) -> Iterator[Group]:
-    """One dilated 3x3 convolution, 512 -> 128 and 1024, whose dilation is learned in several ways."""
-    shapes = [(1, 64, 128, 33), (8, 512, 128, 41), (8, 512, 1024, 41), (1, 512, 1024, 65)]
-    for (batch, channels, out_channels, side), channels_last in product(shapes[:1] if quick else shapes, (False, True)):
-        input = _map((batch, channels, side, side), channels_last=channels_last).requires_grad_()
+    """One dilated 3x3 convolution whose dilation is learned in several ways."""
+    shapes = [(1, 64, 128, 33, 33), (8, 512, 128, 41, 41), (8, 512, 1024, 41, 41), (1, 512, 1024, 65, 65)]
+    shapes += [(1, 256, 128, 128, 256)]
+    for shape, channels_last in product(shapes[:1] if quick else shapes, (False, True)):
+        batch, channels, out_channels, height, width = shape
+        input = _map((batch, channels, height, width), channels_last=channels_last).requires_grad_()
         plain = nn.Conv2d(channels, out_channels, 3, padding=6, dilation=6).to(_DEVICE)
         drawn, between, learned = (AdaptiveConv2d.from_conv(plain) for _ in range(3))
         drawn.held = (6.0, 6.0)
@@ -115,21 +116,25 @@ def convolution(quick: bool = False) -> Iterator[Group]:
             "deform_conv2d, predicted offsets": _Deformable(plain, static=False),
             "RF-Next, three dilations": _WeightedDilations(plain, (5, 6, 7)),
         }
-        if _dcls() is not None and batch * channels * out_channels <= 64 * 128:
+        if _dcls() is not None and not channels_last and batch * channels * out_channels <= 64 * 128:
             modules["DCLS, kernel of 13 x 13"] = _dcls()(
                 channels, out_channels, kernel_count=9, padding=6, dilated_kernel_size=13
             )
         modules = {name: module.to(_DEVICE) for name, module in modules.items()}
-        name = f"batch {batch}, {channels} -> {out_channels}, {side} x {side}, {_FORMATS[channels_last]}"
+        name = f"batch {batch}, {channels} -> {out_channels}, {height} x {width}, {_FORMATS[channels_last]}"
         runs = {key: (lambda m=module, i=input: m(i)) for key, module in modules.items()}
-        yield Group(f"convolution, inference: {name}", {key: without_gradient(run) for key, run in runs.items()})
-        yield Group(
-            f"convolution, training: {name}",
-            {
-                key: training_step(run, [input, *(p for p in modules[key].parameters() if p.requires_grad)])
-                for key, run in runs.items()
-            },
-        )
+        inferences = {key: without_gradient(run) for key, run in runs.items()}
+        steps = {
+            key: training_step(run, [input, *(p for p in modules[key].parameters() if p.requires_grad)])
+            for key, run in runs.items()
+        }
+        for doing, cases in (("inference", inferences), ("training", steps)):
+            yield Group(f"convolution, {doing}: {name}", cases)
+            if quick or (channels_last and batch == 8):
+                # The others' kernels know float32 alone on a CPU.
+                plain_or_ours = {key: case for key, case in cases.items() if not key.startswith(("deform", "DCLS"))}
+                lowered = {key: _autocast(case) for key, case in plain_or_ours.items()}
+                yield Group(f"convolution, {doing}: {name}, bfloat16", lowered)
 
 
 def _dcls() -> type[nn.Module] | None:
@@ -195,8 +200,11 @@ def network(quick: bool = False) -> Iterator[Group]:
     name = f"batch {batch}, {side} x {side} px"
     runs = {key: (lambda m=made: m.logits(m.pad(images))) for key, made in networks.items()}
     leaves = {key: [p for p in made.parameters() if p.requires_grad] for key, made in networks.items()}
-    yield Group(f"network, training: {name}", {key: training_step(run, leaves[key]) for key, run in runs.items()})
-    yield Group(f"network, inference: {name}", {key: without_gradient(run) for key, run in runs.items()})
+    steps = {key: training_step(run, leaves[key]) for key, run in runs.items()}
+    inferences = {key: without_gradient(run) for key, run in runs.items()}
+    for doing, cases in (("training", steps), ("inference", inferences)):
+        yield Group(f"network, {doing}: {name}", cases)
+        yield Group(f"network, {doing}: {name}, bfloat16", {key: _autocast(case) for key, case in cases.items()})
 
 
 def _together(steps: list[Case]) -> Case:
