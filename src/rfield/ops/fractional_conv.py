@@ -131,11 +131,11 @@ class _ByRows(torch.autograd.Function):
         grads, tables = as_table(grad, True), as_table(input, True)
         kernel = _as_matrices(weight, groups)
         grad_kernel = torch.zeros_like(kernel, dtype=dilation.dtype)
-        grad_tables = torch.zeros_like(tables, dtype=dilation.dtype)
+        grad_tables = torch.zeros_like(tables, dtype=dilation.dtype) if needed[0] else None
         grad_dilation = dilation.new_zeros(2)
         grids = list(_rows_of_taps(rows, columns, (input.shape[2], input.shape[3])))
-        for table, grad_table, each in zip(tables, grad_tables, grads, strict=True):
-            table = table.to(dilation.dtype)[None]
+        for image, each in enumerate(grads):
+            table = tables[image].to(dilation.dtype)[None]
             for tap, span, grid in grids:
                 grad_rows = _by_group(each[span], groups)
                 if needed[1]:
@@ -145,11 +145,11 @@ class _ByRows(torch.autograd.Function):
                     grad_taps = torch.bmm(grad_rows, kernel[tap].transpose(1, 2)).to(dilation.dtype)
                     grad_taps = _ungrouped(grad_taps, weight.shape[3]).view(1, -1, columns.at.numel(), input.shape[1])
                     of_table, of_dilation = grid.gradients(grad_taps, table, needed[0], needed[3])
-                    if of_table is not None:
-                        grad_table += of_table[0]
+                    if grad_tables is not None and of_table is not None:
+                        grad_tables[image] += of_table[0]
                     if of_dilation is not None:
                         grad_dilation += of_dilation
-        grad_input = _in_format_of(input, grad_tables)
+        grad_input = None if grad_tables is None else _in_format_of(input, grad_tables)
         grad_weight = _from_matrices(grad_kernel, weight).to(weight.dtype)
         grad_bias = grad.sum((0, 2, 3)) if needed[2] else None
         grad_dilation = grad_dilation if len(dilation) == 2 else grad_dilation.sum(0, keepdim=True)

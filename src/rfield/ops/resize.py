@@ -78,15 +78,16 @@ def resize_bilinear(input: Tensor, scale_factor: Tensor, output_size: tuple[int,
 
 
 def _sampled(input: Tensor, factor: Tensor, size: tuple[int, int], plain: bool = False) -> Tensor:
-    rows = _axis(factor[:1], size[0])
-    columns = rows if len(factor) == 1 and size[0] == size[1] else _axis(factor[-1:], size[1])
+    fixed = factor.detach()
+    rows = _axis(fixed[:1], size[0])
+    columns = rows if len(factor) == 1 and size[0] == size[1] else _axis(fixed[-1:], size[1])
     # Positions are linear in the spacing of the pixels.
-    return (by_matrices if plain else sample_grid)(input, 1 / factor, rows, columns, "edge")
+    return (by_matrices if plain else sample_grid)(input, factor.reciprocal(), rows, columns, "edge")
 
 
 def _axis(factor: Tensor, target: int) -> Axis:
     pixel = torch.arange(target, dtype=factor.dtype, device=factor.device)
-    return Axis(pixel / factor.detach(), pixel)
+    return Axis(pixel / factor, pixel)
 
 
 def _strides(input: Tensor, scale_factor: Tensor, output_size: tuple[int, int]) -> tuple[int, int] | None:

@@ -41,13 +41,16 @@ class _Mixture:
         self._of = {1: (row, weight, start)}
 
     def of(self, tables: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The same sums for each of several tables that lie behind one another."""
-        if tables not in self._of:
-            row, weight, start = self._of[1]
-            table, read = (torch.arange(0, tables * each, each, dtype=row.dtype) for each in (self.source, len(row)))
-            rows, starts = (place[None] + first[:, None] for place, first in ((row, table), (start, read)))
-            self._of[tables] = rows.view(-1), torch.cat([weight] * tables), starts.view(-1)
-        return self._of[tables]
+        """The same sums for each of several tables that lie behind one another: kept, as long as they are few."""
+        if tables in self._of:
+            return self._of[tables]
+        row, weight, start = self._of[1]
+        table, read = (torch.arange(0, tables * each, each, dtype=row.dtype) for each in (self.source, len(row)))
+        rows, starts = (place[None] + first[:, None] for place, first in ((row, table), (start, read)))
+        made = rows.view(-1), torch.cat([weight] * tables), starts.view(-1)
+        if rows.numel() <= 2**16:
+            self._of[tables] = made
+        return made
 
 
 def sample_grid(input: Tensor, learned: Tensor, rows: Axis, columns: Axis, beyond: str) -> Tensor:
