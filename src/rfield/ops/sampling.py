@@ -106,7 +106,7 @@ class _Sample(torch.autograd.Function):
         grad_input = grad_learned = None
         if ctx.sampler_grid is not None:
             # Its gradient of the map is slow, that of the grid is not.
-            needed_of_it = needed[0] and grad.numel() <= _SMALL, needed[1]
+            needed_of_it = needed[0] and grad.numel() <= _MOST_BACK, needed[1]
             if any(needed_of_it):
                 grad_input, grad_learned = _sampler_gradients(
                     grad, input, ctx.sampler_grid, rows, columns, needed_of_it
@@ -125,15 +125,15 @@ class _Sample(torch.autograd.Function):
 
 # ATen's grid sampler: bilinear, beyond the border the border, -1 and 1 at the centres of the corner pixels.
 _SAMPLER = (0, 1, True)
-# Up to so many samples it is faster than tables: at channels-last maps, at all of contiguous maps but for the gradient
-# of the map, and at that gradient. Found on one machine, by benchmarks.
-_FEW_CHANNELS_LAST, _MANY, _SMALL = 2**15, 2**19, 2**17
+# Up to so many samples it is faster than tables: of channels-last maps, of contiguous ones, and at the gradient of the
+# latter. Found on one machine, by benchmarks.
+_MOST_CHANNELS_LAST, _MOST_CONTIGUOUS, _MOST_BACK = 2**15, 2**19, 2**17
 
 
 def _suits_sampler(input: Tensor, rows: Axis, columns: Axis, beyond: str) -> bool:
     """Whether ATen's grid sampler is exact and fast here: it takes the slope of a sample on a pixel from one side."""
     samples = input.shape[0] * input.shape[1] * len(rows.at) * len(columns.at)
-    if beyond != "edge" or samples > (_FEW_CHANNELS_LAST if is_channels_last(input) else _MANY):
+    if beyond != "edge" or samples > (_MOST_CHANNELS_LAST if is_channels_last(input) else _MOST_CONTIGUOUS):
         return False
     height, width = input.shape[2:]
     alike = columns is rows and height == width
@@ -219,9 +219,7 @@ class Grid:
             of_table, of_learned: which of the two are wanted.
         """
         grad_table, grad_learned = torch.empty_like(table), table.new_zeros(2)
-        row_back = _transposed(self._row)
-        column_back = row_back if self._column is self._row else _transposed(self._column)
-        row_slope, column_slope = self._both(_slopes) if of_learned else (self._row, self._column)
+        row_back, column_back = self._back
         for maps, grad, place in zip(*_in_cache(table, grads, grad_table), strict=True):
             turned = _by_columns(grad)
             between = _by_rows(_mix(turned, column_back), maps)
