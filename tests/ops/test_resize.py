@@ -102,6 +102,17 @@ class TestGradients:
         resize_bilinear(input, torch.tensor([1.3], dtype=torch.float64), (5, 5)).relu_().sum().backward()
         assert input.grad is not None
 
+    @pytest.mark.parametrize("factor", [0.8, 1.0, 1.3])
+    @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+    def test_gradients_of_any_strides(self, factor: float, memory_format: torch.memory_format) -> None:
+        input = random_map(2, 3, 6, 6).contiguous(memory_format=memory_format).requires_grad_()
+        scale = torch.tensor([factor], dtype=torch.float64, requires_grad=True)
+        output = resize_bilinear(input, scale, (7, 7))
+        for grad in (random_map(2, 3, 7, 1).expand(-1, -1, -1, 7), random_map(2, 3, 7, 7).transpose(2, 3)):
+            whole = grad.clone(memory_format=torch.contiguous_format)
+            got, want = (torch.autograd.grad(output, (input, scale), each, retain_graph=True) for each in (grad, whole))
+            torch.testing.assert_close(got, want)
+
     @pytest.mark.parametrize("factor", [0.5, 1.0, 2.0])
     @pytest.mark.parametrize("seed", range(3))
     def test_kinks_against_central_differences(self, factor: float, seed: int) -> None:

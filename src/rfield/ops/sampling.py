@@ -309,7 +309,7 @@ def as_table(map: Tensor, channels_last: bool) -> Tensor:
     """Tensor[N, h, w, C] of a channels-last map, Tensor[N * C, h, w, 1] of another: a view, where it is contiguous."""
     if channels_last:
         return map.permute(0, 2, 3, 1).contiguous()
-    return map.reshape(-1, *map.shape[2:], 1)
+    return map.contiguous().view(-1, *map.shape[2:], 1)
 
 
 def _as_map(table: Tensor, like: Tensor) -> Tensor:
