@@ -1,6 +1,6 @@
 """Runs the benchmarks, prints them as a table, and compares two machines or commits.
 
-python -m benchmarks run OUT.json [--only resize,head] [--rounds 9] [--threads 1,2] [--quick]
+python -m benchmarks run OUT.json [--only resize,head] [--match "batch 8"] [--rounds 9] [--threads 1,2] [--quick]
 python -m benchmarks table OUT.json
 python -m benchmarks compare BEFORE.json AFTER.json
 """
@@ -16,7 +16,7 @@ from benchmarks.cases import GROUPS
 from benchmarks.timing import machine, measure, peaks
 
 
-def run(out: Path, only: list[str], rounds: int, threads: list[int], quick: bool) -> None:
+def run(out: Path, only: list[str], match: str, rounds: int, threads: list[int], quick: bool) -> None:
     rows: list[dict[str, Any]] = []
     best = {}
     for count in threads:
@@ -25,6 +25,8 @@ def run(out: Path, only: list[str], rounds: int, threads: list[int], quick: bool
         for name in only:
             torch.manual_seed(0)
             for group in GROUPS[name](quick):
+                if match not in group.name:
+                    continue
                 found = measure(group, rounds)
                 rows += [{"threads": count, **row} for row in found]
                 print(group.name + f", {count} threads", flush=True)
@@ -75,6 +77,7 @@ def main() -> None:
     runner = commands.add_parser("run")
     runner.add_argument("out", type=Path)
     runner.add_argument("--only", default=",".join(GROUPS))
+    runner.add_argument("--match", default="", help="only groups with this in their names")
     runner.add_argument("--rounds", type=int, default=9)
     runner.add_argument("--threads", default="1")
     runner.add_argument("--quick", action="store_true", help="a few small sizes, to see that all runs")
@@ -88,7 +91,7 @@ def main() -> None:
         if unknown := set(only) - GROUPS.keys():
             parser.error(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(GROUPS)}")
         threads = [int(count) for count in arguments.threads.split(",")]
-        run(arguments.out, only, arguments.rounds, threads, arguments.quick)
+        run(arguments.out, only, arguments.match, arguments.rounds, threads, arguments.quick)
     elif arguments.command == "table":
         table(arguments.report)
     elif compare(arguments.before, arguments.after):
