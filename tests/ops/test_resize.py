@@ -149,6 +149,12 @@ class TestGradients:
         ):
             torch.testing.assert_close(got, want)
 
+    def test_a_map_of_one_pixel_at_a_tiny_factor(self) -> None:
+        scale = torch.tensor([2.0**-100], dtype=torch.float64, requires_grad=True)
+        output = resize_bilinear(random_map(1, 2, 1, 1), scale, (1, 1))
+        assert torch.equal(output, random_map(1, 2, 1, 1))
+        assert torch.autograd.grad(output.sum(), scale)[0] == 0
+
     def test_double_backward_to_the_input(self) -> None:
         input = random_map(1, 2, 4, 3).requires_grad_()
         scale = torch.tensor([1.3], dtype=torch.float64)
