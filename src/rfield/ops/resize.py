@@ -99,8 +99,7 @@ def _strides(input: Tensor, scale_factor: Tensor, output_size: tuple[int, int]) 
     ends = [(target - 1) * stride for target, stride in zip(output_size, (row, column), strict=True)]
     if not (row.is_integer() and column.is_integer()) or ends != [size - 1 for size in input.shape[2:]]:
         return None
-    # Along an axis of one pixel any stride does, also one that is too large for an index.
-    return int(min(row, input.shape[2])), int(min(column, input.shape[3]))
+    return int(row), int(column)
 
 
 class _Pick(torch.autograd.Function):
