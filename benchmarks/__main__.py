@@ -33,9 +33,9 @@ def run(out: Path, only: list[str], match: str, rounds: int, threads: list[int],
                 for row in found:
                     print(f"    {row['case']:42} {row['ms'][1]:10.3f} ms {row['ratio'][1]:7.2f}", flush=True)
                 # Whole after every group, so that what was measured is not lost.
-                out.write_text(
-                    json.dumps({"machine": machine(), "peaks": best, "rounds": rounds, "rows": rows}, indent=1) + "\n"
-                )
+                notes = json.dumps({"machine": machine(), "peaks": best, "rounds": rounds})
+                lines = ",\n".join(json.dumps(row) for row in rows)  # One row a line, for readable differences.
+                out.write_text(f'{notes[:-1]}, "rows": [\n{lines}\n]}}\n')
 
 
 def table(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A few of the inputs of docs/results/fuzz.py, so that it keeps running and its parsers keep refusing."""
+"""A few of the inputs of studies/fuzz/fuzz.py, so that it keeps running and its parsers keep refusing."""
 
 import importlib.util
 import signal
@@ -12,7 +12,7 @@ import pytest
 
 from rfield import cli
 
-SCRIPT = Path(__file__).parents[1] / "docs/results/fuzz.py"
+SCRIPT = Path(__file__).parents[1] / "studies/fuzz/fuzz.py"
 
 
 @pytest.fixture(scope="module")

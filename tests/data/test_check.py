@@ -23,7 +23,7 @@ MASK = "SegmentationClass/b.png"
 
 
 def _script() -> ModuleType:
-    path = Path(__file__).parents[2] / "docs/results/corrupted_data.py"
+    path = Path(__file__).parents[2] / "studies/corrupted_data/corrupted_data.py"
     spec = importlib.util.spec_from_file_location("corrupted_data", path)
     assert spec is not None
     assert spec.loader is not None

@@ -1,6 +1,6 @@
 """The regulator around a stack of ordinary 3x3 convolutions, which no dilation can replace: does f go the right way?
 
-    python docs/results/regulated_stack.py --out docs/results/regulated_stack.json
+    python studies/regulated_stack/regulated_stack.py --out studies/regulated_stack/regulated_stack.json
 
 MSRC-21, frozen VGG16, as in configs/data/msrc21.yaml; a head of three 3x3 convolutions (dilation 1) and a 1x1 one, 128
 wide, inside a regulator. Fixed factors, then each search from starts that see too much and too little. Everything is a

@@ -1,6 +1,6 @@
 """Feeds every parser of files with mutated and random inputs, and counts what it makes of them.
 
-    OMP_NUM_THREADS=1 python docs/results/fuzz.py --inputs 100000 --jobs 2 --out docs/results
+    OMP_NUM_THREADS=1 python studies/fuzz/fuzz.py --inputs 100000 --jobs 2 --out studies/fuzz
 
 Written: fuzz.json. An input is accepted, or refused with a ValueError or OSError that names a file (the command line:
 one line and status 2). Anything else is a crash: another exception, a dead process, a message without a file's name, a
@@ -643,7 +643,7 @@ def main() -> None:
     argument.add_argument("--seed", type=int, default=0)
     argument.add_argument("--parser", action="append", help="only these")
     argument.add_argument("--only", type=int, help="repeat this input of --parser")
-    argument.add_argument("--out", type=Path, default=Path("docs/results"))
+    argument.add_argument("--out", type=Path, default=Path("studies/fuzz"))
     args = argument.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         made = parsers(Path(folder))

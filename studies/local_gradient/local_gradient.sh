@@ -1,6 +1,6 @@
 #!/bin/sh
 # Why the local gradient fails, on MSRC-21: the exact gradient trained in six ways from a dilation of 14, then the loss
-# and its slopes around that start.   docs/results/local_gradient.sh OUT
+# and its slopes around that start.   studies/local_gradient/local_gradient.sh OUT
 set -eu
 out=$1
 run="rfield train --data configs/data/msrc21.yaml --model largefov_vgg16 --weights ../shared/weights/vgg16_features_imagenet_fp16.pth --freeze-backbone --head-channels 128 --epochs 10 --val-every 10 --precision bf16-mixed --seed 0"

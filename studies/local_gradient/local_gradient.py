@@ -1,6 +1,6 @@
 """Why the local gradient fails: what the loss does around a start, and where its gradients point.
 
-    python docs/results/local_gradient.py ADAPTED SHARED --out docs/results
+    python studies/local_gradient/local_gradient.py ADAPTED SHARED --out studies/local_gradient
 
 ADAPTED is the folder of a frozen run at one fixed dilation, whose weights have adapted to it; SHARED that of a run
 whose weights were trained at all dilations by turns (`--search sampled --no-search-narrowing --search-share 1`).

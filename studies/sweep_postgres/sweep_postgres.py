@@ -1,6 +1,6 @@
 """Four workers of one sweep on a PostgreSQL database, two of them killed in the middle of a trial.
 
-    OMP_NUM_THREADS=1 python docs/results/sweep_postgres.py --out docs/results
+    OMP_NUM_THREADS=1 python studies/sweep_postgres/sweep_postgres.py --out studies/sweep_postgres
 
 Needs PostgreSQL's programs (Debian: apt-get install postgresql) and `pip install 'rfield[postgres]'`. A cluster of its
 own is made in a temporary folder, listens on 127.0.0.1 alone, and is removed; as root it runs as the user `postgres`,
@@ -104,7 +104,7 @@ def in_training(root: Path, number: int) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--storage", help="the URL of an empty database; by default one is made")
-    parser.add_argument("--out", type=Path, default=Path("docs/results"))
+    parser.add_argument("--out", type=Path, default=Path("studies/sweep_postgres"))
     args = parser.parse_args()
     place = contextlib.nullcontext(args.storage) if args.storage else postgres()
     with place as url, tempfile.TemporaryDirectory() as folder:

@@ -1,6 +1,6 @@
 """Kills small trainings at random moments, resumes them, and compares what they end with, bit for bit.
 
-    OMP_NUM_THREADS=1 python docs/results/kills.py --kills 200 --terminations 50 --out docs/results
+    OMP_NUM_THREADS=1 python studies/kills/kills.py --kills 200 --terminations 50 --out studies/kills
 
 Written: kills.json. A server that has everything imported forks a process for every start. One SIGKILL in three waits
 for a checkpoint that is being written, the others for a time drawn from the run's whole length. Each run is killed
@@ -183,7 +183,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=200, help="by SIGKILL")
     parser.add_argument("--terminations", type=int, default=50, help="by SIGTERM")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("docs/results"))
+    parser.add_argument("--out", type=Path, default=Path("studies/kills"))
     args = parser.parse_args()
     torch.set_num_threads(1)
     rng = random.Random(args.seed)

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Several paths, three seeds each, in one of two settings.   docs/results/paths.sh faces|msrc21 OUT
+# Several paths, three seeds each, in one of two settings.   studies/paths/paths.sh faces|msrc21 OUT
 # Run it where configs/ is. Two runs at a time, one thread each. It can be stopped and called again.
 set -eu
 setting=$1 out=$2/$1

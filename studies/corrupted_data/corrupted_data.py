@@ -1,6 +1,6 @@
 """How much of what ruins data `check_data` finds, in 200 generated data sets with one thing wrong, and 50 clean ones.
 
-    python docs/results/corrupted_data.py --out docs/results
+    python studies/corrupted_data/corrupted_data.py --out studies/corrupted_data
 
 Written: corrupted_data.json. A finding counts as found where it names the right file at the right level, with the
 words that tell what is wrong; everything else that is found is a false alarm.
@@ -389,7 +389,7 @@ def run_case(kind: str | None, layout: str, seed: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("docs/results"))
+    parser.add_argument("--out", type=Path, default=Path("studies/corrupted_data"))
     parser.add_argument("--sets", type=int, default=200)
     parser.add_argument("--clean", type=int, default=50)
     args = parser.parse_args()

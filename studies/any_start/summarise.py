@@ -1,6 +1,6 @@
-"""Tables of docs/results/any_start.sh: all runs as CSV, and what the searches delivered against the grid.
+"""Tables of studies/any_start/any_start.sh: all runs as CSV, and what the searches delivered against the grid.
 
-python docs/results/summarise.py OUT [--into docs/results]
+python studies/any_start/summarise.py OUT [--into studies/any_start]
 """
 
 import argparse

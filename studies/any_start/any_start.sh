@@ -1,6 +1,6 @@
 #!/bin/sh
 # From any start: the grid of fixed dilations, and every search from four starts, in one of three settings.
-#   docs/results/any_start.sh msrc21|camvid|faces OUT [SEEDS]
+#   studies/any_start/any_start.sh msrc21|camvid|faces OUT [SEEDS]
 # Run it where configs/ is; OUT gets the run folders. Two runs at a time, one thread each. It can be stopped and called
 # again. SEEDS are those of the local searches, 0,1,2 unless given.
 set -eu

@@ -1,6 +1,6 @@
-"""Tables of docs/results/paths.sh: what each head scored, with the paths' dilations.
+"""Tables of studies/paths/paths.sh: what each head scored, with the paths' dilations.
 
-python docs/results/summarise_paths.py OUT [--into docs/results]
+python studies/paths/summarise.py OUT [--into studies/paths]
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Everybody's models through all of rfield: adapted, trained, fused, exported, compiled, timed; a table, cell by cell.
 
-    PYTHONPATH=. python docs/results/matrix.py OUT [--only NAME,...] [--stages STAGE,...] [--steps 20] [--rounds 9]
+    PYTHONPATH=. python studies/matrix/matrix.py OUT [--only NAME,...] [--stages STAGE,...] [--steps 20] [--rounds 9]
 
 Weights are random and nothing is downloaded. OUT/matrix.json is written after every model, and cells in it are kept: a
 model is run again for the cells that it lacks. OUT/matrix.md is the table. A cell that cannot be filled holds the

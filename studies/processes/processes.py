@@ -1,6 +1,6 @@
 """The same small trainings in 1, 2 and 4 processes; then one of the processes is killed, and the run resumed.
 
-    OMP_NUM_THREADS=1 python docs/results/processes.py --out docs/results
+    OMP_NUM_THREADS=1 python studies/processes/processes.py --out studies/processes
 
 Written: processes.json. A server that has everything imported forks the processes and sets what torchrun sets, so that
 a run takes seconds; the kill is done once more to processes that torchrun itself has started. Gloo, on one machine.
@@ -215,7 +215,7 @@ def kill_under_torchrun(root: Path, processes: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--out", type=Path, default=Path("docs/results"))
+    parser.add_argument("--out", type=Path, default=Path("studies/processes"))
     args = parser.parse_args()
     torch.set_num_threads(1)
     result: dict[str, Any] = {

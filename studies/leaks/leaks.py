@@ -1,6 +1,6 @@
 """File descriptors and memory of a long training of a tiny network, epoch by epoch.
 
-    OMP_NUM_THREADS=1 python docs/results/leaks.py --out docs/results
+    OMP_NUM_THREADS=1 python studies/leaks/leaks.py --out studies/leaks
 
 Written: leaks.json and leaks.png. `rfield.training.train` runs as it is, with a callback more that reads the process's
 resident memory, open files, threads and children at the end of each epoch: 1,000 epochs without processes that load
@@ -114,7 +114,7 @@ def draw(found: dict[str, Any]) -> Figure:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--epochs", type=int, default=1000)
-    parser.add_argument("--out", type=Path, default=Path("docs/results"))
+    parser.add_argument("--out", type=Path, default=Path("studies/leaks"))
     args = parser.parse_args()
     found = {}
     for workers, epochs in ((0, args.epochs), (2, args.epochs // 10)):
@@ -122,7 +122,7 @@ def main() -> None:
             started = time.monotonic()
             rows = measure(epochs, workers, Path(scratch))
         found[f"{workers} workers"] = summarise(rows, time.monotonic() - started)
-    (args.out / "leaks.json").write_text(json.dumps(found, indent=1) + "\n")
+    (args.out / "leaks.json").write_text(json.dumps(found) + "\n")
     style.save(draw(found), args.out / "leaks.png")
     for title, each in found.items():
         print(title, {name: value for name, value in each.items() if name != "samples"})
