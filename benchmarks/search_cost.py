@@ -3,9 +3,9 @@
     python -m benchmarks.search_cost --out benchmarks/search_cost.json
     python -m benchmarks.search_cost --setting camvid --kinds none,sampled --rounds 1 --side-by-side --out camvid.json
 
-`--setting msrc21` is MSRC-21 on a frozen VGG16, the flags of studies/any_start/any_start.sh; `--setting camvid` is CamVid
-and the whole of an EfficientNet-Lite0, much as configs/camvid_efficientnet_lite0.yaml has it. The ratios to the fixed
-run of the same round are what counts; the seconds depend on the machine. On one that has other work the process's CPU
+`--setting msrc21` is MSRC-21 on a frozen VGG16, the flags of studies/any_start/any_start.sh; `--setting camvid` is
+CamVid and the whole of an EfficientNet-Lite0, much as configs/camvid_efficientnet_lite0.yaml has it. The ratios to the
+fixed run of the same round are what counts; the seconds depend on the machine. On one that has other work the CPU
 seconds, scoring included, tell more than the wall time. `--side-by-side` gives every kind a process of its own, one
 thread each, all at once: for long runs, where a machine would not stay the same from one to the next.
 """

