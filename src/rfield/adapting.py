@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 from torch import nn
-from torch.nn.utils import parametrize
 
 from rfield.layers import AdaptiveConv2d, LearnedFactor, ReceptiveFieldRegulator
+from rfield.layers.adaptive_conv import why_not_adaptive
 
 Select = str | Sequence[str] | Callable[[str, nn.Conv2d], bool]
 Share = Literal["parallel", "layer", "stage"]
@@ -68,7 +68,7 @@ def adapt(
         for conv in regulator.modules()
     }
     for name in list(chosen):
-        fault = "it is inside a regulator" if id(convs[name]) in regulated else _fault(convs[name])
+        fault = "it is inside a regulator" if id(convs[name]) in regulated else why_not_adaptive(convs[name])
         if fault and select is not None:
             raise ValueError(f"the convolution {name} cannot be adapted: {fault}")
         if fault:
@@ -76,7 +76,7 @@ def adapt(
             chosen.remove(name)
     if not chosen:
         raise ValueError(_nothing(convs))
-    layers = {name: _adaptive(convs[name], axes) for name in chosen}
+    layers = {name: AdaptiveConv2d.from_conv(convs[name], (1.0,) * axes) for name in chosen}
     first: dict[str, AdaptiveConv2d] = {}
     for name, layer in layers.items():
         if share:
@@ -146,19 +146,6 @@ def regulate(
     return regulator
 
 
-def carry_parametrizations(source: nn.Module, target: nn.Module) -> None:
-    """Gives `target` the parametrizations of `source`, such as a weight norm, with the very same parameters."""
-    if not parametrize.is_parametrized(source):
-        return
-    was_training = {part: part.training for part in source.modules()}
-    # The transfer runs the parametrizations once; a spectral norm would take a step if it were training.
-    target.eval()
-    parametrize.transfer_parametrizations_and_params(source, target)
-    for part, training in was_training.items():
-        part.training = training
-    target.training = source.training
-
-
 def _chosen(model: nn.Module, convs: dict[str, nn.Conv2d], select: Select | None) -> list[str]:
     seeing = [name for name, conv in convs.items() if max(conv.kernel_size) > 1]
     if select is None:
@@ -184,52 +171,12 @@ def _nothing(convs: dict[str, nn.Conv2d]) -> str:
     candidates = [
         f"{name} (kernel {conv.kernel_size[0]}x{conv.kernel_size[1]}, dilation {max(conv.dilation)})"
         for name, conv in convs.items()
-        if max(conv.kernel_size) > 1 and _fault(conv) is None
+        if max(conv.kernel_size) > 1 and why_not_adaptive(conv) is None
     ]
     if not candidates:
         return "nothing to adapt: the model has no nn.Conv2d of more than one pixel that could be adapted"
     more = f" and {len(candidates) - 8} more" if len(candidates) > 8 else ""
     return f"nothing to adapt; name convolutions by select=; those that can be: {', '.join(candidates[:8])}{more}"
-
-
-def _fault(conv: nn.Conv2d) -> str | None:
-    """Why a convolution cannot be adapted."""
-    kind = parametrize.type_before_parametrizations(conv)
-    own = [method for method in ("forward", "_conv_forward") if getattr(kind, method) is not getattr(nn.Conv2d, method)]
-    if own or "forward" in vars(conv):
-        return f"its class {kind.__name__} has a forward of its own, which an AdaptiveConv2d would not repeat"
-    if conv.kernel_size[0] % 2 == 0 or conv.kernel_size[1] % 2 == 0:
-        return f"its kernel {conv.kernel_size[0]}x{conv.kernel_size[1]} is even along an axis and has no centre"
-    if conv.padding_mode != "zeros":
-        return f"it pads with padding_mode={conv.padding_mode!r}, and not with zeros"
-    if nn.parameter.is_lazy(conv.weight):
-        return "its weight has no shape yet: run the model once"
-    if conv._forward_hooks or conv._forward_pre_hooks or conv._backward_hooks or conv._backward_pre_hooks:
-        return "it has hooks (an old weight or spectral norm, or pruning), which would be lost"
-    return None
-
-
-def _adaptive(conv: nn.Conv2d, axes: int) -> AdaptiveConv2d:
-    if not parametrize.is_parametrized(conv):
-        return AdaptiveConv2d.from_conv(conv, (1.0,) * axes)
-    plain = nn.Conv2d(
-        conv.in_channels,
-        conv.out_channels,
-        (conv.kernel_size[0], conv.kernel_size[1]),
-        (conv.stride[0], conv.stride[1]),
-        conv.padding if isinstance(conv.padding, str) else (conv.padding[0], conv.padding[1]),
-        (conv.dilation[0], conv.dilation[1]),
-        conv.groups,
-        conv.bias is not None,
-        device=conv.weight.device,
-        dtype=conv.weight.dtype,
-    )
-    for name in ("weight", "bias"):
-        if name in conv._parameters:
-            setattr(plain, name, conv._parameters[name])
-    adaptive = AdaptiveConv2d.from_conv(plain, (1.0,) * axes)
-    carry_parametrizations(conv, adaptive)
-    return adaptive
 
 
 def _above(name: str) -> list[str]:

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
-from rfield.adapting import carry_parametrizations
 from rfield.layers import AdaptiveConv2d, LearnedFactor, ReceptiveFieldRegulator, WeightedGradient
+from rfield.layers.adaptive_conv import carry_parametrizations
 from rfield.layers.factor import followed_padding, set_dilation
 
 Mode = Literal["resize", "dilation"]

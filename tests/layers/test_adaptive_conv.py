@@ -117,11 +117,11 @@ class TestLearning:
 
 class TestBadInput:
     def test_even_kernel(self) -> None:
-        with pytest.raises(ValueError, match="must be odd along both axes"):
+        with pytest.raises(ValueError, match="kernel 4x4 is even along an axis"):
             AdaptiveConv2d(2, 2, 4)
 
     def test_padding_mode(self) -> None:
-        with pytest.raises(ValueError, match="pads with zeros, got padding_mode='reflect'"):
+        with pytest.raises(ValueError, match="pads with padding_mode='reflect'"):
             AdaptiveConv2d.from_conv(nn.Conv2d(2, 2, 3, padding=1, padding_mode="reflect"))
 
     def test_input(self) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from rfield.layers.factor import LearnedFactor, padding_of
 from rfield.ops import fractional_conv2d
@@ -63,7 +64,13 @@ class AdaptiveConv2d(LearnedFactor):
         min_factor: float | None = None,
         max_factor: float | None = None,
     ) -> "AdaptiveConv2d":
-        """The adaptive twin of a convolution; weight and bias are the very same parameters.
+        """The adaptive twin of a convolution; weight and bias are the very same parameters, and so is what makes them.
+
+        A parametrization of the convolution, such as a weight norm, becomes one of the twin.
+
+        Raises:
+            ValueError: for what a twin would not repeat: another class's forward, an even kernel, a padding other than
+                zeros, a weight without a shape, hooks, parameters or buffers beside weight and bias.
 
         >>> conv = nn.Conv2d(8, 16, 3, padding=6, dilation=6)
         >>> AdaptiveConv2d.from_conv(conv).weight is conv.weight
@@ -71,28 +78,31 @@ class AdaptiveConv2d(LearnedFactor):
         """
         adaptive = cls.__new__(cls)
         adaptive._init_from(conv, factor, min_factor, max_factor)
+        carry_parametrizations(conv, adaptive)
         return adaptive
 
     def _init_from(
         self, conv: nn.Conv2d, factor: float | Sequence[float], min_factor: float | None, max_factor: float | None
     ) -> None:
-        kernel = (conv.kernel_size[0], conv.kernel_size[1])
+        fault = why_not_adaptive(conv)
+        if fault:
+            raise ValueError(f"the convolution cannot be adapted: {fault}")
         dilation = (conv.dilation[0], conv.dilation[1])
-        if kernel[0] % 2 == 0 or kernel[1] % 2 == 0:
-            raise ValueError(f"an adaptive kernel must be odd along both axes to have a centre, got {kernel}")
-        if conv.padding_mode != "zeros":
-            raise ValueError(f"an adaptive convolution pads with zeros, got padding_mode={conv.padding_mode!r}")
         super().__init__((float(dilation[0]), float(dilation[1])), factor, min_factor, max_factor)
         self.in_channels = conv.in_channels
         self.out_channels = conv.out_channels
-        self.kernel_size = kernel
+        self.kernel_size = (conv.kernel_size[0], conv.kernel_size[1])
         self.stride = (conv.stride[0], conv.stride[1])
         self.padding = padding_of(conv)
         self.dilation = dilation
         self.groups = conv.groups
-        self.weight = conv.weight
-        self.bias = conv.bias
-        self.log_factor.data = self.log_factor.data.to(conv.weight.device)
+        # Those that a parametrization makes are carried over with it: to read them runs it.
+        self.weight: Tensor
+        self.bias: Tensor | None
+        for name in ("weight", "bias"):
+            if name in conv._parameters:
+                self.register_parameter(name, conv._parameters[name])
+        self.log_factor.data = self.log_factor.data.to(next(conv.parameters()).device)
         self.train(conv.training)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -137,3 +147,38 @@ class AdaptiveConv2d(LearnedFactor):
             f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, "
             f"padding={self.padding}, dilation={self.dilation}, groups={self.groups}, {super().extra_repr()}"
         )
+
+
+def why_not_adaptive(conv: nn.Module) -> str | None:
+    """Why a module has no adaptive twin that computes the same; None if it has one."""
+    kind = parametrize.type_before_parametrizations(conv)
+    if not isinstance(conv, nn.Conv2d):
+        return f"it is a {kind.__name__}, and not an nn.Conv2d"
+    own = [method for method in ("forward", "_conv_forward") if getattr(kind, method) is not getattr(nn.Conv2d, method)]
+    if own or {"forward", "_conv_forward"} & set(vars(conv)):
+        return f"its class {kind.__name__} has a forward of its own, which an AdaptiveConv2d would not repeat"
+    if conv.kernel_size[0] % 2 == 0 or conv.kernel_size[1] % 2 == 0:
+        return f"its kernel {conv.kernel_size[0]}x{conv.kernel_size[1]} is even along an axis and has no centre"
+    if conv.padding_mode != "zeros":
+        return f"it pads with padding_mode={conv.padding_mode!r}, and not with zeros"
+    if isinstance(conv, nn.modules.lazy.LazyModuleMixin) and conv.has_uninitialized_params():
+        return "its weight has no shape yet: run the model once"
+    if conv._forward_hooks or conv._forward_pre_hooks or conv._backward_hooks or conv._backward_pre_hooks:
+        return "it has hooks (an old weight or spectral norm, or pruning), which would be lost"
+    beside = {*conv._parameters, *conv._buffers, *conv._modules} - {"weight", "bias", "parametrizations"}
+    if beside:
+        return f"it holds {', '.join(sorted(beside))} beside weight and bias, which would be lost"
+    return None
+
+
+def carry_parametrizations(source: nn.Module, target: nn.Module) -> None:
+    """Gives `target` the parametrizations of `source`, such as a weight norm, with the very same parameters."""
+    if not parametrize.is_parametrized(source):
+        return
+    was_training = {part: part.training for part in source.modules()}
+    # The transfer runs the parametrizations, of either module; a spectral norm would take a step if it were training.
+    source.eval()
+    target.eval()
+    parametrize.transfer_parametrizations_and_params(source, target)
+    for part in (*source.modules(), *target.modules()):
+        part.training = was_training.get(part, source.training)
