@@ -39,7 +39,7 @@ def main(kind: str, rank: int, store: str, out: str) -> None:
     if kind == "spsa":
         search = SpsaSearch(model, loss_of, steps=20)
     else:
-        search = SampledSearch(model, loss_of, steps=20, held_out=batches_of(rank + 2, 2))
+        search = SampledSearch(model, loss_of, steps=20, held_out=batches_of(rank + 2, 2 + rank))
     optimizer = torch.optim.Adam(parameter_groups(model, 0.02, 0.02))
     own_losses = []
     for batch in batches_of(rank, 22):
@@ -57,6 +57,7 @@ def main(kind: str, rank: int, store: str, out: str) -> None:
             "factors": [factor.detach() for factor in factor_parameters(model)],
             "weights": [parameter.detach() for parameter in model.parameters()],
             "readings": getattr(search, "readings", None),
+            "held_out_losses": getattr(search, "losses", None),
         },
         out,
     )

@@ -71,6 +71,25 @@ def mean_over_processes(value: Tensor) -> Tensor:
     return (total / torch.distributed.get_world_size()).to(value.device)
 
 
+def gather_rows(rows: Tensor) -> Tensor:
+    """The rows of all processes, Tensor[N, K] to Tensor[all N, K]: the first of each, the second of each, and so on.
+
+    The processes need not have equally many. Elsewhere than in a distributed run: the rows themselves.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return rows
+    # NCCL knows GPUs alone.
+    own = rows.to("cuda") if torch.distributed.get_backend() == "nccl" else rows
+    counts = [own.new_zeros(1) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(counts, own.new_tensor([len(own)]))
+    most = int(max(counts))
+    padded = torch.cat([own, own.new_zeros(most - len(own), own.shape[1])])
+    gathered = [torch.empty_like(padded) for _ in counts]
+    torch.distributed.all_gather(gathered, padded)
+    held = torch.arange(most, device=own.device)[:, None] < torch.cat(counts)
+    return torch.stack(gathered, dim=1)[held].to(rows.device)
+
+
 def reshard(model: nn.Module) -> None:
     """Ends a forward without a backward: FSDP2 then lets go of the parameters it has gathered, which are copies."""
     for module in model.modules():

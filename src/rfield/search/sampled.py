@@ -12,8 +12,8 @@ from rfield.search.base import LossFunction, Search
 from rfield.search.factors import (
     all_round,
     dilation_range,
+    gather_rows,
     hold_dilation,
-    mean_over_processes,
     present_dilation,
     reshard,
     set_dilation,
@@ -40,7 +40,8 @@ class SampledSearch(Search):
 
     Args:
         model, loss_fn, steps, seed: see `Search`.
-        held_out: batches of training images that the search does not train on; gone through at every reading.
+        held_out: batches of training images that the search does not train on; gone through at every reading. The
+            reading's standard error is over the batches: one image a batch tells most.
         narrowings: when to read before the end, as shares of the steps, and how far the window then reaches to
             either side of the minimum, as a ratio. Not too early: weights that have learned little favour dilations
             at which the kernel's outer taps leave the map.
@@ -48,6 +49,8 @@ class SampledSearch(Search):
 
     Attributes:
         readings: for each (factor, axis), all (step, {dilation: held-out loss}) read so far.
+        losses: the same with a list in place of each loss: those of the held-out batches, of all processes.
+        starts: for each factor the effective dilations that the search was started at, one or (height, width).
     """
 
     def __init__(
@@ -67,6 +70,10 @@ class SampledSearch(Search):
         self.readings: dict[tuple[int, int], list[tuple[int, dict[float, float]]]] = {
             (index, axis): [] for index, group in enumerate(self.groups) for axis in range(group[0].log_factor.numel())
         }
+        self.losses: dict[tuple[int, int], list[tuple[int, dict[float, list[float]]]]] = {
+            key: [] for key in self.readings
+        }
+        self.starts = [list(group[0].effective_dilation[: group[0].log_factor.numel()]) for group in self.groups]
         self._ranges: list[tuple[float, float]] = []
         self._windows: dict[tuple[int, int], tuple[float, float]] = {}
         self._average: dict[str, Tensor] = {}
@@ -130,6 +137,7 @@ class SampledSearch(Search):
         self.model.eval()
         self._exchange()
         try:
+            losses: dict[tuple[int, int], dict[float, list[float]]] = {}
             curves: dict[tuple[int, int], dict[float, float]] = {}
             moved = True
             for _ in range(3 if len(self.readings) > 1 else 1):
@@ -138,12 +146,14 @@ class SampledSearch(Search):
                 moved = False
                 for index, axis in self.readings:
                     before = self.groups[index][0].effective_dilation[axis]
-                    curves[index, axis] = self._curve(index, axis)
+                    losses[index, axis] = self._curve(index, axis)
+                    curves[index, axis] = {d: sum(each) / len(each) for d, each in losses[index, axis].items()}
                     best = curve_minimum(curves[index, axis])
                     self._move(index, axis, best)
                     moved |= abs(math.log(best / before)) > 0.1
             for key, curve in curves.items():
                 self.readings[key].append((self.step_index, curve))
+                self.losses[key].append((self.step_index, losses[key]))
                 low, high = self._ranges[key[0]]
                 best, reach = curve_minimum(curve), self.narrowings.get(self.step_index, 1.0)
                 self._windows[key] = max(low, best / reach), min(high, best * reach)
@@ -176,8 +186,8 @@ class SampledSearch(Search):
         set_dilation(self.groups[index], values)
 
     @torch.no_grad()
-    def _curve(self, index: int, axis: int) -> dict[float, float]:
-        """The held-out loss across the window of one factor along one axis, all else at its present best."""
+    def _curve(self, index: int, axis: int) -> dict[float, list[float]]:
+        """The held-out losses, one a batch, across the window of a factor and axis, all else at its present best."""
         for group in self.groups:
             hold_dilation(group, present_dilation(group))
         group = self.groups[index]
@@ -185,28 +195,29 @@ class SampledSearch(Search):
         count = max(7 if self.step_index >= self.steps else 4, self._count(index, low, high))
         return self._read_at(index, axis, dilation_grid(low, high, count, all_round(group)))
 
-    def _read_at(self, index: int, axis: int, dilations: list[float]) -> dict[float, float]:
+    def _read_at(self, index: int, axis: int, dilations: list[float]) -> dict[float, list[float]]:
         group = self.groups[index]
-        totals = torch.zeros(len(dilations), dtype=torch.float64)
-        count = 0
+        rows = [torch.empty(0, len(dilations), dtype=torch.float64)]
         for batch in self.held_out:
-            count += 1
-            for place, dilation in enumerate(dilations):
+            row = []
+            for dilation in dilations:
                 values = present_dilation(group)
                 values[axis] = dilation
                 hold_dilation(group, values)
-                totals[place] += self._losses(batch)[1][index].double().cpu()
+                row.append(self._losses(batch)[1][index].double().cpu())
+            rows.append(torch.stack(row)[None])
         reshard(self.model)
-        # The processes need not have equally many.
-        *sums, batches = mean_over_processes(torch.cat([totals, totals.new_tensor([count])])).tolist()
-        if batches == 0:
+        losses = gather_rows(torch.cat(rows))
+        if not len(losses):
             raise ValueError("a sampled search reads its curve on held-out batches, but there is none")
-        return {dilation: total / batches for dilation, total in zip(dilations, sums, strict=True)}
+        return dict(zip(dilations, losses.T.tolist(), strict=True))
 
     def state_dict(self) -> dict[str, Any]:
         return {
             **super().state_dict(),
             "readings": self.readings,
+            "losses": self.losses,
+            "starts": self.starts,
             "ranges": self._ranges,
             "windows": self._windows,
             "average": self._average,
@@ -215,6 +226,8 @@ class SampledSearch(Search):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         self.readings = state["readings"]
+        self.losses = state["losses"]
+        self.starts = state["starts"]
         self._ranges = state["ranges"]
         self._windows = state["windows"]
         devices = {name: weight.device for name, weight in self.model.named_parameters()}
