@@ -136,8 +136,7 @@ def regulate(
     start = (factor,) * axes
     regulator = ReceptiveFieldRegulator(module, start, min_factor, max_factor, memory_budget)
     for parameter in module.parameters():
-        regulator.log_factor.data = regulator.log_factor.data.to(parameter.device)
-        regulator.snapped = regulator.snapped.to(parameter.device)
+        regulator._move_factor(parameter.device)
         break
     regulator.train(module.training)
     for other, part in modules.items():

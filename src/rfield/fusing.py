@@ -9,7 +9,7 @@ from torch.nn.utils import parametrize
 
 from rfield.layers import AdaptiveConv2d, LearnedFactor, ReceptiveFieldRegulator, WeightedGradient
 from rfield.layers.adaptive_conv import carry_parametrizations
-from rfield.layers.factor import followed_padding, set_dilation
+from rfield.layers.factor import followed_padding, set_dilation, whole_dilation
 
 Mode = Literal["resize", "dilation"]
 Pair = tuple[int, int]
@@ -297,12 +297,12 @@ def _factors(layer: LearnedFactor) -> tuple[float, float]:
 
 
 def _nearest(dilation: Pair, factor: tuple[float, float]) -> Pair:
-    height, width = (max(1, round(d / f)) for d, f in zip(dilation, factor, strict=True))
+    height, width = (whole_dilation(d / f) for d, f in zip(dilation, factor, strict=True))
     return height, width
 
 
 def _plain_conv(layer: AdaptiveConv2d) -> nn.Module:
-    dilation = _nearest(layer.dilation, _factors(layer))
+    dilation = layer.nearest_dilation(layer.effective_dilation)
     padding = followed_padding(layer, dilation)
     conv = nn.Conv2d(
         layer.in_channels,

@@ -102,7 +102,7 @@ class AdaptiveConv2d(LearnedFactor):
         for name in ("weight", "bias"):
             if name in conv._parameters:
                 self.register_parameter(name, conv._parameters[name])
-        self.log_factor.data = self.log_factor.data.to(next(conv.parameters()).device)
+        self._move_factor(next(conv.parameters()).device)
         self.train(conv.training)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -121,25 +121,22 @@ class AdaptiveConv2d(LearnedFactor):
             self.groups,
         )
 
-    def snap(self) -> None:
-        """Ends the learning: the dilation becomes `max(1, round(dilation / factor))`, a plain convolution's."""
-        self.freeze_factor()
-        nearest = [max(1, round(dilation)) for dilation in self.effective_dilation]
-        self.set_factor(
-            [base / n for base, n in zip(self.base_dilation, nearest, strict=True)][: self.log_factor.numel()]
-        )
-
     def _present_dilation(self) -> Tensor:
         if self.held is not None:
             return self.log_factor.new_tensor(self.held)
         dilation = self.log_factor.new_tensor(self.base_dilation) / self.log_factor.exp()
-        if self.log_factor.requires_grad and torch.is_grad_enabled():
+        if self.log_factor.requires_grad and torch.is_grad_enabled() and not self.snapped:
             return dilation
-        nearest = dilation.round().clamp(min=1)
-        return torch.where((dilation - nearest).abs() <= _INTEGER_SLACK * nearest, nearest, dilation)
+        nearest = dilation.detach().round().clamp(min=1)
+        dilation = torch.where((dilation - nearest).abs() <= _INTEGER_SLACK * nearest, nearest, dilation.detach())
+        # Without a question to the device.
+        return torch.where(self.snapped_dilation > 0, self.snapped_dilation.to(dilation.dtype), dilation)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        state_dict.setdefault(f"{prefix}log_factor", self.log_factor.detach())
+        if f"{prefix}log_factor" not in state_dict:
+            state_dict[f"{prefix}log_factor"] = self.log_factor.detach()
+            if self.snapped:
+                state_dict[f"{prefix}snapped"] = self.snapped_dilation
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:

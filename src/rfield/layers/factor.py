@@ -1,6 +1,7 @@
 """What every layer with a learned receptive field has: the factor, its range, and how it is set, shared and held."""
 
 import math
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,6 +9,9 @@ import torch
 from torch import Tensor, nn
 
 Pair = tuple[float, float]
+
+# exp(log(f)) is not f to the last bit.
+_SLACK = 1e-6
 
 
 class LearnedFactor(nn.Module):
@@ -25,8 +29,12 @@ class LearnedFactor(nn.Module):
 
     Attributes:
         log_factor: Parameter[1] or Parameter[2], the logarithm of the factor.
+        snapped_dilation: integer Tensor[2], the whole dilation (height, width) that `snap` has left the layer at; zeros
+            before. Each layer has its own, also where a factor is shared. A state dict holds it as `snapped`, once
+            there is one.
         held: the effective dilation that a search has the layer realise instead of the learned one, or None.
         map_size: (h, w) of the last map seen, or None.
+        in_search: whether a search that has not ended has the factor frozen, and sets it by itself.
         rounds: whether a search runs the layer at integer dilations, where it is cheap and exact.
 
     Raises:
@@ -34,6 +42,7 @@ class LearnedFactor(nn.Module):
     """
 
     rounds = False
+    snapped_dilation: Tensor
 
     def __init__(
         self,
@@ -53,19 +62,37 @@ class LearnedFactor(nn.Module):
         self.base_dilation = dilation
         self.min_factor = min_factor
         self.max_factor = max_factor
+        # A buffer, so that running averages of the weights, which copy buffers, run at it too.
+        self.register_buffer("snapped_dilation", torch.zeros(2, dtype=torch.int64), persistent=False)
         self.held: Pair | None = None
         self.map_size: tuple[int, int] | None = None
+        self.in_search = False
         self._start = start
         self._shares = False
 
     @property
+    def snapped(self) -> bool:
+        """Whether `snap` has ended the learning at a whole dilation."""
+        return not self.snapped_dilation.is_meta and bool(self.snapped_dilation.any())
+
+    @property
     def factor(self) -> Tensor:
-        """The present factor, Tensor[1] or Tensor[2], detached; under FSDP2 gathered from all processes."""
-        return _whole(self.log_factor.detach()).exp()
+        """The present factor, Tensor[1] or Tensor[2], detached; under FSDP2 gathered from all processes.
+
+        That of a snapped layer is the one that stands for its whole dilation.
+        """
+        learned = _whole(self.log_factor.detach()).exp()
+        if not self.snapped:
+            return learned
+        values = learned.new_tensor(self.base_dilation) / self.snapped_dilation
+        return values if values[0] != values[1] else values[: learned.numel()]
 
     @property
     def effective_dilation(self) -> Pair:
         """The dilation over the factor as (height, width), in px of the layer's input map."""
+        if self.snapped:
+            height, width = self.snapped_dilation.tolist()
+            return float(height), float(width)
         factor = self.factor.tolist()
         return self.base_dilation[0] / factor[0], self.base_dilation[1] / factor[-1]
 
@@ -77,7 +104,7 @@ class LearnedFactor(nn.Module):
     def factor_bounds(self, map_size: tuple[int, int]) -> tuple[Pair, Pair]:
         """The range of the factor on a map of (h, w): ((min_h, min_w), (max_h, max_w)).
 
-        The default range is widened to hold a factor that was set by hand.
+        The default range is widened to hold the factor that the layer, or a search, has started from.
         """
         start = (self._start[0], self._start[-1])
         lower = tuple(min(d / size, s) for d, size, s in zip(self.base_dilation, map_size, start, strict=True))
@@ -100,13 +127,42 @@ class LearnedFactor(nn.Module):
 
     @torch.no_grad()
     def set_factor(self, factor: float | Sequence[float]) -> None:
-        """Sets the factor in place: a number, or (height, width) where there is one factor an axis."""
+        """Sets the factor in place: a number, or (height, width) where there is one factor an axis.
+
+        Its range stays. A snapped layer takes the new factor as it is, and is snapped no longer.
+        """
         values = _as_factors("factor", factor)
         if len(values) > self.log_factor.numel():
             raise ValueError(f"this layer has one factor for both axes, got {len(values)} values: {values}")
-        self._start = values
+        if self.snapped:
+            self._snap_at((0, 0))
         present = _whole(self.log_factor)
         self._write(present.new_tensor(values).log().expand_as(present))
+
+    def widen_range(self, start: Sequence[float]) -> None:
+        """Has the default range hold this factor, where a search starts; one number or (height, width)."""
+        self._start = _as_factors("start", start)
+
+    def nearest_dilation(self, dilation: Sequence[float]) -> tuple[int, int]:
+        """The whole dilation (height, width) next to one, halves up, within `min_factor` and `max_factor`.
+
+        Bounds that no whole dilation lies between are passed over.
+        """
+        nearest = []
+        for value, base in zip(dilation, self.base_dilation, strict=True):
+            least, greatest = 1, sys.maxsize
+            if self.max_factor is not None:
+                least = max(1, math.ceil(base / self.max_factor * (1 - _SLACK)))
+            if self.min_factor is not None:
+                greatest = math.floor(base / self.min_factor * (1 + _SLACK))
+            whole = whole_dilation(value)
+            nearest.append(min(max(whole, least), greatest) if least <= greatest else whole)
+        return nearest[0], nearest[1]
+
+    def _move_factor(self, device: torch.device) -> None:
+        """Brings the factor to the device of the weights."""
+        self.log_factor.data = self.log_factor.data.to(device)
+        self.snapped_dilation = self.snapped_dilation.to(device)
 
     def _write(self, value: Tensor) -> None:
         """Sets the parameter in place, also where FSDP2 has dealt it to several processes."""
@@ -122,12 +178,26 @@ class LearnedFactor(nn.Module):
         super().__setstate__({**state, "held": None})  # type: ignore[no-untyped-call]
 
     def snap(self) -> None:
-        """Ends the learning at the nearest plain layer."""
-        raise NotImplementedError
+        """Ends the learning: the layer stays at the whole dilation that is nearest, halves up, and at least 1.
+
+        The factor is frozen. Layers that share it are snapped one by one, each to its own dilation.
+        """
+        if not self.snapped:
+            self._snap_at(self.nearest_dilation(self.effective_dilation))
+        self.freeze_factor()
+
+    def _snap_at(self, dilation: tuple[int, int]) -> None:
+        """Snaps the layer to a dilation, or with zeros has it follow its factor."""
+        self.snapped_dilation.copy_(torch.tensor(dilation))
 
     def freeze_factor(self, frozen: bool = True) -> None:
-        """Stops (or with `frozen=False` resumes) the factor's learning."""
+        """Stops (or with `frozen=False` resumes) the factor's learning; a snapped layer resumes where it is."""
+        if not frozen and self.snapped:
+            self.set_factor(self.factor.tolist()[: self.log_factor.numel()])
         self.log_factor.requires_grad_(not frozen)
+        self.in_search = False
+        if frozen:
+            self.log_factor.grad = None  # Which an optimizer with a momentum would go on applying.
 
     def share_factor(self, other: "LearnedFactor") -> None:
         """Uses the very same parameter as `other` from now on. Do this before the optimizer is made."""
@@ -140,6 +210,21 @@ class LearnedFactor(nn.Module):
         if self._shares and not keep_vars:
             # Two keys with one memory are what safetensors, and with it transformers, refuse to save.
             destination[f"{prefix}log_factor"] = destination[f"{prefix}log_factor"].clone()
+        if self.snapped:
+            dilation = self.snapped_dilation
+            destination[f"{prefix}snapped"] = dilation if keep_vars else dilation.detach().clone()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        dilation = state_dict.pop(f"{prefix}snapped", None)
+        if dilation is None:
+            if self.snapped and f"{prefix}log_factor" in state_dict:
+                self._snap_at((0, 0))
+        elif dilation.shape != (2,) or dilation.is_floating_point() or not bool((dilation > 0).all()):
+            errors: list[str] = args[-1]
+            errors.append(f"{prefix}snapped must be two whole dilations (height, width), got {dilation}")
+        else:
+            self._snap_at((int(dilation[0]), int(dilation[1])))
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         factor = ", ".join(f"{value:.4g}" for value in self.factor.tolist())
@@ -150,6 +235,15 @@ class LearnedFactor(nn.Module):
         self.map_size = map_size
         if self.training and self.log_factor.requires_grad:
             self.clamp_factor_(map_size)
+
+
+def whole_dilation(dilation: float) -> int:
+    """The whole dilation next to one, halves up, at least 1.
+
+    >>> [whole_dilation(value) for value in (0.2, 2.4, 2.5, 3.5)]
+    [1, 2, 3, 4]
+    """
+    return max(1, math.floor(dilation * (1 + _SLACK) + 0.5))
 
 
 def _whole(value: Tensor) -> Tensor:

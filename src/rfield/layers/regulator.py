@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rfield.layers.factor import LearnedFactor, Pair, set_dilation
+from rfield.layers.factor import LearnedFactor, Pair, set_dilation, whole_dilation
 from rfield.layers.resize import Inflation2d, Interpolation2d, inflated_size
 
 
@@ -28,7 +28,6 @@ class ReceptiveFieldRegulator(LearnedFactor):
 
     Attributes:
         base_dilation: (height, width), the largest dilation inside `module`.
-        snapped: whether `snap` has ended the learning.
         record_gradients: set it to True to have `pop_factor_gradients` report the factor's gradient term by term.
 
     Raises:
@@ -43,8 +42,6 @@ class ReceptiveFieldRegulator(LearnedFactor):
     >>> head.effective_dilation
     (8.0, 8.0)
     """
-
-    snapped: Tensor
 
     def __init__(
         self,
@@ -61,7 +58,6 @@ class ReceptiveFieldRegulator(LearnedFactor):
         self.memory_budget = memory_budget
         self._told_of_budget = False
         self.record_gradients = False
-        self.register_buffer("snapped", torch.tensor(False))
         self._convs = [
             (conv, (conv.dilation[0], conv.dilation[1]))
             for conv in module.modules()
@@ -84,8 +80,9 @@ class ReceptiveFieldRegulator(LearnedFactor):
             raise ValueError(f"input must be a map (N, C, h, w) that is not empty, got shape {tuple(input.shape)}")
         grid_size = (input.shape[2], input.shape[3])
         self._see(grid_size)
-        if self.snapped:
-            # Copied from another regulator, as a running average of the weights is, the factor may have come alone.
+        snapped = self.snapped
+        if snapped:
+            # Copied from another regulator, as a running average of the weights is, the buffer may have come alone.
             self.realise_snap()
         factor = self._present_factor(input)
         for_inflation = for_interpolation = factor
@@ -93,14 +90,14 @@ class ReceptiveFieldRegulator(LearnedFactor):
             for_inflation, for_interpolation = factor.clone(), factor.clone()
             for_inflation.register_hook(self._add_grad_inflation)  # type: ignore[no-untyped-call]
             for_interpolation.register_hook(self._add_grad_interpolation)  # type: ignore[no-untyped-call]
-        inflated = input if self.snapped else self.inflation(input, for_inflation)
+        inflated = input if snapped else self.inflation(input, for_inflation)
         output: Tensor = self.module(inflated)
         if output.shape[2:] != inflated.shape[2:]:
             raise ValueError(
                 f"the regulated module must keep the map's size, but turned {tuple(inflated.shape)} into "
                 f"{tuple(output.shape)}: give its convolutions stride 1 and padding = dilation * (kernel - 1) / 2"
             )
-        if self.snapped and output_size in (None, grid_size):
+        if snapped and output_size in (None, grid_size):
             return output
         resized: Tensor = self.interpolation(output, for_interpolation, grid_size, output_size or grid_size)
         return resized
@@ -131,34 +128,27 @@ class ReceptiveFieldRegulator(LearnedFactor):
         self._grad_interpolation = grad.detach() if previous is None else previous + grad.detach()
 
     def snap(self) -> None:
-        """Ends the learning: dilated convolutions take the nearest integer dilation, and no resizing is left.
+        """Ends the learning: dilated convolutions take whole dilations, and no resizing is left.
 
-        Each convolution's dilation becomes `max(1, round(dilation / factor))`. Where the module has no dilated
-        convolution, the factor is frozen and the resizes stay.
+        The largest takes the whole dilation nearest to its effective one, halves up, and the others follow in
+        proportion, each rounded in the same way. Where the module has no dilated convolution, the factor is frozen
+        and the resizes stay.
         """
-        self.freeze_factor()
         if max(self.base_dilation) == 1:
-            return
-        nearest = [max(1, round(dilation)) for dilation in self.effective_dilation]
-        self.set_factor(
-            [base / dilation for base, dilation in zip(self.base_dilation, nearest, strict=True)][
-                : self.log_factor.numel()
-            ]
-        )
-        self.snapped.fill_(True)
+            self.freeze_factor()
+        else:
+            super().snap()
+
+    def _snap_at(self, dilation: tuple[int, int]) -> None:
+        super()._snap_at(dilation)
         self.realise_snap()
 
     def realise_snap(self) -> None:
-        """Gives the convolutions the dilations that the factor of a snapped regulator stands for."""
-        factor = self.factor.expand(2).tolist()
-        for conv, dilation in self._convs:
-            nearest = [max(1, round(d / f)) for d, f in zip(dilation, factor, strict=True)]
-            set_dilation(conv, (nearest[0], nearest[1]))
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        if self.snapped:
-            self.realise_snap()
+        """Gives the convolutions the dilations that a snapped regulator stands for, or else their own."""
+        realised = self.effective_dilation if self.snapped else self.base_dilation
+        ratio = [value / base for value, base in zip(realised, self.base_dilation, strict=True)]
+        for conv, (height, width) in self._convs:
+            set_dilation(conv, (whole_dilation(height * ratio[0]), whole_dilation(width * ratio[1])))
 
     def _present_factor(self, input: Tensor) -> Tensor:
         """The factor to inflate by, Tensor[1] or Tensor[2], within the memory budget."""
