@@ -85,6 +85,20 @@ def test_rooms_import_only_what_stands_above_them(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SRC)))
+def test_text_files_are_utf_8_whatever_the_console_speaks(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute | ast.Name)):
+            continue
+        name = node.func.attr if isinstance(node.func, ast.Attribute) else node.func.id
+        owner = ast.unparse(node.func.value) if isinstance(node.func, ast.Attribute) else ""
+        given = [*node.args, *(word.value for word in node.keywords)]
+        binary = any(isinstance(each, ast.Constant) and str(each.value).endswith("b") for each in given)
+        if name in ("read_text", "write_text", "open") and not binary and owner not in ("os", "PIL.Image", "bar"):
+            own = name == "write_text" and isinstance(node.func, ast.Name)  # of rfield.training, which is UTF-8
+            assert own or any(word.arg == "encoding" for word in node.keywords), f"{path}:{node.lineno}: no encoding"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SRC)))
 def test_no_source_file_is_over_500_lines(path: Path) -> None:
     assert len(path.read_text().splitlines()) <= 500
 

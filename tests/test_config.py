@@ -8,8 +8,6 @@ from docstring_parser import parse_from_object
 
 from rfield.config import (
     DemoConfig,
-    EvaluateConfig,
-    PredictConfig,
     ReproduceConfig,
     SweepConfig,
     TrainConfig,
@@ -21,6 +19,7 @@ from rfield.config import (
     parse_size,
 )
 from rfield.inference import load_config
+from rfield.ship_config import EvaluateConfig, PredictConfig
 
 
 def config_of(**values: Any) -> TrainConfig:

@@ -11,12 +11,13 @@ import torch
 import yaml
 
 from rfield.cli import main, parse
-from rfield.config import FuseConfig, TrainConfig
+from rfield.config import TrainConfig
 from rfield.data import SyntheticCues
 from rfield.fusing import dilations
 from rfield.inference import build_network, load_run
 from rfield.layers import LearnedFactor
 from rfield.plain_run import fuse_run
+from rfield.ship_config import FuseConfig
 
 IMAGE = torch.randn(1, 3, 61, 45, generator=torch.Generator().manual_seed(0))
 MakeRun = Callable[..., Path]

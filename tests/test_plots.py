@@ -126,7 +126,7 @@ def test_panel_rejects_bad_input() -> None:
             plots.panel(nothing, PALETTE)
     with pytest.raises(ValueError, match=r"lengths are \{'a': 1, 'b': 2\}"):
         plots.panel({"a": [IMAGE], "b": [MASK, MASK]}, PALETTE)
-    with pytest.raises(ValueError, match="a mask holds class 2, but there are 2 class names"):
+    with pytest.raises(ValueError, match="a mask holds class 2, but the list has 2 class names"):
         plots.panel({"a": [MASK]}, PALETTE, ["road", "car"])
     with pytest.raises(ValueError, match="an image must be uint8"):
         plots.panel({"a": [IMAGE / 255]}, PALETTE)

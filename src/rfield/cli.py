@@ -5,9 +5,11 @@ Torch and the rest are imported inside the commands, so that `rfield --help` ans
 
 import argparse
 import dataclasses
-import functools
+import difflib
+import io
 import math
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -21,18 +23,16 @@ from jsonargparse import ActionYesNo, ArgumentParser, get_loader, set_loader
 from rfield import __version__
 from rfield.config import (
     DemoConfig,
-    EvaluateConfig,
-    FuseConfig,
-    PredictConfig,
     ReproduceConfig,
     SweepConfig,
     TrainConfig,
     TuneConfig,
+    counted,
 )
 from rfield.data_config import CheckDataConfig, ConvertConfig
 from rfield.inspect_config import InspectConfig
 from rfield.reading import check_yaml
-from rfield.ship_config import ExportConfig, PushConfig
+from rfield.ship_config import EvaluateConfig, ExportConfig, FuseConfig, PredictConfig, PushConfig
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -40,6 +40,9 @@ def main(argv: list[str] | None = None) -> None:
 
     `RFIELD_DEBUG=1` shows the traceback instead.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # A name that the console cannot show fails no command.
     command, config = parse(argv)
     try:
         COMMANDS[command][1](config)
@@ -55,14 +58,20 @@ def main(argv: list[str] | None = None) -> None:
 
 def parse(argv: list[str] | None = None) -> tuple[str, Any]:
     """A command's name and its config, from the command line's words."""
-    parser = _parser()
+    words = sys.argv[1:] if argv is None else argv
+    parser, commands = _parser()
     try:
-        arguments = parser.parse_args(argv)
+        arguments = parser.parse_args(words)
         command = arguments.subcommand
         values = {name: value for name, value in arguments[command].items() if name != "config"}
         return command, COMMANDS[command][0](**values)
-    except (ValueError, argparse.ArgumentTypeError) as error:
-        parser.error(str(error))
+    except (_MistakeError, ValueError, argparse.ArgumentTypeError) as error:
+        name = words[0] if words and words[0] in commands else None
+        page = "rfield" if name is None else f"rfield {name}"
+        message = _plain_message(str(error))
+        hint = _did_you_mean(message, words, parser, commands)
+        print(f"{page}: {message}{hint} (see {page} --help)", file=sys.stderr)
+        sys.exit(2)
 
 
 def train(config: TrainConfig) -> None:
@@ -80,7 +89,7 @@ def train(config: TrainConfig) -> None:
     )
     if "skipped" in metrics:
         names = [f"{split} {name}" for split, found in metrics["skipped_samples"].items() for name in found]
-        print(f"skipped, as they cannot be read: {len(names)} samples{': ' * bool(names)}{', '.join(names)}")
+        print(f"skipped, as they cannot be read: {counted(len(names), 'sample')}{': ' * bool(names)}{', '.join(names)}")
 
 
 def evaluate(config: EvaluateConfig) -> None:
@@ -122,7 +131,8 @@ def predict(config: PredictConfig) -> None:
     with _progress("labelling") as progress:
         for done, _ in enumerate(masks, start=1):
             progress(done, len(images))
-    print(f"{len(images)} masks and overlays are in {config.out}")
+    made = "1 mask and its overlay are" if len(images) == 1 else f"{len(images)} masks and overlays are"
+    print(f"{made} in {config.out}")
 
 
 def fuse(config: FuseConfig) -> None:
@@ -182,8 +192,9 @@ def convert(config: ConvertConfig) -> None:
     with _progress("converting") as progress:
         made = converters[config.format](config.source, config.target, progress)
     counts = ", ".join(f"{count} {split}" for split, count in made.counts.items())
+    faces = "face is" if sum(made.counts.values()) == 1 else "faces are"
     sides = "the person's left, now exchanged" if made.exchanged else "the viewer's left, as in Helen"
-    print(f"{counts} faces are in {made.root}; the source's left was {sides}")
+    print(f"{counts} {faces} in {made.root}; the source's left was {sides}")
 
 
 def check_data(config: CheckDataConfig) -> None:
@@ -246,7 +257,8 @@ def inspect(config: InspectConfig) -> None:
             print(f"  {line}")
         for warning in each.warnings:
             print(f"  warning: {warning}")
-    print(f"written to {config.out}")
+    if config.out is not None:
+        print(f"written to {config.out}")
 
 
 COMMANDS: dict[str, tuple[Any, Any]] = {
@@ -281,33 +293,65 @@ def _checked_yaml(text: str) -> Any:
 set_loader("yaml", _checked_yaml, exceptions=(ValueError,))
 
 
+class _MistakeError(Exception):
+    """A command line that cannot be understood."""
+
+
 class _Parser(ArgumentParser):
-    """Answers a mistake with one line instead of the whole usage."""
+    """Leaves the answer to a mistake to `parse`, which gives one line instead of the whole usage."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        prog = self.prog.replace(" [options]", "")
-        for name in COMMANDS:
-            message = message.replace(f" {name}.", " ")
-        print(f"{prog}: {_one_line(message)} (see {prog} --help)", file=sys.stderr)
-        sys.exit(2)
+        raise _MistakeError(message) from ex
+
+
+def _plain_message(message: str) -> str:
+    """The parser's message in one line, without Python's words for types."""
+    message = _one_line(message)
+    for name in COMMANDS:
+        message = message.replace(f" {name}.", " ")
+    key = r'^Parser key "([\w.]+)": '
+    message = re.sub(
+        rf"{key}Does not validate against any .* Subtypes: \[(.*?)(?:, NoneType)?\] Errors: .* Given value: (.*)$",
+        r"\1: expected \2, got \3",
+        message,
+    )
+    message = re.sub(rf"{key}Expected an? (.*?)\. Got value: ", r"\1: expected \2, got ", message)
+    message = re.sub(r"<class '(\w+)'>", r"\1", message)
+    return re.sub(r"(?:typing\.)?Literal\[(.*?)\]", r"one of \1", message.replace(", NoneType", ""))
+
+
+def _did_you_mean(message: str, words: Sequence[str], parser: ArgumentParser, commands: dict[str, Any]) -> str:
+    """The command, flags or key that a mistyped one is most like, as the end of a message."""
+    if words and words[0] in commands:
+        known = list(commands[words[0]]._option_string_actions)
+        given = [word.partition("=")[0] for word in words[1:] if re.match("--?[A-Za-z]", word)]
+        given += re.findall(r"does not accept option '([\w-]+)'", message)
+        wanted = [f"--{name.lstrip('-').lower().replace('_', '-')}" for name in given if name not in known]
+    else:
+        known = [*commands, *parser._option_string_actions]
+        wanted = [words[0].lower().replace("_", "-")] if words else []
+    near = [match for name in wanted for match in difflib.get_close_matches(name, known, n=1)]
+    return f"; did you mean {' and '.join(near)}?" if near else ""
 
 
 def _one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def _parser() -> ArgumentParser:
+def _parser() -> tuple[ArgumentParser, dict[str, ArgumentParser]]:
+    """The parser of the whole command line, and that of each command."""
     parser = _Parser(
         prog="rfield", allow_abbrev=False, description="Image-parsing networks that learn how far they should see."
     )
     parser.add_argument("--version", action="version", version=f"rfield {__version__}")
-    commands = parser.add_subcommands()
+    subcommands = parser.add_subcommands()
+    commands: dict[str, ArgumentParser] = {}
     for name, (config_class, run) in COMMANDS.items():
-        command = _Parser(allow_abbrev=False, description=run.__doc__)
+        command = commands[name] = _Parser(allow_abbrev=False, description=run.__doc__)
         command.add_argument("--config", action="config", help="A .yaml file with any of these values.")
         _add_fields(command, config_class)
-        commands.add_subcommand(name, command, help=run.__doc__)
-    return parser
+        subcommands.add_subcommand(name, command, help=run.__doc__)
+    return parser, commands
 
 
 def _add_fields(parser: ArgumentParser, config_class: Any) -> None:
@@ -319,7 +363,7 @@ def _add_fields(parser: ArgumentParser, config_class: Any) -> None:
         if field.metadata.get("fixed"):
             continue
         parse = field.metadata.get("parse")
-        options: dict[str, Any] = {"help": texts[field.name], "type": _worded(parse) if parse else field.type}
+        options: dict[str, Any] = {"help": texts[field.name], "type": _Parsed(parse) if parse else field.type}
         required = field.default is dataclasses.MISSING
         if not required:
             options["default"] = field.default
@@ -332,17 +376,20 @@ def _add_fields(parser: ArgumentParser, config_class: Any) -> None:
         parser.add_argument(f"--{field.name.replace('_', '-')}", required=required, **options)
 
 
-def _worded(parse: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """`parse` with its errors in the form whose text argparse shows."""
+class _Parsed:
+    """A parse function with its errors in the form whose text argparse shows, and a name for the help."""
 
-    @functools.wraps(parse)
-    def parse_argument(value: Any) -> Any:
+    def __init__(self, parse: Callable[[Any], Any]) -> None:
+        self.parse = parse
+
+    def __call__(self, value: Any) -> Any:
         try:
-            return parse(value)
+            return self.parse(value)
         except ValueError as error:
             raise argparse.ArgumentTypeError(str(error)) from error
 
-    return parse_argument
+    def __repr__(self) -> str:
+        return self.parse.__name__.removeprefix("parse_").replace("_", " ")
 
 
 def _evaluate_onnx(config: EvaluateConfig) -> None:

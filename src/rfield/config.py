@@ -405,60 +405,6 @@ class ReproduceConfig(SweepConfig):
             raise ValueError(f"images must be positive, got {self.images}")
 
 
-def _positional(**kwargs: Any) -> Any:
-    """A field that is written without its name on the command line."""
-    return dataclasses.field(metadata={"positional": True}, **kwargs)
-
-
-@dataclasses.dataclass
-class EvaluateConfig:
-    """Scoring a trained network."""
-
-    run: str = _positional()
-    """A run folder, an .onnx file of rfield export, or a model on the Hugging Face Hub (hf:USER/NAME)."""
-    data: str | None = None
-    """What to score on, as in train; any data of the same classes. Default: what the run was trained on."""
-    split: str = "val"
-    """Split to score."""
-    checkpoint: Literal["last", "best"] = "last"
-    """Which of the run's checkpoints."""
-    json: str | None = None
-    """Where to write the scores. Default: evaluation-SPLIT.json in the run folder, or beside the file."""
-
-
-@dataclasses.dataclass
-class PredictConfig:
-    """Labelling photographs."""
-
-    run: str = _positional()
-    """A run folder, an .onnx file of rfield export, or a model on the Hugging Face Hub (hf:USER/NAME)."""
-    images: str = _positional()
-    """An image, a folder of images, or a glob in quotes."""
-    out: str = "out"
-    """Folder for the masks and overlays."""
-    checkpoint: Literal["last", "best"] = "last"
-    """Which of the run's checkpoints."""
-
-
-@dataclasses.dataclass
-class FuseConfig:
-    """Turning a trained network into a plain one."""
-
-    run: str = _positional()
-    """A run folder."""
-    out: str = dataclasses.field(kw_only=True)
-    """The folder to make: a run folder for predict and evaluate, with the weights in model.safetensors."""
-    mode: Literal["resize", "dilation"] = "resize"
-    """What becomes of a regulator that is not snapped: resize (fixed resizes, exact) or dilation (the nearest whole
-    dilations). After a search has ended both give the same."""
-    checkpoint: Literal["last", "best"] = "last"
-    """Which of the run's checkpoints."""
-    data: str | None = None
-    """What to score both networks on, as in train. Default: nothing is scored."""
-    split: str = "val"
-    """Split to score."""
-
-
 @dataclasses.dataclass
 class DemoConfig:
     """Learning a receptive field whose best value is known."""
@@ -471,6 +417,15 @@ class DemoConfig:
     """Passes over the training images."""
     seed: int = 0
     """All randomness derives from it."""
+
+
+def counted(number: int, noun: str) -> str:
+    """A number of things, in words.
+
+    >>> counted(1, "image"), counted(2, "image"), counted(0, "class")
+    ('1 image', '2 images', '0 classes')
+    """
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}{'es' if noun.endswith('s') else 's'}"
 
 
 def without_password(url: str) -> str:

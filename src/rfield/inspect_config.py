@@ -12,8 +12,8 @@ class InspectConfig:
 
     model: str = dataclasses.field(metadata={"positional": True})
     """torchvision:NAME, smp:NAME or smp:NAME/ENCODER, timm:NAME, hf:ID, or a run folder."""
-    out: str = dataclasses.field(kw_only=True)
-    """Folder for inspect.json, layers.csv and effective.png."""
+    out: str | None = None
+    """Folder for inspect.json, layers.csv and effective.png. Default: nothing is written."""
     size: tuple[int, int] = dataclasses.field(default=(512, 512), metadata={"parse": parse_size})
     """(height, width) of the images in px."""
     weights: str | None = None

@@ -73,7 +73,8 @@ class Inspection:
 def run_inspect(config: InspectConfig, progress: Progress) -> dict[str, Inspection]:
     """Measures a network, and another one beside it where the config names one or the run knows where it started.
 
-    Writes inspect.json and layers.csv, and effective.png if the effective field is measured.
+    Writes inspect.json and layers.csv, and effective.png if the effective field is measured, where the config has a
+    folder for them.
 
     Args:
         config: what to measure.
@@ -102,6 +103,8 @@ def run_inspect(config: InspectConfig, progress: Progress) -> dict[str, Inspecti
     found: dict[str, Inspection] = {}
     for index, (title, each) in enumerate(sources.items()):
         found[title] = _inspect(each, config, _counted(images, progress, index * len(images), total))
+    if config.out is None:
+        return found
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     measured = {title: each for title, each in found.items() if each.scores is not None}
@@ -112,7 +115,7 @@ def run_inspect(config: InspectConfig, progress: Progress) -> dict[str, Inspecti
     content = {"size": config.size, "images": config.images or "random", "measure": config.measure}
     networks = {title: _plain(each) for title, each in found.items()}
     text = json.dumps({**content, "count": len(images), "networks": networks}, indent=2, allow_nan=False)
-    (out / "inspect.json").write_text(text + "\n")
+    (out / "inspect.json").write_text(text + "\n", encoding="utf-8")
     return found
 
 
@@ -175,7 +178,7 @@ def _panel(found: Inspection) -> tuple[Any, dict[str, tuple[float, float]]]:
 
 
 def _write_layers(path: Path, found: Inspection, size: tuple[int, int]) -> None:
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         pairs = ("kernel", "dilation", "stride", "field", "local", "field_per_image")
         writer.writerow(["layer", "kind", *(f"{name}_{side}" for name in pairs for side in ("height", "width"))])

@@ -65,10 +65,10 @@ def fuse_run(
         "resizes": resizes,
     }
     out.mkdir(parents=True, exist_ok=True)
-    (out / "config.yaml").write_text(yaml.safe_dump(config.plain(), sort_keys=False))
-    (out / "classes.json").write_text((run.folder / "classes.json").read_text())
+    (out / "config.yaml").write_text(yaml.safe_dump(config.plain(), sort_keys=False), encoding="utf-8")
+    (out / "classes.json").write_bytes((run.folder / "classes.json").read_bytes())
     save_file({key: value.contiguous() for key, value in plain.state_dict().items()}, out / "model.safetensors")
-    (out / "fused.json").write_text(json.dumps(record, indent=2) + "\n")
+    (out / "fused.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return {
         name: f"resized by {_size(resizes[name])}"
         if name in resizes

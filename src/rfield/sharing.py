@@ -5,6 +5,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, cast
 
+from rfield.config import counted
 from rfield.fusing import fuse
 from rfield.inference import Run, load_run
 from rfield.models import ParsingNetwork
@@ -66,7 +67,7 @@ def _card(run: Run, network: ParsingNetwork, pictures: list[str], repo_id: str) 
         "",
         f"# {repo_id.rpartition('/')[2]}",
         "",
-        f"{run.config.model} of rfield, {len(run.class_names)} classes: {', '.join(run.class_names)}.",
+        f"{run.config.model} of rfield, {counted(len(run.class_names), 'class')}: {', '.join(run.class_names)}.",
         "",
         *_field(network),
         *_scores(run.folder),

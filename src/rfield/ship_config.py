@@ -1,10 +1,59 @@
-"""The flags of the commands that bring a trained network to its users. Imports nothing but Python."""
+"""The flags of the commands that use a trained network or bring it to its users. Imports nothing but Python."""
 
 import dataclasses
 from pathlib import Path
 from typing import Literal
 
 from rfield.config import parse_size
+
+
+@dataclasses.dataclass
+class EvaluateConfig:
+    """Scoring a trained network."""
+
+    run: str = dataclasses.field(metadata={"positional": True})
+    """A run folder, an .onnx file of rfield export, or a model on the Hugging Face Hub (hf:USER/NAME)."""
+    data: str | None = None
+    """What to score on, as in train; any data of the same classes. Default: what the run was trained on."""
+    split: str = "val"
+    """Split to score."""
+    checkpoint: Literal["last", "best"] = "last"
+    """Which of the run's checkpoints."""
+    json: str | None = None
+    """Where to write the scores. Default: evaluation-SPLIT.json in the run folder, or beside the file."""
+
+
+@dataclasses.dataclass
+class PredictConfig:
+    """Labelling photographs."""
+
+    run: str = dataclasses.field(metadata={"positional": True})
+    """A run folder, an .onnx file of rfield export, or a model on the Hugging Face Hub (hf:USER/NAME)."""
+    images: str = dataclasses.field(metadata={"positional": True})
+    """An image, a folder of images, or a glob in quotes."""
+    out: str = "out"
+    """Folder for the masks and overlays."""
+    checkpoint: Literal["last", "best"] = "last"
+    """Which of the run's checkpoints."""
+
+
+@dataclasses.dataclass
+class FuseConfig:
+    """Turning a trained network into a plain one."""
+
+    run: str = dataclasses.field(metadata={"positional": True})
+    """A run folder."""
+    out: str = dataclasses.field(kw_only=True)
+    """The folder to make: a run folder for predict and evaluate, with the weights in model.safetensors."""
+    mode: Literal["resize", "dilation"] = "resize"
+    """What becomes of a regulator that is not snapped: resize (fixed resizes, exact) or dilation (the nearest whole
+    dilations). After a search has ended both give the same."""
+    checkpoint: Literal["last", "best"] = "last"
+    """Which of the run's checkpoints."""
+    data: str | None = None
+    """What to score both networks on, as in train. Default: nothing is scored."""
+    split: str = "val"
+    """Split to score."""
 
 
 @dataclasses.dataclass

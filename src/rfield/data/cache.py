@@ -212,14 +212,14 @@ def _compute(
             for array in (features, masks, sizes):
                 array.flush()
             _write_meta(partial, dataset)
-            (partial / "done").write_text(str(index + 1))
+            (partial / "done").write_text(str(index + 1), encoding="utf-8")
         progress(index + 1, len(dataset))
     for array in (features, masks, sizes):
         array.flush()
     del features, masks, sizes, array
     _write_meta(partial, dataset)
     checksums = {name: _checksum(partial / name) for name in _FILES}
-    (partial / "checksums.json").write_text(json.dumps(checksums))
+    (partial / "checksums.json").write_text(json.dumps(checksums), encoding="utf-8")
     partial.rename(path)
 
 
@@ -227,7 +227,7 @@ def _write_meta(partial: Path, dataset: ParsingDataset) -> None:
     meta: dict[str, Any] = {"mirrored_classes": dataset.mirrored_classes}
     if isinstance(dataset, SkippingDataset):
         meta["skipped"] = dataset.skipped_indices()
-    (partial / "meta.json").write_text(json.dumps(meta))
+    (partial / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
 
 
 def _finished(partial: Path, shape: tuple[int, ...]) -> int:
@@ -237,7 +237,7 @@ def _finished(partial: Path, shape: tuple[int, ...]) -> int:
         if arrays[0].shape != shape:
             return 0
         read_json(partial / "meta.json")
-        return int((partial / "done").read_text())
+        return int((partial / "done").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return 0
 
@@ -256,6 +256,6 @@ def _locked(path: Path) -> Iterator[None]:
     """One process at a time; the others wait. The lock goes with its process."""
     import fcntl
 
-    with path.open("w") as file:
+    with path.open("w", encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -11,6 +11,7 @@ import PIL.Image
 import torch
 from torchvision.tv_tensors import Image
 
+from rfield.config import counted
 from rfield.data.dataset import IGNORE_INDEX
 
 _FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")
@@ -66,8 +67,8 @@ def check_labels(mask: npt.NDArray[np.uint8], num_classes: int, path: Path, advi
     wrong = mask[(mask >= num_classes) & (mask != IGNORE_INDEX)]
     if wrong.size:
         raise ValueError(
-            f"{path} holds {wrong.size} px of the values {np.unique(wrong).tolist()}, but there are "
-            f"{num_classes} classes, 0..{num_classes - 1}, and 255 for no label; {advice}"
+            f"{path} holds {wrong.size} px of the values {np.unique(wrong).tolist()}, but the data set has "
+            f"{counted(num_classes, 'class')}, 0..{num_classes - 1}, and 255 for no label; {advice}"
         )
 
 
@@ -130,7 +131,7 @@ def read_class_names(path: Path, default: tuple[str, ...]) -> tuple[str, ...]:
     if len(set(names)) != len(names) or not 1 <= len(names) <= IGNORE_INDEX:
         twice = sorted({name for name in names if names.count(name) > 1})
         raise ValueError(
-            f"{path} holds {len(names)} class names{f', some of them twice: {twice}' if twice else ''}; "
+            f"{path} holds {counted(len(names), 'class name')}{f', some of them twice: {twice}' if twice else ''}; "
             f"it needs 1 to {IGNORE_INDEX} different ones, one a line"
         )
     return tuple(names)

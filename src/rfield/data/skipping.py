@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 from torchvision.tv_tensors import Image, Mask
 
+from rfield.config import counted
 from rfield.data.dataset import IGNORE_INDEX, ParsingDataset
 
 
@@ -54,7 +55,7 @@ class SkippingDataset(ParsingDataset):
             if place != index and not self.labelled:
                 mask = Mask(torch.full_like(mask, IGNORE_INDEX))
             return image, mask
-        raise ValueError(f"none of the {len(self)} samples can be read; `rfield check-data` says why")
+        raise ValueError(f"none of the {counted(len(self), 'sample')} can be read; `rfield check-data` says why")
 
     def skipped(self) -> list[str]:
         """The names of the samples that could not be read so far."""

@@ -243,7 +243,7 @@ def convert_sbd(sbd_root: str | os.PathLike[str], voc_root: str | os.PathLike[st
                 mask.putpalette(palette)
                 mask.save(made / own.name)
         listed = Path(scratch) / "train_aug.txt"
-        listed.write_text("".join(f"{name}\n" for name in sorted(names)))
+        listed.write_text("".join(f"{name}\n" for name in sorted(names)), encoding="utf-8")
         shutil.rmtree(target, ignore_errors=True)
         made.rename(target)
         listed.replace(voc_root / "ImageSets" / "Segmentation" / listed.name)

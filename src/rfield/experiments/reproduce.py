@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 
 from rfield import plots
-from rfield.config import ReproduceConfig, Search
+from rfield.config import ReproduceConfig, Search, counted
 from rfield.data import evaluation_transform, load_dataset
 from rfield.experiments.tables import (
     Row,
@@ -160,7 +160,7 @@ def _report(
     seeds = ", ".join(str(seed) for seed in config.seeds)
     return f"""# The experiments of Wei et al., CVPR 2017
 
-{config.model} on {config.data}; {config.epochs} epochs, {trained};
+{config.model} on {config.data}; {counted(config.epochs, "epoch")}, {trained};
 head of {config.head_channels} channels; seeds {seeds}.
 The paper trained backbone and head on PASCAL VOC, so its numbers are for another setting; its receptive fields are
 nominal, 212 px + 16 px a dilation. Figures are means over the seeds; a spread is the standard deviation over them.

@@ -148,7 +148,7 @@ def finish_run(config: TrainConfig) -> dict[str, Any]:
     out = Path(config.out)
     if not (out / "metrics.json").is_file():
         out.mkdir(parents=True, exist_ok=True)
-        with (out / "train.log").open("a") as log, contextlib.redirect_stdout(log):
+        with (out / "train.log").open("a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
             fcntl.flock(log, fcntl.LOCK_EX)  # A process that was silent too long may still be at it.
             if not (out / "metrics.json").is_file():
                 return train(dataclasses.replace(config, resume=True))
@@ -360,7 +360,7 @@ def _owned(out: Path, number: int) -> Iterator[None]:
     path = out / "locks" / f"trial-{number}.lock"
     path.parent.mkdir(exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}")
-    with partial.open("w") as file:
+    with partial.open("w", encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         os.replace(partial, path)  # It is never seen unlocked.
         yield
@@ -374,7 +374,7 @@ def _fail_dead(study: optuna.Study, config: SweepConfig) -> None:
         # Not those that were begun in another folder, nor those that are being run.
         with (
             contextlib.suppress(FileNotFoundError, BlockingIOError),
-            (Path(config.out) / "locks" / f"trial-{trial.number}.lock").open() as file,
+            (Path(config.out) / "locks" / f"trial-{trial.number}.lock").open("rb") as file,
         ):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)

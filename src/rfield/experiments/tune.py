@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from rfield import plots
-from rfield.config import TuneConfig
+from rfield.config import TuneConfig, counted
 from rfield.experiments.tables import deviation, field_of, markdown, summarise, sweep_table
 from rfield.experiments.trials import Point, finish_trials
 from rfield.inference import Progress
@@ -159,7 +159,7 @@ def _page(config: TuneConfig, answer: dict[str, Any]) -> str:
     )
     return f"""# What receptive field should this network have?
 
-{config.model} on {config.data}, backbone frozen, {config.epochs} epochs, {seeds} seed{"s" * (seeds > 1)}.
+{config.model} on {config.data}, backbone frozen, {counted(config.epochs, "epoch")}, {counted(seeds, "seed")}.
 
 **Recommended: dilation {recommended:.3g}, a receptive field of {answer["recommended_receptive_field_px"]:.4g} px.**
 Now: dilation {present:.3g}, {answer["present_receptive_field_px"]:.4g} px. Minima of the single seeds: {minima}.

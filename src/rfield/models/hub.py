@@ -60,8 +60,8 @@ class HubMixin(nn.Module):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         config = {**(notes or {}), "network": recipe, "fused": fused}
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        (folder / "README.md").write_text(card)
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        (folder / "README.md").write_text(card, encoding="utf-8")
         save_file({key: value.contiguous() for key, value in self.state_dict().items()}, folder / "model.safetensors")
 
     @classmethod

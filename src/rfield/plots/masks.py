@@ -7,6 +7,7 @@ import numpy.typing as npt
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from rfield.config import counted
 from rfield.plots.style import INK, LEGEND, axes_at
 
 _IGNORE_INDEX = 255
@@ -182,5 +183,5 @@ def _class_name(value: int, class_names: Sequence[str] | None) -> str:
     if class_names is None:
         return str(value)
     if value >= len(class_names):
-        raise ValueError(f"a mask holds class {value}, but there are {len(class_names)} class names")
+        raise ValueError(f"a mask holds class {value}, but the list has {counted(len(class_names), 'class name')}")
     return class_names[value]

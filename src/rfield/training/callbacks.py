@@ -4,12 +4,13 @@ import csv
 import io
 import os
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import numpy as np
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, RichProgressBar
 from lightning.pytorch.utilities import rank_zero_only
 
 from rfield.checkpoints import write_error, written_whole
@@ -49,7 +50,7 @@ class _StepLog(Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         kept: list[list[str]] = []
         if trainer.global_step and self.path.is_file():
-            with self.path.open(newline="") as file:
+            with self.path.open(newline="", encoding="utf-8") as file:
                 whole = [row for row in list(csv.reader(file))[1:] if len(row) == len(self.columns)]
             kept = [row for row in whole if int(row[0]) <= trainer.global_step]
         text = io.StringIO(newline="")
@@ -73,7 +74,7 @@ class _StepLog(Callback):
 
     def _flush(self) -> None:
         try:
-            with self.path.open("a", newline="") as file:
+            with self.path.open("a", newline="", encoding="utf-8") as file:
                 csv.writer(file).writerows(self._rows)
                 file.flush()
                 os.fsync(file.fileno())
@@ -181,12 +182,34 @@ class LastValidation(Callback):
             trainer.check_val_every_n_epoch = 1
 
 
-class LineProgress(Callback):
+class _FreshScore(Callback):
+    """Knows whether the score at hand is of this epoch; Lightning keeps the last one."""
+
+    _validated = -1
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._validated = trainer.current_epoch
+        super().on_validation_end(trainer, pl_module)
+
+    def names(self, trainer: L.Trainer, names: Iterable[str]) -> list[str]:
+        """The names of the metrics to show."""
+        return [name for name in names if name != "miou" or self._validated == trainer.current_epoch]
+
+
+class BarProgress(_FreshScore, RichProgressBar):
+    """A progress bar that moves, for terminals."""
+
+    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Any:
+        metrics = super().get_metrics(trainer, pl_module)
+        return {name: metrics[name] for name in self.names(trainer, metrics)}
+
+
+class LineProgress(_FreshScore):
     """One line an epoch, for logs and pipes where a progress bar cannot move."""
 
     @rank_zero_only
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        names = ("loss", "miou", "factor", "rf_px")
+        names = self.names(trainer, ("loss", "miou", "factor", "rf_px"))
         metrics = trainer.callback_metrics
         shown = [f"{name} {float(metrics[name]):.4g}" for name in names if name in metrics]
         print(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}: {', '.join(shown)}", flush=True)
@@ -194,7 +217,7 @@ class LineProgress(Callback):
 
 def read_factor_csv(path: Path) -> dict[str, np.ndarray]:
     """The columns of a run's `factor.csv`; an empty cell is NaN."""
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     return {name: np.array([float(row[name] or "nan") for row in rows]) for name in FACTOR_COLUMNS}
 
@@ -202,7 +225,7 @@ def read_factor_csv(path: Path) -> dict[str, np.ndarray]:
 def read_paths_csv(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Steps and factors of each path and axis of a run's `paths.csv`, by name."""
     found: dict[str, list[tuple[float, float]]] = {}
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     axes = {row["axis"] for row in rows}
     for row in rows:

@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from rfield.checkpoints import written_whole
+from rfield.config import counted
 from rfield.data import EpochSampler
 from rfield.training.module import ParsingModule, present_fields
 
@@ -112,7 +113,8 @@ class StopOnSignal(Callback):
         if self.signum is None:
             raise KeyboardInterrupt
         name = signal.Signals(self.signum).name
-        done = f"{saved_step} steps are saved" if saved_step else "nothing was saved yet"
+        verb = "is" if saved_step == 1 else "are"
+        done = f"{counted(saved_step, 'step')} {verb} saved" if saved_step else "nothing was saved yet"
         raise Interrupted(self.signum, f"stopped by {name}; {done}, --resume goes on from there")
 
     def _ask(self, signum: int, frame: FrameType | None) -> None:

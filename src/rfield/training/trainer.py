@@ -8,13 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import lightning as L
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
 
 from rfield.config import TrainConfig
 from rfield.inference import compute_device
-from rfield.training.callbacks import FactorLog, LastValidation, LineProgress, PathLog, PinnedFactor
+from rfield.training.callbacks import BarProgress, FactorLog, LastValidation, LineProgress, PathLog, PinnedFactor
 from rfield.training.processes import machines
 from rfield.training.stopping import WholeCheckpoints
 
@@ -56,7 +56,7 @@ def make_trainer(config: TrainConfig, out: Path, callbacks: list[Callback]) -> L
             ModelCheckpoint(checkpoints, "last", save_on_train_epoch_end=True, enable_version_counter=False),
             PinnedFactor(),
             LastValidation(),
-            RichProgressBar() if sys.stdout.isatty() else LineProgress(),
+            BarProgress() if sys.stdout.isatty() else LineProgress(),
         ],
         enable_progress_bar=sys.stdout.isatty(),
     )
