@@ -86,7 +86,7 @@ def test_a_signal_saves_the_step_and_the_run_goes_on_exactly(
     handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
     with monkeypatch.context() as patch:
         before_step(patch, step, lambda module: os.kill(os.getpid(), signum))
-        with pytest.raises(Interrupted, match=f"{signal.Signals(signum).name}; {step} steps are saved") as stopped:
+        with pytest.raises(Interrupted, match=f"SIG.*; {step} steps? (is|are) saved") as stopped:
             train(cut)
     assert stopped.value.signum == signum
     assert handlers == [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
@@ -102,7 +102,7 @@ def test_a_run_stopped_at_every_step_goes_on_exactly(make: Make, monkeypatch: py
     for step in range(1, 7):
         with monkeypatch.context() as patch:
             before_step(patch, step, lambda module: os.kill(os.getpid(), signal.SIGTERM))
-            with pytest.raises(Interrupted, match=f"{step} steps are saved"):
+            with pytest.raises(Interrupted, match=f"{step} steps? (is|are) saved"):
                 train(cut)
     train(cut)
     assert results(cut) == results(whole)
