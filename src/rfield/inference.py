@@ -20,7 +20,7 @@ from rfield.checkpoints import damage, find_checkpoint
 from rfield.config import TrainConfig, parse_size
 from rfield.data import HELEN_CLASSES, ParsingDataset, evaluation_transform
 from rfield.data.cache import CachedFeatures, find_features, image_features
-from rfield.data.files import open_image
+from rfield.data.images import image_files, read_single_image
 from rfield.fusing import restore_fused
 from rfield.layers import LearnedFactor, ReceptiveFieldRegulator
 from rfield.metrics import confusion_matrix, helen_scores, segmentation_scores
@@ -28,8 +28,6 @@ from rfield.models import ParsingNetwork, Paths, find_model
 from rfield.models.hub import find_folder
 from rfield.models.weights import read_weights
 from rfield.reading import read_json, read_yaml
-
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 
 # What a config's YAML may hold for the fields that are not parsed: whole numbers do for others.
 _KINDS: dict[Any, Any] = {
@@ -337,7 +335,7 @@ def find_images(pattern: str) -> list[Path]:
     """
     path = Path(pattern)
     if path.is_dir():
-        found = [file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES]
+        found = image_files(path)
     else:
         found = [path] if path.is_file() else [Path(name) for name in glob.glob(pattern, recursive=True)]
     images = sorted(file for file in found if file.is_file())
@@ -386,12 +384,7 @@ def label_images(
     transform = evaluation_transform()
     palette = np.array(colours, dtype=np.uint8)
     for path in images:
-        try:
-            with open_image(path) as file:
-                photograph = file.convert("RGB")
-        except Exception as error:  # Pillow raises many kinds for damaged files.
-            raise ValueError(f"{path} cannot be read as an image: {error}") from error
-        whole = TF.to_image(photograph)
+        whole = read_single_image(path)
         image = transform(whole if size is None else TF.resize(whole, list(size), antialias=True))
         try:
             logits = logits_of(image)
@@ -404,7 +397,7 @@ def label_images(
         mask.putpalette(palette.tobytes())
         target = out / f"{path.stem}.png"
         _save(mask, target)
-        overlay = plots.overlay(np.asarray(photograph), labels, palette)
+        overlay = plots.overlay(whole.permute(1, 2, 0).numpy(), labels, palette)
         _save(PIL.Image.fromarray(overlay), out / f"{path.stem}_overlay.jpg")
         yield target
 

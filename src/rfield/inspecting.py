@@ -14,7 +14,7 @@ from torchvision.transforms.v2 import functional as TF
 
 from rfield import plots
 from rfield.data import evaluation_transform
-from rfield.data.files import open_image
+from rfield.data.images import read_single_image
 from rfield.effective_field import Square, contribution_squares, effective_receptive_field, random_images
 from rfield.inference import compute_device, find_images
 from rfield.inspect_config import InspectConfig
@@ -149,15 +149,8 @@ def _layers(model: nn.Module, size: tuple[int, int]) -> list[LayerField]:
 def _images(config: InspectConfig) -> list[Tensor]:
     if config.images is None:
         return list(random_images(config.size, config.count, seed=config.seed))
-    images = []
-    for path in find_images(config.images)[: config.count]:
-        try:
-            with open_image(path) as file:
-                photograph = TF.to_image(file.convert("RGB"))
-        except Exception as error:  # Pillow raises many kinds for damaged files.
-            raise ValueError(f"{path} cannot be read as an image: {error}") from error
-        images.append(evaluation_transform()(TF.resize(photograph, list(config.size), antialias=True)))
-    return images
+    images = map(read_single_image, find_images(config.images)[: config.count])
+    return [evaluation_transform()(TF.resize(image, list(config.size), antialias=True)) for image in images]
 
 
 def _counted(images: list[Tensor], progress: Progress, done: int, total: int) -> Iterable[Tensor]:

@@ -256,7 +256,13 @@ def deep_image(made: Made, random: np.random.Generator) -> Expected:
     _, (image, _) = made.pick(random)
     pixels = random.integers(0, 1 << 16, (HEIGHT, WIDTH)).astype(np.uint16)
     PIL.Image.fromarray(pixels).save(image, "PNG")
-    return Expected(image, "more than 8 bits")
+    return Expected(image, "is a 16-bit image", "warning")
+
+
+def float_image(made: Made, random: np.random.Generator) -> Expected:
+    _, (image, _) = made.pick(random)
+    PIL.Image.fromarray(random.random((HEIGHT, WIDTH), dtype=np.float32)).save(image, "TIFF")
+    return Expected(image, "holds floats, whose range the format does not say")
 
 
 def alpha_image(made: Made, random: np.random.Generator) -> Expected:
@@ -266,12 +272,14 @@ def alpha_image(made: Made, random: np.random.Generator) -> Expected:
 
 
 def turned_image(made: Made, random: np.random.Generator) -> Expected:
-    _, (image, _) = made.pick(random)
-    orientation = int(random.integers(2, 9))
+    _, (image, masks) = made.pick(random)
+    orientation = int(random.integers(2, 5 if len(masks) > 1 else 9))
     exif = PIL.Image.Exif()
     exif[0x0112] = orientation
     photograph(random).save(image, exif=exif)
-    return Expected(image, f"has the EXIF orientation {orientation}", "warning")
+    if orientation < 5:
+        return Expected(image, f"has the EXIF orientation {orientation}", "warning")
+    return Expected(masks[0], f"turned by its EXIF orientation {orientation}: the mask was drawn")
 
 
 def void_mask(made: Made, random: np.random.Generator) -> Expected:
@@ -353,6 +361,7 @@ KINDS: dict[str, tuple[Corruption, tuple[str, ...]]] = {
     "16-bit mask": (deep_mask, ()),
     "1-bit mask": (one_bit_mask, ()),
     "16-bit photograph": (deep_image, ()),
+    "photograph of floats": (float_image, ()),
     "alpha channel": (alpha_image, ()),
     "EXIF rotation": (turned_image, ()),
     "mask without labels": (void_mask, ()),

@@ -21,7 +21,7 @@ from rfield.data.transforms import evaluation_transform
 from rfield.models import ParsingNetwork
 from rfield.reading import read_json
 
-_FORMAT = 2
+_FORMAT = 3
 _FLUSH_EVERY = 16
 _FILES = ("features.npy", "masks.npy", "sizes.npy", "meta.json")
 

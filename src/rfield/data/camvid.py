@@ -11,13 +11,12 @@ from rfield.data.files import (
     check_files,
     check_labels,
     fingerprint_of,
-    image_sizes,
     read_class_names,
-    read_image,
     read_lines,
     read_mask,
     sample_path,
 )
+from rfield.data.images import image_sizes, read_image
 from rfield.data.listing import Entry, Listing, Refuse, list_entries, plain_labels, raise_error
 
 CAMVID_CLASSES = (
@@ -101,7 +100,7 @@ class CamVidDataset(ParsingDataset):
     def __getitem__(self, index: int) -> tuple[Image, Mask]:
         image = read_image(self.image_paths[index])
         path = self.mask_paths[index]
-        mask = read_mask(path, (image.shape[1], image.shape[2]))
+        mask = read_mask(path, (image.shape[1], image.shape[2]), self.image_paths[index])
         mask[mask == _VOID] = IGNORE_INDEX
         check_labels(mask, _VOID, path, _ADVICE)
         return image, Mask(torch.from_numpy(mask))

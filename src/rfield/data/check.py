@@ -77,16 +77,16 @@ def check_data(
     with warnings.catch_warnings():
         quiet_bombs()
         for split, listing in listings.items():
-            shown: set[int] = set()
+            shown: list[set[int]] = []
             for index, sample in enumerate(_samples(listing, split, workers, quick) if listing else ()):
                 findings += sample.findings
-                shown |= sample.classes
+                shown += [] if sample.classes is None else [sample.classes]
                 if listing and sample.digest:
                     findings += _repeated(str(listing.entries[index].image), split, index, sample.digest, seen)
                 done += 1
                 progress(done, total)
-            if listing and not quick:
-                findings += _absent(listing, split, shown, source.root)
+            if listing and shown and not quick:
+                findings += _absent(listing, split, set().union(*shown), source.root)
     return findings
 
 

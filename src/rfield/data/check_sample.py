@@ -12,7 +12,18 @@ import numpy.typing as npt
 import PIL.Image
 
 from rfield.data.dataset import IGNORE_INDEX
-from rfield.data.files import has_few_bits, is_deep, open_image
+from rfield.data.files import has_few_bits
+from rfield.data.images import (
+    deep_bits,
+    deep_problem,
+    load_named,
+    open_image,
+    orientation,
+    rgb_pixels,
+    turn,
+    turned_size_problem,
+    upright_size,
+)
 from rfield.data.listing import UNKNOWN, Entry, Listing
 
 Level = Literal["error", "warning"]
@@ -20,10 +31,10 @@ Found = Callable[[Level, Path, str], None]
 
 # Pillow's own limit: it warns from here on and refuses twice as many.
 _MOST_PIXELS = 89_478_485
-_ORIENTATION = 0x0112
 _TAILS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
 _ALPHA = ("RGBA", "RGBa", "LA", "La", "PA")
 _MOST_VALUES = 8
+_DARK = 16
 
 
 @dataclass(frozen=True)
@@ -52,10 +63,10 @@ class Finding:
 
 @dataclass
 class Sample:
-    """What a sample was found to be: `classes` and `digest` of the photograph's pixels where they were read."""
+    """What a sample was found to be: the `classes` of its mask and the `digest` of its image, where they were read."""
 
     findings: list[Finding] = field(default_factory=list)
-    classes: set[int] = field(default_factory=set)
+    classes: set[int] | None = None
     digest: bytes | None = None
 
 
@@ -78,18 +89,17 @@ def check_sample(
     def found(level: Level, path: Path, text: str) -> None:
         sample.findings.append(Finding(level, str(path), split, index, f"{path} {text}"))
 
-    image_size, swapped = None, False
+    image_size = None
     opened = _open(entry.image, found)
     if opened is not None:
         with opened as image:
-            image_size = (image.height, image.width)
-            _check_kind_of_image(image, entry.image, found)
-            if _load(image, entry.image, pixels, found) and pixels:
+            image_size = upright_size(image, entry.image)
+            _check_orientation(image, entry.image, image_size, found)
+            if _check_kind_of_image(image, entry.image, found) and _load(image, entry.image, pixels, found) and pixels:
                 sample.digest = _digest(image, entry.image, found)
-            swapped = _check_orientation(image, entry.image, found)
     maps = []
     for path in entry.masks if values else entry.masks[:1]:
-        mask = _read_mask(path, entry, listing, image_size, swapped, values, found)
+        mask = _read_mask(path, entry, listing, image_size, values, found)
         if mask is not None:
             maps.append(mask)
     if len(maps) == len(entry.masks) and maps:
@@ -126,11 +136,14 @@ def _load(image: PIL.Image.Image, path: Path, pixels: bool, found: Found) -> boo
     if not pixels and _ends_well(path, image.format):
         return True
     try:
-        image.load()
+        load_named(image, path)
         if pixels and image.format == "PNG":
             # Pillow shows what it can of a changed or cut-off PNG; its checksums tell.
             with open_image(path) as again:
                 again.verify()
+    except OSError as error:
+        found("error", path, str(error).removeprefix(f"{path} "))
+        return False
     except Exception as error:
         found("error", path, f"is a damaged image ({error}); replace the file")
         return False
@@ -145,41 +158,44 @@ def _ends_well(path: Path, kind: str | None) -> bool:
         return _TAILS[kind] in file.read()
 
 
-def _check_kind_of_image(image: PIL.Image.Image, path: Path, found: Found) -> None:
-    if is_deep(image):
-        found("error", path, f"has more than 8 bits a pixel (Pillow mode {image.mode!r}); scale its values to 8 bits")
-    elif image.format == "PNG" and any(";16" in str(tile[3]) for tile in getattr(image, "tile", [])):
-        found("warning", path, "is a 16-bit image, of which the upper 8 bits are read; save it with 8 bits")
+def _check_kind_of_image(image: PIL.Image.Image, path: Path, found: Found) -> bool:
+    """Whether an image that is not yet loaded can be brought to 8 bits."""
+    problem = deep_problem(image)
+    if problem is not None:
+        found("error", path, problem)
+        return False
+    if deep_bits(image) or any(";16" in str(tile[3]) for tile in getattr(image, "tile", [])):
+        found(
+            "warning", path, f"is a {deep_bits(image) or 16}-bit image, of which the upper 8 bits are read; save 8 bits"
+        )
     if image.mode in _ALPHA or "transparency" in image.info:
         text = "has an alpha channel, which is left out: what is transparent shows the colour behind it"
         found("warning", path, f"{text}; save it without one, on the background that is meant")
+    return True
 
 
-def _check_orientation(image: PIL.Image.Image, path: Path, found: Found) -> bool:
-    """Warns of EXIF rotation; whether it exchanges height and width."""
-    try:
-        # Pillow decodes a PNG to look for it behind the pixels.
-        orientation = image.getexif().get(_ORIENTATION, 1) if image.format != "PNG" or "exif" in image.info else 1
-    except Exception:  # damaged EXIF data turns nothing
-        orientation = 1
-    if orientation not in range(2, 9):
-        return False
-    text = f"has the EXIF orientation {orientation}, which viewers apply and reading does not: its mask may be turned"
-    found("warning", path, f"{text} against it; turn the pixels (PIL.ImageOps.exif_transpose) and look at both")
-    return orientation >= 5
+def _check_orientation(image: PIL.Image.Image, path: Path, size: tuple[int, int], found: Found) -> None:
+    """Warns of EXIF orientations where a mask's size does not tell whether it was drawn on the turned image."""
+    value = orientation(image, path)
+    if value != 1 and (value < 5 or size[0] == size[1]):
+        text = f"has the EXIF orientation {value}, by which reading turns it, and its mask's size does not tell whether"
+        found("warning", path, f"{text} it was drawn on the turned image; look at both, or save both without EXIF data")
 
 
 def _digest(image: PIL.Image.Image, path: Path, found: Found) -> bytes | None:
     try:
-        pixels = np.array(image.convert("RGB"))
-    except Exception as error:
-        found("error", path, f"cannot be read as RGB ({error}); replace the file")
+        pixels = rgb_pixels(image, path)
+    except ValueError as error:
+        found("error", path, str(error).removeprefix(f"{path} "))
         return None
+    if deep_bits(image) and pixels.max() < _DARK:
+        text = f"is read nearly black: its values stay below {_DARK} in 256 of what {deep_bits(image)} bits hold"
+        found("warning", path, f"{text}; scale them to 0..255 and save them with 8 bits")
     return hashlib.blake2b(repr(pixels.shape).encode() + pixels.data, digest_size=16).digest()
 
 
 def _read_mask(
-    path: Path, entry: Entry, listing: Listing, size: tuple[int, int] | None, swapped: bool, values: bool, found: Found
+    path: Path, entry: Entry, listing: Listing, size: tuple[int, int] | None, values: bool, found: Found
 ) -> npt.NDArray[np.uint8] | None:
     """The values of a mask that is sound as far as its file goes; none where it is not, or `values` is not set."""
     opened = _open(path, found)
@@ -187,16 +203,15 @@ def _read_mask(
         return None
     with opened as mask:
         sound = _check_kind_of_mask(mask, path, listing.maps, found)
-        own = (mask.height, mask.width)
+        own = upright_size(mask, path)
         if size is not None and own != size:
             sound = False
-            turned = swapped and own == size[::-1]
-            fix = "turn its pixels as EXIF says" if turned else "both must have one size"
+            fix = turned_size_problem(entry.image, own, size) or "; both must have one size"
             text = f"is {own[0]}x{own[1]} px (height x width) but its image {entry.image.name} is {size[0]}x{size[1]}"
-            found("error", path, f"{text}; {fix}")
+            found("error", path, f"{text}{fix}")
         if not _load(mask, path, values, found) or not sound or not values:
             return None
-        return np.array(mask)
+        return turn(np.asarray(mask), orientation(mask, path))
 
 
 def _check_kind_of_mask(mask: PIL.Image.Image, path: Path, is_map: bool, found: Found) -> bool:

@@ -9,7 +9,8 @@ from torchvision.datasets import Cityscapes
 from torchvision.tv_tensors import Image, Mask
 
 from rfield.data.dataset import IGNORE_INDEX, ParsingDataset, voc_palette
-from rfield.data.files import fingerprint_of, image_sizes, read_image, read_mask
+from rfield.data.files import fingerprint_of, read_mask
+from rfield.data.images import image_sizes, read_image
 from rfield.data.listing import UNKNOWN, Entry, Listing, Refuse, entries_inside, raise_error
 
 _SPLITS = ("train", "val", "test")
@@ -78,7 +79,7 @@ class CityscapesDataset(ParsingDataset):
     def __getitem__(self, index: int) -> tuple[Image, Mask]:
         image = read_image(self.image_paths[index])
         path = self.mask_paths[index]
-        label_ids = read_mask(path, (image.shape[1], image.shape[2]))
+        label_ids = read_mask(path, (image.shape[1], image.shape[2]), self.image_paths[index])
         mask = _TRAIN_IDS[label_ids]
         unknown = label_ids[mask == UNKNOWN]
         if unknown.size:

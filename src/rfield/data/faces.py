@@ -15,8 +15,9 @@ from torch import Tensor
 from torchvision.tv_tensors import Mask
 
 from rfield.data.dataset import exchange_classes
-from rfield.data.files import image_sizes, lies_in, read_image, read_lines, read_mask
+from rfield.data.files import lies_in, read_lines, read_mask
 from rfield.data.helen import HELEN_CLASSES, HELEN_LISTS, HelenDataset
+from rfield.data.images import image_sizes, read_image
 from rfield.data.resized import resize_mask
 
 # In the order in which the data set's authors paint them: where parts overlap, the later one is seen. Skin lies under
@@ -236,7 +237,7 @@ def _lapa_mask(face: _Face) -> Path:
 
 def _read_lapa(face: _Face) -> Tensor:
     path = _lapa_mask(face)
-    mask = read_mask(path, image_sizes([face.photograph])[0])
+    mask = read_mask(path, image_sizes([face.photograph])[0], face.photograph)
     unknown = mask[mask >= len(HELEN_CLASSES)]
     if unknown.size:
         raise ValueError(

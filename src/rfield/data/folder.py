@@ -7,15 +7,8 @@ import torch
 from torchvision.tv_tensors import Image, Mask
 
 from rfield.data.dataset import ParsingDataset, voc_palette
-from rfield.data.files import (
-    check_labels,
-    fingerprint_of,
-    image_sizes,
-    palette_of,
-    read_class_names,
-    read_image,
-    read_mask,
-)
+from rfield.data.files import check_labels, fingerprint_of, read_class_names, read_mask
+from rfield.data.images import image_sizes, palette_of, read_image
 from rfield.data.listing import Entry, Listing, Refuse, entries_inside, plain_labels, raise_error
 
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
@@ -68,7 +61,7 @@ class FolderDataset(ParsingDataset):
     def __getitem__(self, index: int) -> tuple[Image, Mask]:
         image = read_image(self.image_paths[index])
         path = self.mask_paths[index]
-        mask = read_mask(path, (image.shape[1], image.shape[2]))
+        mask = read_mask(path, (image.shape[1], image.shape[2]), self.image_paths[index])
         check_labels(mask, self.num_classes, path, self.advice)
         return image, Mask(torch.from_numpy(mask))
 

@@ -12,12 +12,11 @@ from rfield.data.dataset import ParsingDataset, voc_palette
 from rfield.data.files import (
     check_files,
     fingerprint_of,
-    image_sizes,
     read_grey,
-    read_image,
     read_lines,
     sample_path,
 )
+from rfield.data.images import image_sizes, read_image
 from rfield.data.listing import Entry, Listing, Refuse, list_entries, plain_labels, raise_error
 
 HELEN_CLASSES = (
@@ -104,7 +103,7 @@ class HelenDataset(ParsingDataset):
     def __getitem__(self, index: int) -> tuple[Image, Mask]:
         image = read_image(self.image_paths[index])
         size = (image.shape[1], image.shape[2])
-        maps = np.stack([read_grey(path, size) for path in self.map_paths[index]])
+        maps = np.stack([read_grey(path, size, self.image_paths[index]) for path in self.map_paths[index]])
         return image, Mask(torch.from_numpy(maps.argmax(0).astype(np.uint8)))
 
     def fingerprint(self) -> str:

@@ -20,14 +20,12 @@ from rfield.data.files import (
     check_files,
     check_labels,
     fingerprint_of,
-    image_sizes,
-    palette_of,
     read_class_names,
-    read_image,
     read_lines,
     read_mask,
     sample_path,
 )
+from rfield.data.images import image_sizes, palette_of, read_image
 from rfield.data.listing import Entry, Listing, Refuse, list_entries, plain_labels, raise_error
 
 VOC_CLASSES = (
@@ -105,7 +103,7 @@ class VOCDataset(ParsingDataset):
     def __getitem__(self, index: int) -> tuple[Image, Mask]:
         image = read_image(self.image_paths[index])
         path = self.mask_paths[index]
-        mask = read_mask(path, (image.shape[1], image.shape[2]))
+        mask = read_mask(path, (image.shape[1], image.shape[2]), self.image_paths[index])
         check_labels(mask, self.num_classes, path, self.advice)
         return image, Mask(torch.from_numpy(mask))
 
