@@ -14,6 +14,7 @@ A search runs eager; compile after it is done.
 """
 
 from rfield.search.base import GradientSearch, Search
+from rfield.search.certainty import Verdict, class_share_loss, judge, standard_errors
 from rfield.search.factors import factor_parameters, learned_layers, parameter_groups
 from rfield.search.sampled import NARROWINGS, SampledSearch, curve_minimum, dilation_grid
 from rfield.search.spsa import SpsaSearch
@@ -24,9 +25,13 @@ __all__ = [
     "SampledSearch",
     "Search",
     "SpsaSearch",
+    "Verdict",
+    "class_share_loss",
     "curve_minimum",
     "dilation_grid",
     "factor_parameters",
+    "judge",
     "learned_layers",
     "parameter_groups",
+    "standard_errors",
 ]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rfield.search.base import LossFunction, Search
+from rfield.search.certainty import Verdict, judge, standard_errors
 from rfield.search.factors import (
     all_round,
     dilation_range,
@@ -130,6 +131,37 @@ class SampledSearch(Search):
         for _, reading in self.readings[index, axis]:
             merged |= reading
         return dict(sorted(merged.items()))
+
+    def errors(self, index: int = 0, axis: int = 0) -> dict[float, float]:
+        """The standard errors of `curve`: of each loss's difference to the least of its reading, over the batches."""
+        merged: dict[float, float] = {}
+        for _, losses in self.losses[index, axis]:
+            merged |= standard_errors(losses)
+        return dict(sorted(merged.items()))
+
+    def verdict(
+        self, index: int = 0, axis: int = 0, chance: float | None = None, random_backbone: bool = False
+    ) -> Verdict:
+        """How sure the answer for one factor and axis is, compared with where the search was started.
+
+        Args:
+            index, axis: which factor, and height (0) or width (1).
+            chance: the held-out loss of predicting the classes' shares everywhere, see `class_share_loss`. Default: it
+                is not checked whether the network does better.
+            random_backbone: whether the backbone is frozen at random weights.
+
+        Raises:
+            ValueError: if nothing has been read yet.
+        """
+        return judge(
+            [[losses for _, losses in self.losses[index, axis]]],
+            self.starts[index][axis],
+            chosen=self.groups[index][0].effective_dilation[axis],
+            chance=chance,
+            steps=self.step_index,
+            random_backbone=random_backbone,
+            unit="held-out batch",
+        )
 
     def _read(self) -> None:
         """Reads every factor and axis, moves it to its minimum, and narrows its window around that."""

@@ -1,0 +1,295 @@
+"""How sure the answer of a search is: a verdict from the losses of the held-out images."""
+
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+Kind = Literal["not reliable", "at the edge", "clear", "flat", "likely"]
+Losses = Mapping[float, Sequence[float]]
+"""One reading: {dilation: its losses, one a held-out image}; the images are the same at every dilation."""
+
+LEAST_IMAGES = 16
+# After 100 steps less than 5 % of the running average of the weights is the start, and each of ten dilations has been
+# drawn ten times.
+LEAST_STEPS = 100
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the answer of a search is worth.
+
+    Attributes:
+        kind: `not reliable`, `at the edge`, `clear`, `flat` or `likely`; see `judge`.
+        reason: why, in one line without a full stop.
+        dilation: the best dilation, in feature px; None if no loss is finite.
+        present: the dilation that it is compared with.
+        gain: how much lower the loss is at `dilation` than at `present`; None if unknown.
+        standard_error: of the gain; None if unknown, as for one image.
+        flat_range: the least and the greatest of the dilations around the best that are all within one standard error
+            of it; None if no loss is finite.
+
+    Example:
+        >>> str(Verdict("clear", "dilation 6 beats the present 12 by 0.02 ± 0.004", 6.0, 12.0, 0.02, 0.004, (5.0, 7.0)))
+        'clear: dilation 6 beats the present 12 by 0.02 ± 0.004'
+    """
+
+    kind: Kind
+    reason: str
+    dilation: float | None = None
+    present: float | None = None
+    gain: float | None = None
+    standard_error: float | None = None
+    flat_range: tuple[float, float] | None = None
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.reason}"
+
+    def plain(self) -> dict[str, Any]:
+        """The fields in plain types, for a JSON file."""
+        return {**vars(self), "flat_range": None if self.flat_range is None else list(self.flat_range)}
+
+
+def judge(
+    searches: Sequence[Sequence[Losses]],
+    present: float,
+    *,
+    chosen: float | None = None,
+    chance: float | None = None,
+    steps: int | None = None,
+    random_backbone: bool = False,
+    images: Sequence[Sequence[Hashable]] | None = None,
+    least_images: int = LEAST_IMAGES,
+    unit: str = "held-out image",
+) -> Verdict:
+    """Says how sure an answer is. The first that holds, in this order:
+
+    - *not reliable*: no loss is finite; the least loss is no better than `chance`; fewer than 16 images; a frozen
+      random backbone; fewer than 100 steps; or the best dilation loses to the present one;
+    - *at the edge*: the best dilation is the smallest or the largest that was read;
+    - *clear*: it beats the present one by more than two standard errors;
+    - *flat*: neighbours of the best are within one standard error of it;
+    - *likely*: none of these.
+
+    Errors are those of paired differences: the same images are read at all dilations. The gain is that of the last
+    reading that covers both dilations, since the weights of a narrowed search know its window alone. With several
+    searches the curve is the mean of theirs, and the error of the gain the larger of two: that over the images, and
+    that over the searches.
+
+    Args:
+        searches: for each search its readings, in their order; the last one is the curve.
+        present: the dilation to compare with; beyond the range that was read, the range's end stands for it.
+        chosen: the dilation that was delivered. Default: the least of the curve.
+        chance: the loss of predicting the classes' shares everywhere, see `class_share_loss`. Default: not checked.
+        steps: of the shortest search. Default: not checked.
+        random_backbone: whether the backbone is frozen at random weights.
+        images: for each search the names of its images, where searches share some. Default: all differ.
+        least_images: how many images a search needs.
+        unit: what the losses are of.
+
+    Raises:
+        ValueError: if there is no reading, or the losses of one are not equally many.
+
+    Example:
+        >>> flat = [1.0, 1.2] * 8
+        >>> print(judge([[{1: flat, 2: [x - 0.3 for x in flat], 4: flat}]], present=4))
+        clear: dilation 2 beats the present 4 by 0.3 ± 0
+    """
+    read = [[_Reading(losses) for losses in readings] for readings in searches]
+    if not read or not all(read):
+        raise ValueError("a verdict needs a reading of every search, but there is none")
+    last = [readings[-1] for readings in read]
+    for search, own in enumerate(images or ()):
+        if len(own) != last[search].count:
+            raise ValueError(f"search {search} has losses of {last[search].count} images, but {len(own)} names")
+    grid = sorted({dilation for reading in last for dilation in reading.finite})
+    if not all(reading.finite for reading in last):
+        return Verdict("not reliable", "no held-out loss is finite", present=present)
+    low = min(reading.ends[0] for readings in read for reading in readings)
+    high = max(reading.ends[1] for readings in read for reading in readings)
+    near = min(max(present, low), high)
+    means = {dilation: _mean([reading.at(dilation) for reading in last]) for dilation in grid}
+    best = chosen
+    if best is None:
+        best = min(grid, key=lambda dilation: (means[dilation], abs(math.log(dilation / near)), dilation))
+    best = float(round(best)) if abs(best - round(best)) < 1e-3 else best
+
+    covering = [_covering(readings, near, best) for readings in read]
+    gain, error = _difference(covering, near, best, images)
+    alike = {}
+    for dilation in grid:
+        worse, own_error = _difference(last, dilation, best, images)
+        alike[dilation] = worse <= own_error
+    below = [dilation for dilation in reversed(grid) if dilation <= best]
+    above = [dilation for dilation in grid if dilation >= best]
+    flat = _reach(below, alike, best), _reach(above, alike, best)
+
+    reasons = []
+    least = min(means.values())
+    if chance is not None and not least < chance:
+        reasons.append(f"the loss, {least:.4g}, is no better than that of the class frequencies alone, {chance:.4g}")
+    count = min(reading.count for reading in last)
+    if count < least_images:
+        reasons.append(f"{count} {unit}{'s' * (count != 1)}, where {least_images} are needed")
+    if random_backbone:
+        reasons.append("the backbone is frozen at random weights")
+    if steps is not None and steps < LEAST_STEPS:
+        reasons.append(f"the search has {steps} step{'s' * (steps != 1)}, where {LEAST_STEPS} are needed")
+    if not math.isfinite(gain):
+        reasons.append(f"the loss at dilation {best:.3g} or at the present {present:.3g} is not finite")
+    elif gain < 0 and near != best and not flat[0] <= near <= flat[1]:
+        reasons.append(f"the present dilation {near:.3g} was read {-gain:.3g} better than {best:.3g}")
+
+    compared = _comparison(best, present, near, gain, error)
+    kind: Kind
+    if reasons:
+        kind, reason = "not reliable", "; ".join(reasons)
+    elif (side := _edge(best, low, high)) is not None:
+        kind = "at the edge"
+        reason = (
+            f"dilation {best:.3g} is the {side} that was read: try a smaller output stride, or a regulator around "
+            "the layers"
+        )
+    elif gain > 2 * error:
+        kind, reason = "clear", compared
+    elif flat[0] < flat[1]:
+        kind = "flat"
+        reason = f"all dilations from {flat[0]:.3g} to {flat[1]:.3g} are within one standard error; {compared}"
+    else:
+        kind, reason = "likely", compared
+    known_gain, known_error = (value if math.isfinite(value) else None for value in (gain, error))
+    return Verdict(kind, reason, best, present, known_gain, known_error, flat)
+
+
+def standard_errors(losses: Losses) -> dict[float, float]:
+    """For each dilation the standard error of its difference to the least of the curve: 0 there, NaN for one image.
+
+    >>> standard_errors({1.0: [1.0, 3.0], 2.0: [0.0, 1.0]})
+    {1.0: 0.5, 2.0: 0.0}
+    """
+    reading = _Reading(losses)
+    if not reading.finite:
+        return dict.fromkeys(reading.losses, math.nan)
+    best = min(reading.finite, key=lambda dilation: _mean([reading.at(dilation)]))
+    return {
+        dilation: (error if math.isfinite(error) else math.nan)
+        for dilation in reading.losses
+        for _, error in [_difference([reading], dilation, best)]
+    }
+
+
+def class_share_loss(counts: Tensor, class_weights: Tensor | None = None) -> float:
+    """The least cross-entropy of a prediction that does not look at the image: the classes' weighted shares.
+
+    Args:
+        counts: labelled pixels of each class in each image, Tensor[N, K]; images without any are left out.
+        class_weights: how much each class counts, Tensor[K]. Default: all 1.
+
+    Returns:
+        The mean over the images of the weighted sum over an image's pixels, divided by their number.
+
+    Raises:
+        ValueError: if no pixel has a label.
+
+    Example:
+        >>> round(class_share_loss(torch.tensor([[1, 0], [0, 1]])), 4)  # log 2
+        0.6931
+    """
+    counts = counts.double().cpu()
+    counts = counts[counts.sum(1) > 0]
+    if not len(counts):
+        raise ValueError("no pixel has a label, so that the classes have no shares")
+    shares = (counts / counts.sum(1, keepdim=True)).mean(0)
+    if class_weights is not None:
+        shares = shares * class_weights.double().cpu()
+    return float(-torch.xlogy(shares, shares / shares.sum()).sum())
+
+
+class _Reading:
+    """The losses of one reading, and which of its dilations have finite ones."""
+
+    def __init__(self, losses: Losses) -> None:
+        self.losses = {float(d): torch.tensor([*each], dtype=torch.float64) for d, each in sorted(losses.items())}
+        if not all(0 < dilation < math.inf for dilation in self.losses):
+            raise ValueError(f"dilations must be above 0 and finite, got {[*self.losses]}")
+        counts = {len(each) for each in self.losses.values()}
+        if len(counts) != 1 or counts == {0}:
+            raise ValueError(f"a reading has the same images at every dilation, one or more, got {sorted(counts)}")
+        self.count = counts.pop()
+        self.finite = [dilation for dilation, each in self.losses.items() if bool(each.isfinite().all())]
+        self.ends = min(self.losses), max(self.losses)
+
+    def at(self, dilation: float) -> Tensor:
+        """Each image's loss: linear in the logarithm of the dilation between those read, constant beyond the ends."""
+        if dilation in self.losses:
+            return self.losses[dilation]
+        below = max((d for d in self.finite if d <= dilation), default=self.finite[0])
+        above = min((d for d in self.finite if d >= dilation), default=self.finite[-1])
+        if below == above:
+            return self.losses[below]
+        share = math.log(dilation / below) / math.log(above / below)
+        return self.losses[below].lerp(self.losses[above], share)
+
+
+def _covering(readings: Sequence[_Reading], *dilations: float) -> _Reading:
+    """The last reading whose range holds the dilations; the widest if none does."""
+    for reading in reversed(readings):
+        if reading.finite and reading.ends[0] <= min(dilations) and max(dilations) <= reading.ends[1]:
+            return reading
+    return max((r for r in readings if r.finite), key=lambda reading: reading.ends[1] / reading.ends[0])
+
+
+def _mean(columns: Sequence[Tensor]) -> float:
+    return sum(float(column.mean()) for column in columns) / len(columns)
+
+
+def _difference(
+    readings: Sequence[_Reading], one: float, other: float, images: Sequence[Sequence[Hashable]] | None = None
+) -> tuple[float, float]:
+    """By how much the loss at one dilation exceeds that at another, and the standard error of that."""
+    columns = [reading.at(one) - reading.at(other) for reading in readings]
+    mean = _mean(columns)
+    moves: dict[Hashable, float] = {}
+    for search, column in enumerate(columns):
+        names = images[search] if images else [(search, place) for place in range(len(column))]
+        for name, move in zip(names, ((column - column.mean()) / len(column) / len(columns)).tolist(), strict=True):
+            moves[name] = moves.get(name, 0.0) + move
+    if len(moves) < 2:
+        return mean, math.inf
+    error = math.sqrt(len(moves) / (len(moves) - 1) * sum(move**2 for move in moves.values()))
+    if len(columns) > 1:
+        means = torch.stack([column.mean() for column in columns])
+        error = max(error, float(means.std()) / math.sqrt(len(means)))
+    return mean, error
+
+
+def _reach(dilations: Sequence[float], alike: Mapping[float, bool], best: float) -> float:
+    """The farthest of the dilations, in their order, up to which all are like the best."""
+    farthest = best
+    for dilation in dilations:
+        if not alike[dilation]:
+            break
+        farthest = dilation
+    return farthest
+
+
+def _edge(best: float, low: float, high: float) -> str | None:
+    """Which end of the range the best dilation is, counting whole dilations where it is one."""
+    step = 1.0 if best.is_integer() else 0.0
+    if best <= low * (1 + 1e-3) or best - step < low:
+        return "smallest"
+    if best >= high * (1 - 1e-3) or best + step > high:
+        return "largest"
+    return None
+
+
+def _comparison(best: float, present: float, near: float, gain: float, error: float) -> str:
+    if near == best:
+        return f"the present dilation {present:.3g} is the best that was read"
+    beyond = "" if near == present else f" (read at {near:.3g}, where the range ends)"
+    size = f"{abs(gain):.3g} ± {error:.2g}"
+    verb = f"beats the present {present:.3g}{beyond} by" if gain >= 0 else f"is behind the present {present:.3g} by"
+    return f"dilation {best:.3g} {verb} {size}"
