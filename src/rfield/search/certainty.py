@@ -121,8 +121,8 @@ def judge(
     gain, error = _difference(covering, near, best, images)
     alike = {}
     for dilation in grid:
-        worse, own_error = _difference(last, dilation, best, images)
-        alike[dilation] = worse <= own_error
+        difference, own_error = _difference(last, dilation, best, images)
+        alike[dilation] = abs(difference) <= own_error
     below = [dilation for dilation in reversed(grid) if dilation <= best]
     above = [dilation for dilation in grid if dilation >= best]
     flat = _reach(below, alike, best), _reach(above, alike, best)
@@ -133,7 +133,8 @@ def judge(
         reasons.append(f"the loss, {least:.4g}, is no better than that of the class frequencies alone, {chance:.4g}")
     count = min(reading.count for reading in last)
     if count < least_images:
-        reasons.append(f"{count} {unit}{'s' * (count != 1)}, where {least_images} are needed")
+        plural = "" if count == 1 else "es" if unit.endswith("ch") else "s"
+        reasons.append(f"{count} {unit}{plural}, where {least_images} are needed")
     if random_backbone:
         reasons.append("the backbone is frozen at random weights")
     if steps is not None and steps < LEAST_STEPS:
