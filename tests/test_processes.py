@@ -1,5 +1,6 @@
 """One run in several processes, as torchrun would start them."""
 
+import dataclasses
 import json
 import multiprocessing
 import runpy
@@ -110,10 +111,27 @@ def test_two_processes_learn_what_one_does(make: Make, data: str) -> None:
         assert two[column] == pytest.approx(one[column], rel=1e-4), column
     expected = checkpoint_of(alone)["state_dict"]
     for name, weight in checkpoint_of(both)["state_dict"].items():
-        torch.testing.assert_close(weight, expected[name], rtol=1e-3, atol=1e-4, msg=name)
+        torch.testing.assert_close(weight, expected[name], rtol=1e-4, atol=1e-6, msg=name)
     assert metrics_of(both)["miou"] == pytest.approx(metrics_of(alone)["miou"], abs=1e-3)
     best = [torch.load(Path(c.out) / "checkpoints/best.ckpt", weights_only=True)["global_step"] for c in (alone, both)]
     assert best[0] == best[1]
+
+
+def test_balanced_classes_are_those_of_all_pixels(make: Make, data: str) -> None:
+    """The weights of the training set's masks, and of each step a mean over both processes' pixels."""
+    # Logits far from 0 soon, so that classes of other weights have other losses.
+    values = {"class_weights": "balanced", "search": "none", "epochs": 1, "batch_size": 4, "dropout": 0.0}
+    alone, both, plain = (make(name, data=data, **values, lr=0.1) for name in ("alone", "both", "plain"))
+    train(alone)
+    statuses, _, errors = start(both)
+    assert statuses == [0, 0], errors
+    train(dataclasses.replace(plain, class_weights=None))
+    one, two, other = (read_factor_csv(Path(config.out) / "factor.csv")["loss"] for config in (alone, both, plain))
+    assert two == pytest.approx(one, rel=1e-5)
+    assert other[-1] != pytest.approx(one[-1], rel=1e-3)
+    expected = checkpoint_of(alone)["state_dict"]
+    for name, weight in checkpoint_of(both)["state_dict"].items():
+        torch.testing.assert_close(weight, expected[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
 def test_factors_that_differ_end_the_run(make: Make) -> None:
@@ -178,6 +196,89 @@ def test_what_a_launcher_says(make: Make, monkeypatch: pytest.MonkeyPatch) -> No
         join(make(devices=2))
     with pytest.raises(ValueError, match="batch_size 2 cannot be dealt evenly to 4 devices"):
         join(make())
+
+
+@pytest.fixture(scope="module")
+def met(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of two processes has done and met, see two_processes.py."""
+    folder = tmp_path_factory.mktemp("two")
+    worker = str(Path(__file__).with_name("two_processes.py"))
+    values = [{"rank": rank, "store": f"{folder}/store", "out": f"{folder}/{rank}.pt"} for rank in range(2)]
+    processes = [SERVER.Process(target=runpy.run_path, args=(worker, each, "__main__")) for each in values]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(300)
+    assert [process.exitcode for process in processes] == [0, 0]
+    return [torch.load(each["out"], weights_only=True) for each in values]
+
+
+def test_shared_statistics_and_their_gradients_are_those_of_the_whole_batch(met: list[dict[str, Any]]) -> None:
+    """Also that of an image, whose own process is not alone in looking at its statistics."""
+    functions = runpy.run_path(str(Path(__file__).with_name("two_processes.py")))
+    whole = functions["learn"](functions["network"](), *functions["batch"]())
+    halves = [each["learned"] for each in met]
+    for rank, half in enumerate(halves):
+        for key in ("logits", "eval"):
+            torch.testing.assert_close(half[key], whole[key][functions["SHARES"][rank]], rtol=1e-5, atol=1e-5)
+        # Each process's loss is twice its share, so that their mean is the whole one's; and so are gradients.
+        torch.testing.assert_close(half["state"], whole["state"], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(half["input"] / 2, whole["input"][functions["SHARES"][rank]], rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close((halves[0]["loss"] + halves[1]["loss"]) / 2, whole["loss"])
+    for name, gradient in whole["gradients"].items():
+        mean = (halves[0]["gradients"][name] + halves[1]["gradients"][name]) / 2
+        assert name in ("0.bias", "3.bias") or gradient.abs().max() > 1e-4, name  # A batch norm takes a bias away.
+        torch.testing.assert_close(mean, gradient, rtol=1e-4, atol=1e-7, msg=name)
+
+
+def test_numbers_that_processes_share(met: list[dict[str, Any]]) -> None:
+    assert [each["place"] for each in met] == [(0, 2), (1, 2)]
+    assert [each["first"] for each in met] == [True, False]
+    assert [each["mean"] for each in met] == [[0.5, 4.0]] * 2
+    assert [each["norm"] for each in met] == [5.0, 5.0]
+    assert [each["own norm"] for each in met] == [1.0, 10.0], "where no gradients are taken each is on its own"
+    assert [each["skipped"] for each in met] == [["train_00001", "train_00002"]] * 2
+
+
+@pytest.mark.parametrize("kind", ["cross_entropy", "focal"])
+def test_losses_and_their_gradients_are_those_of_all_pixels(met: list[dict[str, Any]], kind: Any) -> None:
+    if kind == "focal":
+        pytest.importorskip("segmentation_models_pytorch")
+    functions = runpy.run_path(str(Path(__file__).with_name("two_processes.py")))
+    _, mask = functions["batch"]()
+    value, gradient = functions["loss_of"](kind, mask)
+    values, gradients = zip(*(each[kind] for each in met), strict=True)
+    torch.testing.assert_close((values[0] + values[1]) / 2, value)
+    torch.testing.assert_close(torch.cat(gradients) / 2, gradient)
+
+
+def test_factors_that_differ_are_told_by_all(met: list[dict[str, Any]]) -> None:
+    assert [each["same"] for each in met] == ["", ""]
+    for each in met:
+        assert each["unequal"].startswith(
+            "ValueError: step 4: the processes no longer train one network, their factors differ: 2 to 3, 2 to 3. "
+        )
+
+
+def test_what_the_first_process_does_for_all(met: list[dict[str, Any]]) -> None:
+    assert [each["calls"] for each in met] == [[0], []]
+    for error in ("ValueError", "FileNotFoundError"):
+        assert [each[error] for each in met] == [f"{error}: no such file", "SystemExit: 2"]
+
+
+def test_images_are_dealt_to_processes(met: list[dict[str, Any]]) -> None:
+    assert [each["held out"] for each in met] == [[[[4]], [[0]]], [[[2]]]]
+    assert [each["scored of 5"] for each in met] == [[0, 2, 4], [1, 3]], "each once"
+    assert [each["scored of 2"] for each in met] == [[0], [1]]
+    assert [each["scored of 1"] for each in met] == [[0], [0]], "rather by all than by none"
+    orders = []
+    for each in met:
+        share, epoch, seen, held_out, order, seed = each["dealt"]
+        assert (share, epoch, seen, held_out, seed) == (2, 2, (2, 2), [1], 3)
+        assert len(order) == 1, "two of three have been seen"
+        orders += order
+    assert orders[0] != orders[1]
+    assert all(epoch == 2 and index != 1 for epoch, index in orders)
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])

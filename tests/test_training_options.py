@@ -3,14 +3,11 @@
 import math
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
 
 from rfield.cli import main, parse
 from rfield.config import TrainConfig
@@ -121,17 +118,6 @@ def test_weights_that_do_not_fit_the_data_leave_no_run(
     with pytest.raises(ValueError, match=message):
         train(TrainConfig(**tiny | values))
     assert not Path(tiny["out"]).exists()
-
-
-def test_two_processes_train_with_balanced_classes(tiny: dict[str, Any]) -> None:
-    values = {"class_weights": "balanced", "devices": 2, "search": "none", "epochs": 1}
-    config = Path(tiny["out"]).with_suffix(".yaml")
-    config.write_text(yaml.safe_dump(TrainConfig(**tiny | values).plain()))
-    command = [sys.executable, "-m", "rfield", "train", "--config", str(config)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    losses = read_factor_csv(Path(tiny["out"]) / "factor.csv")["loss"]
-    assert losses == pytest.approx([math.log(4)] * 3, abs=0.2)  # of fresh logits, whatever the weights
 
 
 def test_the_default_weights_of_efficientnet_lite0(
