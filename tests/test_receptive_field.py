@@ -5,9 +5,9 @@ import torch
 from torch import Tensor, nn
 
 from rfield.layers import AdaptiveConv2d, ReceptiveFieldRegulator
+from rfield.let_pass import LetPass
 from rfield.models import MODELS, ParsingNetwork, largefov_vgg16, small_cnn
 from rfield.receptive_field import (
-    LetPass,
     output_map,
     probe_copy,
     probe_receptive_field,
@@ -249,7 +249,7 @@ def test_uniform_layers_are_run_cheaply_and_give_the_same_gradient(monkeypatch: 
         return image.grad
 
     cheap = gradient()
-    monkeypatch.setattr("rfield.receptive_field._is_uniform", lambda weight: False)
+    monkeypatch.setattr("rfield.let_pass._is_uniform", lambda weight: False)
     torch.testing.assert_close(cheap, gradient(), rtol=1e-12, atol=0)
     # Height: 1 + 2 * 1 + (4 + 4) * 2; width without the depthwise convolution.
     assert probe_receptive_field(Tower()) == (19.0, 11.0)

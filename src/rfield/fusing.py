@@ -10,32 +10,10 @@ from torch.nn.utils import parametrize
 from rfield.layers import AdaptiveConv2d, LearnedFactor, ReceptiveFieldRegulator, WeightedGradient
 from rfield.layers.adaptive_conv import carry_parametrizations
 from rfield.layers.factor import followed_padding, set_dilation, whole_dilation
+from rfield.receptive_field import is_pointwise
 
 Mode = Literal["resize", "dilation"]
 Pair = tuple[int, int]
-
-# Layers that see one pixel, beside 1x1 convolutions: dilating the others of a part is then all that its receptive
-# field is made of.
-_POINTWISE = (
-    nn.Identity,
-    nn.modules.batchnorm._BatchNorm,
-    nn.modules.dropout._DropoutNd,
-    nn.CELU,
-    nn.ELU,
-    nn.GELU,
-    nn.Hardsigmoid,
-    nn.Hardswish,
-    nn.Hardtanh,
-    nn.LeakyReLU,
-    nn.Mish,
-    nn.PReLU,
-    nn.ReLU,
-    nn.SELU,
-    nn.SiLU,
-    nn.Sigmoid,
-    nn.Softplus,
-    nn.Tanh,
-)
 
 
 def fuse(model: nn.Module, mode: Mode = "resize") -> nn.Module:
@@ -338,10 +316,12 @@ def _identity() -> fx.GraphModule:
 
 def _dilate(module: nn.Module, factor: tuple[float, float]) -> None:
     for name, layer in module.named_modules():
+        if "parametrizations" in name.split("."):  # of weights, not of maps
+            continue
         if isinstance(layer, nn.Conv2d):
             if max(layer.kernel_size) > 1:
                 set_dilation(layer, _nearest((layer.dilation[0], layer.dilation[1]), factor))
-        elif not list(layer.children()) and not isinstance(layer, (*_POINTWISE, nn.Sequential)):
+        elif not (list(layer.children()) or is_pointwise(layer) or isinstance(layer, nn.Sequential)):
             raise ValueError(
                 f"{name or 'it'} is a {type(layer).__name__}, and only convolutions and layers that see one pixel "
                 "can be dilated instead of resized: use mode='resize'"

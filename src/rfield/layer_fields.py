@@ -10,15 +10,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from rfield.layers import AdaptiveConv2d, ReceptiveFieldRegulator
-from rfield.receptive_field import LetPass, extent, output_map, probe_copy
+from rfield.let_pass import LetPass, UnknownFieldError
+from rfield.receptive_field import NO_GRADIENT, extent, output_map, probe_copy
 
 Pair = tuple[float, float]
 
 # (short side, long sides) in px of the strips that are probed: of k * 2^n + 1 px, and for networks that insist on it
 # of k * 2^n px.
 _STRIPS = ((65, (257, 513, 1025, 2049, 4097)), (64, (256, 512, 1024, 2048, 4096)))
+# The key of what the model returns; the model may have a layer that is called `output`.
+_OUTPUT = "#output"
 # So many layers in a row that see past the strip, and the rest is left to a longer one.
 _MISSES = 3
 
@@ -28,7 +32,7 @@ class LayerField:
     """What one pixel in the middle of a layer's output sees. Pairs are (height, width), px are the image's."""
 
     name: str
-    """As in `model.named_modules()`, with `#2` for its second call; `output` for what the model returns."""
+    """As in `model.named_modules()`, with `#2` for its second call; `output`, always the last, for what the model returns."""
     kind: str
     """The class of the layer."""
     kernel: tuple[int, int] | None
@@ -73,7 +77,8 @@ def layer_receptive_fields(
             infinite where they reach the image's edge.
 
     Raises:
-        ValueError: the model runs neither on strips nor on an image of that size; says why.
+        ValueError: the model runs neither on strips nor on an image of that size, no gradient reaches the image, or a
+            layer reads places that depend on the image or on chance; says why.
 
     Example:
         >>> layers = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.Conv2d(8, 8, 3, padding=4, dilation=4))
@@ -90,6 +95,8 @@ def layer_receptive_fields(
     for shapes in tries:
         try:
             axes = [_probe_axis(probe, channels, shapes[axis], axis) for axis in (0, 1)]
+        except UnknownFieldError:
+            raise
         except Exception as error:  # A network of fixed or of even sizes says so in its own way.
             fault = fault or str(error)
             continue
@@ -124,7 +131,9 @@ def _probe_axis(
         image = torch.ones(1, channels, *shape, dtype=torch.float64, requires_grad=True)
         with LetPass(axis) as mode, torch.enable_grad(), _recorded(probe, mode) as calls:
             output = output_map(probe(image))
-            calls["output"] = _Call(None, (None, _sides(output)), _central(output))
+            calls[_OUTPUT] = _Call(None, (None, _sides(output)), _central(output))
+        if not calls[_OUTPUT].pixel.requires_grad:
+            raise UnknownFieldError(NO_GRADIENT)
         calls = {name: call for name, call in calls.items() if call.pixel.requires_grad}
         if index < 2:
             modules = {name: call.module for name, call in calls.items() if not index or name in modules}
@@ -137,6 +146,8 @@ def _probe_axis(
             mode.looks_everywhere = False
             (grad,) = torch.autograd.grad(calls[name].pixel, image, retain_graph=True, allow_unused=True)
             local = 0.0 if grad is None else extent(grad[0].abs().sum((0, 2 - axis)))
+            if local == 0 and not mode.looks_everywhere and name == _OUTPUT:
+                raise UnknownFieldError(NO_GRADIENT)
             if math.isfinite(local):
                 fields[name] = (math.inf if mode.looks_everywhere else local, local or math.inf)
             else:
@@ -154,7 +165,7 @@ def _probe_axis(
             ),
         )
         for name, module in modules.items()
-        if fields.get(name) != (0.0, math.inf)  # what the image has no part in
+        if fields.get(name) != (0.0, math.inf)  # no path leads there from the image
     }
 
 
@@ -204,6 +215,8 @@ def _recorded(model: nn.Module, mode: LetPass) -> Iterator[dict[str, _Call]]:
 
 
 def _has_kernel(module: nn.Module) -> bool:
+    if isinstance(module, (nn.modules.conv._ConvNd, AdaptiveConv2d)):
+        return True  # also with parametrized weights, or an activation of its own, inside
     return hasattr(module, "kernel_size") and not list(module.children())
 
 
@@ -236,8 +249,8 @@ def _layer_field(
         if type(part) in (nn.ModuleList, nn.ModuleDict) and name.startswith(f"{above}."):
             parallel = above  # the nearest comes last
     return LayerField(
-        name,
-        "" if module is None else type(module).__name__,
+        "output" if module is None else name,
+        "" if module is None else parametrize.type_before_parametrizations(module).__name__,
         kernel,
         dilation,
         (height.stride, width.stride),

@@ -4,36 +4,66 @@ import copy
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from rfield.layers import AdaptiveConv2d, LearnedFactor, ReceptiveFieldRegulator
+from rfield.let_pass import LetPass
 
-_WINDOWED = (AdaptiveConv2d, nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)
+_WINDOWED = (AdaptiveConv2d, nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d, nn.LPPool2d)
+# See `is_pointwise`.
 _POINTWISE = (
     nn.Identity,
-    nn.Dropout,
-    nn.Dropout2d,
-    nn.BatchNorm2d,
+    nn.modules.batchnorm._BatchNorm,
+    nn.modules.dropout._DropoutNd,
+    nn.ChannelShuffle,
+    nn.LocalResponseNorm,
+    nn.CrossMapLRN2d,
+    nn.Softmax2d,
+    nn.CELU,
     nn.ELU,
     nn.GELU,
+    nn.Hardshrink,
     nn.Hardsigmoid,
     nn.Hardswish,
+    nn.Hardtanh,
     nn.LeakyReLU,
+    nn.LogSigmoid,
     nn.Mish,
     nn.PReLU,
+    nn.RReLU,
     nn.ReLU,
     nn.ReLU6,
-    nn.Sigmoid,
+    nn.SELU,
     nn.SiLU,
+    nn.Sigmoid,
     nn.Softplus,
+    nn.Softshrink,
+    nn.Softsign,
     nn.Tanh,
+    nn.Tanhshrink,
+    nn.Threshold,
 )
+_OVER_CHANNELS = (nn.GLU, nn.LogSoftmax, nn.Softmax, nn.Softmin)
+
+
+def is_pointwise(layer: nn.Module) -> bool:
+    """Whether a layer maps each pixel of Tensor[N, C, h, w] by itself, in eval mode.
+
+    That holds for a softmax over channels, and not over the width; not for a batch norm without running statistics.
+
+    >>> is_pointwise(nn.Softmax(dim=1)), is_pointwise(nn.Softmax(dim=-1)), is_pointwise(nn.Conv2d(3, 3, 1))
+    (True, False, False)
+    """
+    if isinstance(layer, _OVER_CHANNELS):
+        return layer.dim in (1, -3)
+    if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.running_mean is None:
+        return False
+    return isinstance(layer, _POINTWISE)
 
 
 def theoretical_receptive_field(model: nn.Module) -> tuple[float, float]:
@@ -64,7 +94,7 @@ def theoretical_receptive_field(model: nn.Module) -> tuple[float, float]:
     names = {module: name for name, module in model.named_modules()}
     extent, jump = [1.0, 1.0], [1.0, 1.0]
     for layer, factor in _steps(model, (1.0, 1.0)):
-        if isinstance(layer, _POINTWISE):
+        if is_pointwise(layer):
             continue
         if (known := _known_field(layer)) is not None:
             for axis in (0, 1):
@@ -84,7 +114,7 @@ def theoretical_receptive_field(model: nn.Module) -> tuple[float, float]:
         for axis in (0, 1):
             taps = _pair(layer.kernel_size)[axis] - 1
             extent[axis] += taps * dilation[axis] * jump[axis] / factor[axis]
-            jump[axis] *= _pair(layer.stride)[axis]
+            jump[axis] *= _pair(layer.stride or layer.kernel_size)[axis]
     return extent[0], extent[1]
 
 
@@ -171,6 +201,10 @@ class Window:
     """Output pixels along the axis."""
 
 
+NO_GRADIENT = (
+    "no gradient reaches the image: the receptive field of this model cannot be probed (it may run under "
+    "torch.no_grad(), or in another library)"
+)
 # px; the longest holds the fields of the deepest networks.
 _LENGTHS = (257, 513, 1025, 2049, 4097)
 
@@ -186,7 +220,7 @@ def probe_receptive_field(model: nn.Module, channels: int = 3) -> tuple[float, f
         channels: of the image.
 
     Raises:
-        ValueError: no gradient reaches the image.
+        ValueError: no gradient reaches the image, or a layer reads places that depend on the image or on chance.
 
     Example:
         >>> layers = nn.Sequential(nn.Conv2d(3, 8, (5, 3), stride=2), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2))
@@ -203,9 +237,8 @@ def probe_window(
 ) -> Window:
     """Measures where the central output pixel looks along one axis.
 
-    It runs on a copy in float64 whose weights are positive, whose max pools average, whose products are sums, and
-    whose activations and norms let everything pass, so that no gradient is lost where there is a path. The images are
-    strips, as long as the field needs.
+    It runs a copy in float64 as `rfield.let_pass.LetPass` does, so that no gradient is lost where there is a path. The
+    images are strips, as long as the field needs.
 
     Args:
         model: maps Tensor[N, channels, H, W] to Tensor[N, C, h, w].
@@ -215,7 +248,7 @@ def probe_window(
         lengths: their long sides in px, tried one after the other until one holds the field.
 
     Raises:
-        ValueError: no gradient reaches the image.
+        ValueError: no gradient reaches the image, or a layer reads places that depend on the image or on chance.
 
     Example:
         >>> probe_window(nn.Conv2d(1, 1, 2, stride=2), axis=1, channels=1, lengths=[9])
@@ -233,7 +266,7 @@ def probe_window(
         weight = torch.zeros(length) if image.grad is None else image.grad[0].abs().sum((0, 2 - axis))
         local = extent(weight)
         if local == 0 and not mode.looks_everywhere:
-            raise ValueError("no gradient reaches the image: the receptive field of this model cannot be probed")
+            raise ValueError(NO_GRADIENT)
         if math.isfinite(local):
             break
     local = local or math.inf
@@ -246,7 +279,12 @@ def extent(weight: Tensor) -> float:
 
     >>> extent(torch.tensor([0.0, 0.5, 0.0, 0.1, 0.0])), extent(torch.tensor([0.0, 0.1])), extent(torch.zeros(3))
     (3.0, inf, 0.0)
+
+    Raises:
+        ValueError: a weight is not finite.
     """
+    if not weight.isfinite().all():
+        raise ValueError("the gradient at the image is not finite: the receptive field of this model cannot be probed")
     seen = weight.nonzero().flatten()
     if not len(seen):
         return 0.0
@@ -289,9 +327,11 @@ def probe_copy(model: nn.Module) -> nn.Module:
     factors = {id(module.log_factor) for module in model.modules() if isinstance(module, LearnedFactor)}
     memo: dict[int, Any] = {}
     for name, weight in model.named_parameters():
+        if nn.parameter.is_lazy(weight):
+            raise ValueError(f"the parameter {name} has no shape yet: run the model once")
         if id(weight) not in factors:
-            inputs = weight.numel() // weight.shape[0] if weight.dim() > 1 else 1
-            value = torch.tensor(0.0 if name.endswith("bias") else 1 / inputs, dtype=torch.float64)
+            inputs = max(1, weight[:1].numel()) if weight.dim() > 1 else 1
+            value = torch.tensor(1 / inputs, dtype=torch.float64)
             memo[id(weight)] = nn.Parameter(value.expand(weight.shape), requires_grad=False)
     probe = copy.deepcopy(model, memo).double().eval().requires_grad_(False)
     for module in probe.modules():
@@ -315,137 +355,3 @@ def _widen(more: Sequence[int], module: nn.Module, inputs: tuple[Tensor]) -> Ten
 def _narrow(more: Sequence[int], module: AdaptiveConv2d, inputs: tuple[Tensor], output: Tensor) -> Tensor:
     height, width = more[0] // module.stride[0], more[1] // module.stride[1]
     return output[:, :, height : output.shape[2] - height, width : output.shape[3] - width]
-
-
-_PASSED = (
-    *("relu", "relu_", "relu6", "hardtanh", "hardtanh_", "leaky_relu", "leaky_relu_", "elu", "elu_", "celu", "selu"),
-    *("gelu", "silu", "hardswish", "mish", "softplus", "prelu"),
-    *("batch_norm", "layer_norm", "rms_norm", "local_response_norm"),
-)
-_SATURATING = ("sigmoid", "sigmoid_", "hardsigmoid", "tanh", "tanh_")
-_EVERYWHERE = (
-    *("adaptive_avg_pool2d", "adaptive_max_pool2d", "group_norm", "instance_norm"),
-    *("scaled_dot_product_attention", "multi_head_attention_forward"),
-)
-_REDUCTIONS = ("mean", "sum", "amax", "norm", "vector_norm", "std", "var", "std_mean", "var_mean")
-
-
-class LetPass(TorchFunctionMode):
-    """Runs a model so that its gradients tell where it looks, and nothing else."""
-
-    def __init__(self, axis: int) -> None:
-        super().__init__()
-        self.axis = axis
-        """Along which the model is probed."""
-        self.looks_everywhere = False
-        self.looking: Callable[[], None] = lambda: None
-        """Called when a layer that looks at the whole image runs."""
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Collection[type], args: Sequence[Any] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        name = getattr(func, "__name__", "")
-        first = args[0] if args and isinstance(args[0], Tensor) else None
-        if first is None:
-            return func(*args, **kwargs)
-        if name in _PASSED:
-            return first
-        if name == "conv2d":
-            return _convolve(self.axis, *args, **kwargs)
-        if name == "linear" and len(args) > 1 and _is_uniform(args[1]):
-            mean = first.mean(-1, keepdim=True) * args[1][0, 0] * first.shape[-1]
-            return mean.expand(*first.shape[:-1], len(args[1])).contiguous()
-        if name == "pad" and first.dim() == 4 and kwargs.get("mode", [*args, "constant"][2]) == "constant":
-            return _pad(self.axis, first, kwargs.get("pad", [*args, None][1]))
-        if name in ("mul", "mul_") and all(isinstance(part, Tensor) and part.requires_grad for part in args[:2]):
-            return (first + args[1]) / 2  # A chain of products would outgrow every number.
-        if name in _SATURATING:
-            return first / (1 + first.abs())  # Their own gradient would round to 0.
-        if name in ("max_pool2d", "max_pool2d_with_indices"):
-            pooled = F.avg_pool2d(first, *args[1:4], **_pooling(kwargs))
-            return (pooled, None) if name.endswith("indices") else pooled
-        if first.requires_grad and (name in _EVERYWHERE or (name in _REDUCTIONS and _is_spatial(name, args, kwargs))):
-            self.looking()
-            if name in ("group_norm", "instance_norm"):
-                return _Everywhere.apply(first, self, True)
-            # Held still, so that what is seen besides can be told.
-            held = [part.detach() if isinstance(part, Tensor) else part for part in args[1:]]
-            kwargs = {key: part.detach() if isinstance(part, Tensor) else part for key, part in kwargs.items()}
-            return func(_Everywhere.apply(first, self, False), *held, **kwargs)
-        return func(*args, **kwargs)
-
-
-def _convolve(
-    axis: int,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: int = 1,
-) -> Tensor:
-    """`F.conv2d`, in a thousandth of the time where all weights are one number; the bias moves no gradient."""
-    rates, uniform = _pair(dilation), _is_uniform(weight)
-    if uniform:
-        input = input.reshape(*input.shape[:-3], groups, -1, *input.shape[-2:]).mean(-3)
-    if rates[axis] > 1 and padding != "valid":
-        missing = [rate * (taps - 1) for rate, taps in zip(rates, weight.shape[2:], strict=True)]
-        if padding == "same":
-            pads = [missing[1] // 2, (missing[1] + 1) // 2, missing[0] // 2, (missing[0] + 1) // 2]
-        else:
-            pads = [_pair(padding)[1]] * 2 + [_pair(padding)[0]] * 2
-        input, padding = _pad(axis, input, pads), 0
-    if not uniform:
-        return F.conv2d(input, weight, None, stride, padding, dilation, groups)
-    kernel = (weight[0, 0, 0, 0] * weight.shape[1]).expand(groups, 1, *weight.shape[2:])
-    output = F.conv2d(input, kernel, None, stride, padding, dilation, groups).unsqueeze(-3)
-    output = output.expand(*output.shape[:-3], len(weight) // groups, *output.shape[-2:])
-    return output.flatten(-4, -3).contiguous()  # Models add to their maps in place.
-
-
-def _is_uniform(weight: Tensor) -> bool:
-    """Whether a weight is one number of `probe_copy`."""
-    return not any(weight.stride())
-
-
-def _pad(axis: int, input: Tensor, pads: Sequence[int]) -> Tensor:
-    """Padding by zeros that repeats the outermost pixels along an axis instead.
-
-    So a dilated kernel whose taps jump over an image's edge is seen to reach it.
-    """
-    if len(pads) != 4 or min(pads) < 0:
-        return F.pad(input, list(pads))
-    across, along = [*pads[:2], 0, 0], [0, 0, *pads[2:]]
-    if axis == 1:
-        across, along = along, across
-    return F.pad(F.pad(input, along, mode="replicate"), across)
-
-
-class _Everywhere(torch.autograd.Function):
-    """The identity; a gradient that comes by tells that the output looks at the whole image, and may end here."""
-
-    @staticmethod
-    def forward(ctx: Any, input: Tensor, mode: LetPass, passes: bool) -> Tensor:
-        ctx.mode, ctx.passes = mode, passes
-        return input.view_as(input)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None]:
-        ctx.mode.looks_everywhere = True
-        return grads[0] if ctx.passes else None, None, None
-
-
-def _pooling(kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in kwargs.items() if key in ("kernel_size", "stride", "padding", "ceil_mode")}
-
-
-def _is_spatial(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
-    """Whether a map is reduced along both its height and its width."""
-    place = 2 if name in ("norm", "vector_norm") else 1
-    axes = kwargs.get("dim", args[place] if len(args) > place else None)
-    if args[0].dim() != 4 or axes is None:
-        return bool(args[0].dim() == 4)
-    reduced = {axis % 4 for axis in ((axes,) if isinstance(axes, int) else axes)}
-    return reduced >= {2, 3} or reduced >= {1, 2}
