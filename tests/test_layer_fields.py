@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 
 from rfield.layer_fields import LayerField, field_warnings, layer_receptive_fields
 from rfield.layers import AdaptiveConv2d, ReceptiveFieldRegulator
@@ -75,8 +76,8 @@ def test_learned_dilations_are_the_effective_ones() -> None:
     layer = by_name(model)["1.module"]
     assert layer.dilation == pytest.approx((6, 6))
     assert layer.tap_spacing == pytest.approx((12, 12), rel=0.02)
-    # 2 + 2 * 6 * 2, and a pixel of the resized map to either side.
-    assert layer.local[0] == pytest.approx(26, abs=4)
+    # 128 px become 255; the middle one, 127, lies at 63.5, its outer taps at 57.5 and 69.5: 14 pixels of 2 px.
+    assert layer.local == (28.0, 28.0)
 
 
 class Attends(nn.Module):
@@ -106,6 +107,32 @@ def test_what_looks_at_the_whole_image_is_named() -> None:
         ("AdaptiveAvgPool2d", INF),
         ("", INF),
     ]
+
+
+class Named(nn.Module):
+    """A layer that is called output, and is not the last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.output = parametrizations.weight_norm(nn.Conv2d(3, 4, 3))
+        self.last = nn.Conv2d(4, 4, 5, padding=(0, 2))
+        self.activated = nn.Conv2d(4, 4, 1)
+        self.activated.act = nn.ReLU()
+
+    def forward(self, image: Tensor) -> Tensor:
+        features: Tensor = self.activated(self.last(self.output(image)))
+        return features.softmax(1)
+
+
+def test_no_layer_is_left_out_and_the_output_comes_last() -> None:
+    layers = layer_receptive_fields(Named())
+    assert [(layer.name, layer.kind, layer.field[0], layer.pads) for layer in layers] == [
+        ("output", "Conv2d", 3, False),
+        ("last", "Conv2d", 7, True),
+        ("activated", "Conv2d", 7, False),
+        ("output", "", 7, False),
+    ]
+    assert field_warnings(layers, (100, 100)) == ["the output sees 0.49 % of the image (7x7 of 100x100 px)"]
 
 
 def test_a_layer_that_runs_twice_has_two_rows() -> None:

@@ -1,6 +1,5 @@
 """How much each pixel of an image counts for the central output: the effective receptive field."""
 
-import copy
 import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Literal
@@ -8,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from rfield.receptive_field import output_map
+from rfield.receptive_field import copied, output_map
 
 Measure = Literal["luo", "replknet"]
 
@@ -37,7 +36,7 @@ def effective_receptive_field(model: nn.Module, images: Iterable[Tensor], measur
         >>> effective_receptive_field(mean, torch.randn(1, 1, 5, 5))[1].mul(9)
         tensor([0., 1., 1., 1., 0.])
     """
-    probe = copy.deepcopy(model).eval().requires_grad_(False)
+    probe = copied(model).eval().requires_grad_(False)
     weight = next((tensor for tensor in model.parameters() if tensor.is_floating_point()), torch.empty(0))
     total: Tensor | None = None
     count = 0

@@ -1,6 +1,5 @@
 """A learned network becomes a plain one: torch's own modules, under the state-dict keys of the network as it was."""
 
-import copy
 from typing import Any, Literal
 
 import torch
@@ -10,7 +9,7 @@ from torch.nn.utils import parametrize
 from rfield.layers import AdaptiveConv2d, LearnedFactor, ReceptiveFieldRegulator, WeightedGradient
 from rfield.layers.adaptive_conv import carry_parametrizations
 from rfield.layers.factor import followed_padding, set_dilation, whole_dilation
-from rfield.receptive_field import is_pointwise
+from rfield.receptive_field import copied, is_pointwise
 
 Mode = Literal["resize", "dilation"]
 Pair = tuple[int, int]
@@ -45,7 +44,7 @@ def fuse(model: nn.Module, mode: Mode = "resize") -> nn.Module:
     """
     if mode not in ("resize", "dilation"):
         raise ValueError(f"mode must be 'resize' or 'dilation', got {mode!r}")
-    plain = copy.deepcopy(model)
+    plain = copied(model)
     holder = nn.ModuleDict({"model": plain})
     modules = dict(holder.named_modules(remove_duplicate=False))
     fused: dict[int, nn.Module] = {}

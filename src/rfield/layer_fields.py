@@ -32,7 +32,7 @@ class LayerField:
     """What one pixel in the middle of a layer's output sees. Pairs are (height, width), px are the image's."""
 
     name: str
-    """As in `model.named_modules()`, with `#2` for its second call; `output`, always the last, for what the model returns."""
+    """As in `model.named_modules()`, with `#2` for its second call; `output`, the last, for what the model returns."""
     kind: str
     """The class of the layer."""
     kernel: tuple[int, int] | None

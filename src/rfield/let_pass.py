@@ -143,7 +143,8 @@ class LetPass(TorchFunctionMode):
             return result
         if name in _CASTS:
             # Kept in float64: deep networks have gradients below float32's least number.
-            return first if result.is_floating_point() and result.dtype != first.dtype else result
+            lowered = first.requires_grad and result.is_floating_point() and result.dtype != first.dtype
+            return first if lowered else result
         return _without_cancellation(func, args, kwargs, result)
 
     def _norm(self, name: str, first: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -348,7 +349,14 @@ def _max_pool(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """An average of what a max pool takes its maximum of, of the same size; the indices are the pool's own."""
     names = ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode")
-    given = {"stride": None, "padding": 0, "dilation": 1, **dict(zip(names, args, strict=False)), **kwargs}
+    given = {
+        "stride": None,
+        "padding": 0,
+        "dilation": 1,
+        "ceil_mode": False,
+        **dict(zip(names, args, strict=False)),
+        **kwargs,
+    }
     with torch.no_grad():
         result = func(*args, **kwargs)
     real, indices = result if isinstance(result, tuple) else (result, None)
@@ -356,6 +364,10 @@ def _max_pool(
     dims = int(name[len("max_pool")])
     kernel, padding, dilation = (_each(given[key], dims) for key in ("kernel_size", "padding", "dilation"))
     stride = _each(given["stride"], dims) if given["stride"] not in (None, (), []) else kernel
+    if max(dilation) == 1:
+        average: Callable[..., Tensor] = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[dims - 1]
+        pooled = average(input, kernel, stride, padding, bool(given["ceil_mode"]))
+        return pooled if indices is None else (pooled, indices)
     window = [rate * (taps - 1) + 1 for rate, taps in zip(dilation, kernel, strict=True)]
     planes = input.reshape(-1, 1, *input.shape[-dims:])
     pads: list[int] = []
@@ -363,7 +375,7 @@ def _max_pool(
         # With ceil_mode the last window may hang over the edge.
         pads = [pad, max(pad, (out - 1) * step + long - side - pad), *pads]
     # Taps that jump over an image's edge are seen to reach it.
-    planes = _pad(axis, planes, pads) if dims == 2 and max(dilation) > 1 else F.pad(planes, pads)
+    planes = _pad(axis, planes, pads) if dims == 2 else F.pad(planes, pads)
     ones = torch.ones(1, 1, *kernel, dtype=input.dtype) / math.prod(kernel)
     convolve: Callable[..., Tensor] = (F.conv1d, F.conv2d, F.conv3d)[dims - 1]
     pooled = convolve(planes, ones, None, stride, 0, dilation)

@@ -322,6 +322,21 @@ def output_map(output: Any) -> Tensor:
     return found
 
 
+def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """A deep copy, also of a model that keeps computed weights, as torch's old weight norm does.
+
+    Args:
+        model: any.
+        memo: what stands for which object, by its id, as in `copy.deepcopy`.
+    """
+    memo = {} if memo is None else memo
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
+    return copy.deepcopy(model, memo)
+
+
 def probe_copy(model: nn.Module) -> nn.Module:
     """The model in float64 and eval mode, with kernels that average; they take no memory."""
     factors = {id(module.log_factor) for module in model.modules() if isinstance(module, LearnedFactor)}
@@ -333,7 +348,7 @@ def probe_copy(model: nn.Module) -> nn.Module:
             inputs = max(1, weight[:1].numel()) if weight.dim() > 1 else 1
             value = torch.tensor(1 / inputs, dtype=torch.float64)
             memo[id(weight)] = nn.Parameter(value.expand(weight.shape), requires_grad=False)
-    probe = copy.deepcopy(model, memo).double().eval().requires_grad_(False)
+    probe = copied(model, memo).double().eval().requires_grad_(False)
     for module in probe.modules():
         if isinstance(module, AdaptiveConv2d):
             more = [
