@@ -43,7 +43,8 @@ ROOMS: dict[str, set[str]] = {
     "experiments": {"torch", "numpy", "optuna", "rich"},
     "sources": {"torch", "torchvision", "timm", "segmentation_models_pytorch", "transformers", "huggingface_hub"},
     "inspecting": {"torch", "torchvision", "PIL"},
-    "cli": {"jsonargparse", "docstring_parser", "rich"},
+    "console": {"rich"},
+    "cli": {"jsonargparse", "docstring_parser"},
     "__main__": set(),
     "__init__": set(),
 }

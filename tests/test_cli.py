@@ -3,7 +3,6 @@
 import dataclasses
 import re
 import shlex
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from rfield.config import (
     TrainConfig,
     TuneConfig,
 )
+from rfield.console import print_scores
 from rfield.ship_config import EvaluateConfig, PredictConfig
 
 DECIDED = {field.name for field in dataclasses.fields(SweepConfig) if field.metadata.get("fixed")}
@@ -294,17 +294,11 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_scores_without_any_labelled_pixel_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
-    from rfield import cli
-
-    show: Callable[..., None] = cli._print_scores
-    show({"miou": None, "per_class": {"sky": None}, "pixel_accuracy": None})
+    print_scores({"miou": None, "per_class": {"sky": None}, "pixel_accuracy": None})
     assert "mIoU nan   pixel accuracy nan" in capsys.readouterr().out
 
 
 def test_scores_of_faces_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
-    from rfield import cli
-
-    show: Callable[..., None] = cli._print_scores
     faces = {"f1": {"eyes": 0.5, "hair": None}, "f1_overall": 0.256}
-    show({"miou": 0.5, "per_class": {"nose": 0.5}, "pixel_accuracy": 0.9, **faces})
+    print_scores({"miou": 0.5, "per_class": {"nose": 0.5}, "pixel_accuracy": 0.9, **faces})
     assert capsys.readouterr().out.splitlines()[-1] == "F1 % of eyes 50.0, hair -; overall 25.6"

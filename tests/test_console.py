@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from rfield import cli
 from rfield.cli import COMMANDS, main
 from rfield.config import DemoConfig
+from rfield.console import print_scores, show_progress
 from rfield.training.callbacks import BarProgress, LineProgress
 
 SCORES = {"miou": 0.5, "per_class": {"Straße": 0.5, "дом": None, "家": 1.0}, "pixel_accuracy": 0.9}
@@ -71,9 +71,9 @@ def console(monkeypatch: pytest.MonkeyPatch, encoding: str) -> tuple[io.BytesIO,
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
 def test_names_that_the_console_cannot_show_fail_nothing(monkeypatch: pytest.MonkeyPatch, encoding: str) -> None:
     def show(config: DemoConfig) -> None:
-        cli._print_scores(SCORES)
+        print_scores(SCORES)
         print("дом")
-        with cli._progress("дом") as progress:
+        with show_progress("дом") as progress:
             progress(1, 2)
         raise ValueError("дом \udcff is no folder")
 

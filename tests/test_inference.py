@@ -179,7 +179,9 @@ def test_scores_are_those_of_the_predictions(make_run: MakeRun, scored: ThreeCla
 
 def test_other_classes_are_refused(make_run: MakeRun) -> None:
     run = load_run(make_run())
-    with pytest.raises(ValueError, match=r"trained on 3 classes, but the data set has 4: neither, green below"):
+    with pytest.raises(
+        ValueError, match="trained on 3 classes, but the data set has 4: sky, sea, land missing, neither, "
+    ):
         evaluate_run(run, SyntheticCues("val", length=1))
 
 

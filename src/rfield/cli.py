@@ -6,14 +6,11 @@ Torch and the rest are imported inside the commands, so that `rfield --help` ans
 import argparse
 import dataclasses
 import difflib
-import io
-import math
 import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -29,9 +26,10 @@ from rfield.config import (
     TuneConfig,
     counted,
 )
+from rfield.console import escape_what_cannot_be_shown, print_layers, print_scores, show_progress
 from rfield.data_config import CheckDataConfig, ConvertConfig
 from rfield.inspect_config import InspectConfig
-from rfield.reading import check_yaml
+from rfield.reading import check_yaml, read_json
 from rfield.ship_config import EvaluateConfig, ExportConfig, FuseConfig, PredictConfig, PushConfig
 
 
@@ -40,9 +38,7 @@ def main(argv: list[str] | None = None) -> None:
 
     `RFIELD_DEBUG=1` shows the traceback instead.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # A name that the console cannot show fails no command.
+    escape_what_cannot_be_shown()
     command, config = parse(argv)
     try:
         COMMANDS[command][1](config)
@@ -78,11 +74,11 @@ def train(config: TrainConfig) -> None:
     """Train a parsing network whose receptive field is fixed or learned."""
     from rfield.training import train as run
 
-    with _progress("preparing") as progress:
+    with show_progress("preparing") as progress:
         metrics = run(config, progress)
     if not metrics:
         return  # not the first of several processes
-    _print_scores(metrics)
+    print_scores(metrics)
     print(
         f"\neffective dilation {metrics['effective_dilation']:.3g}, receptive field "
         f"{metrics['receptive_field_px']:.4g} px, {metrics['train_seconds']:.0f} s; the run is in {config.out}"
@@ -104,13 +100,15 @@ def evaluate(config: EvaluateConfig) -> None:
     run = load_run(config.run, config.checkpoint)
     if not (config.data or run.config.data):
         raise ValueError(f"{config.run} does not say what it was trained on: give --data")
-    dataset = load_dataset(config.data or run.config.data, config.split)
-    with _progress("scoring") as progress:
-        scores = evaluate_run(run, dataset, progress)
-    path = Path(config.json or run.folder / f"evaluation-{config.split}.json")
+    data = config.data or run.config.data
+    dataset = load_dataset(data, config.split)
+    about = {"data": data, "split": config.split, "checkpoint": config.checkpoint}
+    path = _scores_path(config, run.folder / f"evaluation-{config.split}.json", about)
+    with show_progress("scoring") as progress:
+        scores = evaluate_run(run, dataset, progress, config.ignore_class_names)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, {**scores, "data": config.data or run.config.data, "split": config.split})
-    _print_scores(scores)
+    write_json(path, {**scores, **about})
+    print_scores(scores)
     print(f"\nwritten to {path}")
 
 
@@ -128,7 +126,7 @@ def predict(config: PredictConfig) -> None:
         run = load_run(config.run, config.checkpoint)
         images = find_images(config.images)
         masks = predict_run(run, images, Path(config.out))
-    with _progress("labelling") as progress:
+    with show_progress("labelling") as progress:
         for done, _ in enumerate(masks, start=1):
             progress(done, len(images))
     made = "1 mask and its overlay are" if len(images) == 1 else f"{len(images)} masks and overlays are"
@@ -137,15 +135,20 @@ def predict(config: PredictConfig) -> None:
 
 def fuse(config: FuseConfig) -> None:
     """Turn a trained network into a plain one, of fixed dilations, that needs no learned layer."""
-    from rfield.data import load_dataset
+    from rfield.data import load_dataset, match_classes
+    from rfield.inference import load_run
     from rfield.plain_run import fuse_run, score_change
 
     dataset = None if config.data is None else load_dataset(config.data, config.split)
+    if dataset is not None:
+        dataset = match_classes(dataset, load_run(config.run, config.checkpoint).class_names, config.ignore_class_names)
     made = fuse_run(config.run, config.out, config.mode, config.checkpoint)
     print("\n".join(f"{name}: {change}" for name, change in made.items()) or "nothing was learned in this run")
     if dataset is not None:
-        with _progress("scoring") as progress:
-            before, after = score_change(config.run, config.out, config.checkpoint, dataset, progress)
+        with show_progress("scoring") as progress:
+            before, after = score_change(
+                config.run, config.out, config.checkpoint, dataset, progress, config.ignore_class_names
+            )
         print(f"mIoU {before:.4f} before, {after:.4f} after: {after - before:+.4f}")
     print(f"the plain network is in {config.out}")
 
@@ -162,9 +165,17 @@ def export(config: ExportConfig) -> None:
 
         images = load_dataset(str(config.data), run.config.train_split)
         dataset = load_dataset(str(config.data), config.split)
-        with _progress("quantising") as progress:
+        with show_progress("quantising") as progress:
             made, before, after = export_int8(
-                run, config.out, images, config.calibration_images, dataset, config.size, config.mode, progress
+                run,
+                config.out,
+                images,
+                config.calibration_images,
+                dataset,
+                config.size,
+                config.mode,
+                progress,
+                config.ignore_class_names,
             )
     else:
         made = export_run(run, config.out, config.size, config.mode)
@@ -189,7 +200,7 @@ def convert(config: ConvertConfig) -> None:
     from rfield.data import convert_celebamask, convert_lapa
 
     converters = {"celebamask": convert_celebamask, "lapa": convert_lapa}
-    with _progress("converting") as progress:
+    with show_progress("converting") as progress:
         made = converters[config.format](config.source, config.target, progress)
     counts = ", ".join(f"{count} {split}" for split, count in made.counts.items())
     faces = "face is" if sum(made.counts.values()) == 1 else "faces are"
@@ -202,7 +213,7 @@ def check_data(config: CheckDataConfig) -> None:
     from rfield.data.check import check_data as check
     from rfield.data.check import summarise, write_findings
 
-    with _progress("checking") as progress:
+    with show_progress("checking") as progress:
         findings = check(config.data, config.splits, config.workers, progress)
     for finding in findings:
         print(finding)
@@ -224,7 +235,7 @@ def sweep(config: SweepConfig) -> None:
     """Train once for every dilation and seed; finished runs are never repeated."""
     from rfield.experiments import run_sweep
 
-    with _progress("preparing") as progress:
+    with show_progress("preparing") as progress:
         print(run_sweep(config, progress))
 
 
@@ -232,7 +243,7 @@ def tune(config: TuneConfig) -> None:
     """Find the receptive field that a network should have, with the whole curve."""
     from rfield.experiments import run_tune
 
-    with _progress("preparing") as progress:
+    with show_progress("preparing") as progress:
         print(run_tune(config, progress))
 
 
@@ -240,7 +251,7 @@ def reproduce(config: ReproduceConfig) -> None:
     """Repeat the experiments of the paper: the grid, and learning from two bad starts."""
     from rfield.experiments import run_reproduce
 
-    with _progress("preparing") as progress:
+    with show_progress("preparing") as progress:
         print(run_reproduce(config, progress))
 
 
@@ -248,9 +259,9 @@ def inspect(config: InspectConfig) -> None:
     """Measure what a network sees: the receptive field of every layer, and the effective field as a picture."""
     from rfield.inspecting import run_inspect
 
-    with _progress("measuring") as progress:
+    with show_progress("measuring") as progress:
         found = run_inspect(config, progress)
-    _print_layers(list(found.values())[-1].layers, config.size)
+    print_layers(list(found.values())[-1].layers, config.size)
     for title, each in found.items():
         print(f"{title}: {each.name}, {each.weights}" if title != each.name else f"{each.name}, {each.weights}")
         for line in each.summary(config.size):
@@ -401,82 +412,39 @@ def _evaluate_onnx(config: EvaluateConfig) -> None:
         raise ValueError(f"{config.run} does not say what it was trained on: give --data")
     model = load_onnx(config.run)
     dataset = load_dataset(config.data, config.split)
-    with _progress("scoring") as progress:
-        scores = evaluate_onnx(model, dataset, progress)
-    path = Path(config.json or model.path.with_name(f"evaluation-{config.split}.json"))
+    about = {"data": config.data, "split": config.split, "model": model.path.name}
+    path = _scores_path(config, model.path.with_name(f"evaluation-{config.split}.json"), about)
+    with show_progress("scoring") as progress:
+        scores = evaluate_onnx(model, dataset, progress, config.ignore_class_names)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, {**scores, "data": config.data, "split": config.split})
-    _print_scores(scores)
+    write_json(path, {**scores, **about})
+    print_scores(scores)
     print(f"\nwritten to {path}")
 
 
-def _print_layers(layers: Sequence[Any], size: tuple[int, int]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    def pair(values: Sequence[float] | None, digits: int = 4) -> str:
-        if values is None or not math.isfinite(max(values)):
-            return "-"
-        height, width = (f"{value:.{digits}g}" for value in values)
-        return height if height == width else f"{height}x{width}"
-
-    table = Table("layer", "kind", "kernel", "dilation", "stride", "RF, px", "RF / image")
-    for column in table.columns[2:]:
-        column.justify = "right"
-    for layer in layers:
-        field = pair(layer.local)
-        share = pair([extent / side for extent, side in zip(layer.local, size, strict=True)], digits=3)
-        if not math.isfinite(max(layer.field)):
-            field, share = "whole image" + f" + {field}" * (field != "-"), "1"
-        shape = (pair(layer.kernel), pair(layer.dilation), pair(layer.stride))
-        table.add_row(layer.name, layer.kind, *shape, field, share)
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
-
-
-def _print_scores(scores: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    def percent(value: float | None) -> str:
-        return "-" if value is None else f"{100 * value:.1f}"
-
-    table = Table("class", "IoU %")
-    table.columns[1].justify = "right"
-    for name, iou in scores["per_class"].items():
-        table.add_row(name, percent(iou))
-    console = Console(width=None if sys.stdout.isatty() else 100)
-    console.print(table)
-    miou, accuracy = (math.nan if scores[name] is None else scores[name] for name in ("miou", "pixel_accuracy"))
-    print(f"mIoU {miou:.4f}   pixel accuracy {accuracy:.4f}")
-    if "f1" in scores:
-        parts = ", ".join(f"{part} {percent(value)}" for part, value in scores["f1"].items())
-        print(f"F1 % of {parts}; overall {percent(scores['f1_overall'])}")
-
-
-@contextmanager
-def _progress(text: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on stderr that shows while something is counted and starts anew with the next count."""
-    from rich.console import Console
-    from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
-
-    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    bar: Progress | None = None
-
-    def show(done: int, total: int) -> None:
-        nonlocal bar
-        if bar is None and done < total and console.is_terminal:
-            bar = Progress(*columns, console=console, transient=True)
-            bar.add_task(text)
-            bar.start()
-        if bar is not None:
-            bar.update(bar.task_ids[0], completed=done, total=total)
-            if done >= total:
-                bar.stop()
-                bar = None
-
+def _scores_path(config: EvaluateConfig, default: Path, about: dict[str, str]) -> Path:
+    """Where scores go: those of another data set or model are replaced only where the path is given, with a word."""
+    path = Path(config.json or default)
+    if not path.is_file():
+        return path
     try:
-        yield show
-    finally:
-        if bar is not None:
-            bar.stop()
+        earlier = read_json(path)
+        known = {"data": None, **earlier}
+        others = [f"{key} {known[key]}" for key in about if key in known and not _is_same(known[key], about[key])]
+    except (TypeError, ValueError):
+        others = ["something else"]
+    if config.json is None and any(not other.startswith("checkpoint ") for other in others):
+        raise ValueError(
+            f"{path} holds the scores of {', '.join(others)}: give --json FILE for those of {about['data']}"
+        )
+    if others:
+        print(f"note: {path} held the scores of {', '.join(others)}, which are replaced", file=sys.stderr)
+    return path
+
+
+def _is_same(one: Any, other: str) -> bool:
+    """Whether two texts name one thing, their paths written alike or not."""
+    (kind, _, path), (other_kind, _, other_path) = (str(text).rpartition(":") for text in (one, other))
+    return one == other or (
+        kind == other_kind and Path(path).expanduser().resolve() == Path(other_path).expanduser().resolve()
+    )

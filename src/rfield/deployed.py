@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rfield.data import ParsingDataset, evaluation_transform
+from rfield.config import counted
+from rfield.data import ParsingDataset, evaluation_transform, match_classes
 from rfield.inference import Progress, label_images, read_classes, score
 
 
@@ -75,6 +76,9 @@ def load_onnx(path: str | Path) -> OnnxModel:
     except (KeyError, IndexError, ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} has no notes of rfield export (its metadata lacks {error})") from error
     class_names, palette, size = read_classes(texts, path)
+    channels = session.get_outputs()[0].shape[1]
+    if isinstance(channels, int) and channels != len(class_names):
+        raise ValueError(f"{path} has {counted(len(class_names), 'class name')} for {channels} channels of logits")
     return OnnxModel(path, session, class_names, palette, size, fixed)
 
 
@@ -83,12 +87,16 @@ def predict_onnx(model: OnnxModel, images: Sequence[Path], out: Path) -> Iterato
     yield from label_images(lambda image: model(image[None])[0], model.palette, model.size, images, out)
 
 
-def evaluate_onnx(model: OnnxModel, dataset: ParsingDataset, progress: Progress) -> dict[str, Any]:
+def evaluate_onnx(
+    model: OnnxModel, dataset: ParsingDataset, progress: Progress, ignore_names: bool = False
+) -> dict[str, Any]:
     """Scores whole images, see `rfield.inference.evaluate`.
 
     Raises:
-        ValueError: if the data set's classes are not as many, or an image is of a size that the network does not take.
+        ValueError: if the data set has other classes, see `rfield.data.match_classes`, or an image is of a size that
+            the network does not take.
     """
+    dataset = match_classes(dataset, model.class_names, ignore_names)
     transform = evaluation_transform()
 
     def label(index: int) -> tuple[Tensor, Tensor]:

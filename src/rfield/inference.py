@@ -17,8 +17,8 @@ from torchvision.transforms.v2 import functional as TF
 
 from rfield import plots
 from rfield.checkpoints import damage, find_checkpoint
-from rfield.config import TrainConfig, parse_size
-from rfield.data import HELEN_CLASSES, ParsingDataset, evaluation_transform
+from rfield.config import TrainConfig, counted, parse_size
+from rfield.data import HELEN_CLASSES, ParsingDataset, evaluation_transform, match_classes
 from rfield.data.cache import CachedFeatures, find_features, image_features
 from rfield.data.images import image_files, read_single_image
 from rfield.fusing import restore_fused
@@ -176,6 +176,9 @@ def _load_shared(folder: Path) -> Run:
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} does not say what rfield push writes of the network: {error}") from error
+    if network.num_classes != len(class_names):
+        names = counted(len(class_names), "class name")
+        raise ValueError(f"{path} has {names} for a network of {counted(network.num_classes, 'class')}")
     return Run(folder, config, class_names, palette, network, size)
 
 
@@ -192,8 +195,10 @@ def read_classes(notes: Any, path: Path) -> tuple[tuple[str, ...], list[tuple[in
         names = tuple(notes["class_names"])
         palette = [(red, green, blue) for red, green, blue in notes["palette"]]
         size = parse_size(notes["size"]) if notes.get("size") else None
-        if not names or not all(isinstance(name, str) for name in names):
-            raise ValueError("class_names must be texts")
+        if not names or not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
+            raise ValueError("class_names must be texts, none of them twice")
+        if len(palette) < len(names):
+            raise ValueError(f"the palette has {len(palette)} colours for {counted(len(names), 'class')}")
         if not all(type(level) is int and 0 <= level <= 255 for colour in palette for level in colour):
             raise ValueError("palette must hold 0 to 255")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -316,8 +321,15 @@ def score(
     return {**segmentation_scores(counts, dataset.class_names), **faces}
 
 
-def evaluate_run(run: Run, dataset: ParsingDataset, progress: Progress = _silent) -> dict[str, Any]:
-    """Scores a run's network on any data set of its classes; uses the feature cache where it holds the data."""
+def evaluate_run(
+    run: Run, dataset: ParsingDataset, progress: Progress = _silent, ignore_names: bool = False
+) -> dict[str, Any]:
+    """Scores a run's network on any data set of its classes; uses the feature cache where it holds the data.
+
+    Raises:
+        ValueError: if the data set has other classes, see `rfield.data.match_classes`.
+    """
+    dataset = match_classes(dataset, run.class_names, ignore_names)
     frozen = run.config.freeze_backbone
     features = None
     if frozen:

@@ -79,11 +79,17 @@ def fuse_run(
 
 
 def score_change(
-    run_folder: str | Path, out: str | Path, checkpoint: str, dataset: ParsingDataset, progress: Progress
+    run_folder: str | Path,
+    out: str | Path,
+    checkpoint: str,
+    dataset: ParsingDataset,
+    progress: Progress,
+    ignore_names: bool = False,
 ) -> tuple[float, float]:
     """The mean IoU of a run's network, and that of the plain one that `fuse_run` has made of it."""
     before, after = (
-        evaluate_run(run, dataset, progress)["miou"] for run in (load_run(run_folder, checkpoint), load_run(out))
+        evaluate_run(run, dataset, progress, ignore_names)["miou"]
+        for run in (load_run(run_folder, checkpoint), load_run(out))
     )
     return before, after
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from rfield.data import ParsingDataset, evaluation_transform
+from rfield.data import ParsingDataset, evaluation_transform, match_classes
 from rfield.deployed import evaluate_onnx, load_onnx
 from rfield.exporting import Exported, export_run, quiet
 from rfield.fusing import Mode
@@ -24,6 +24,7 @@ def export_int8(
     size: tuple[int, int] | None,
     mode: Mode,
     progress: Progress,
+    ignore_names: bool = False,
 ) -> tuple[Exported, float, float]:
     """Writes a run's network as ONNX (see `export_run`), whose convolutions are then quantised.
 
@@ -34,13 +35,16 @@ def export_int8(
         count: how many of them, evenly spaced.
         dataset: what to score on.
         progress: called with (images done, images in all).
+        ignore_names: see `rfield.data.match_classes`.
 
     Returns:
         What `export_run` says of the network before it is quantised; the mean IoU before and after.
 
     Raises:
-        ValueError: as `export_run` and `quantise` do, or if a data set's classes are not as many as the network's.
+        ValueError: as `export_run` and `quantise` do, or if the data set has other classes, see
+            `rfield.data.match_classes`.
     """
+    dataset = match_classes(dataset, run.class_names, ignore_names)
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     # Beside the target, so that a rename moves it.
@@ -48,7 +52,9 @@ def export_int8(
         plain, small = Path(folder, "plain.onnx"), Path(folder, "int8.onnx")
         made = export_run(run, plain, size, mode)
         quantise(plain, small, images, count)
-        before, after = (evaluate_onnx(load_onnx(path), dataset, progress)["miou"] for path in (plain, small))
+        before, after = (
+            evaluate_onnx(load_onnx(path), dataset, progress, ignore_names)["miou"] for path in (plain, small)
+        )
         os.replace(small, out)
     return made, before, after
 

@@ -15,6 +15,9 @@ class EvaluateConfig:
     """A run folder, an .onnx file of rfield export, or a model on the Hugging Face Hub (hf:USER/NAME)."""
     data: str | None = None
     """What to score on, as in train; any data of the same classes. Default: what the run was trained on."""
+    ignore_class_names: bool = False
+    """Score classes by position where `data` has other names for them; the same names in another order are matched
+    otherwise."""
     split: str = "val"
     """Split to score."""
     checkpoint: Literal["last", "best"] = "last"
@@ -52,6 +55,8 @@ class FuseConfig:
     """Which of the run's checkpoints."""
     data: str | None = None
     """What to score both networks on, as in train. Default: nothing is scored."""
+    ignore_class_names: bool = False
+    """As in evaluate."""
     split: str = "val"
     """Split to score."""
 
@@ -75,6 +80,8 @@ class ExportConfig:
     """Compute in whole numbers of 8 bits (.onnx), calibrated on training images of `data`."""
     data: str | None = None
     """What to calibrate and score int8 on, as in train."""
+    ignore_class_names: bool = False
+    """As in evaluate."""
     split: str = "val"
     """Split to score."""
     calibration_images: int = 32

@@ -11,6 +11,7 @@ from rfield.data.dataset import IGNORE_INDEX, ParsingDataset, voc_palette
 from rfield.data.faces import Conversion, convert_celebamask, convert_lapa
 from rfield.data.folder import FolderDataset
 from rfield.data.helen import HELEN_CLASSES, HelenDataset
+from rfield.data.matching import ReorderedDataset, class_difference, match_classes
 from rfield.data.resized import ResizedDataset
 from rfield.data.skipping import SkippingDataset
 from rfield.data.spec import parse_spec
@@ -41,17 +42,20 @@ __all__ = [
     "FolderDataset",
     "HelenDataset",
     "ParsingDataset",
+    "ReorderedDataset",
     "ResizedDataset",
     "SkippingDataset",
     "SyntheticCues",
     "VOCDataset",
     "check_data",
+    "class_difference",
     "convert_celebamask",
     "convert_lapa",
     "convert_sbd",
     "download_voc2012",
     "evaluation_transform",
     "load_dataset",
+    "match_classes",
     "training_transform",
     "voc_palette",
 ]

@@ -25,9 +25,10 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
 from rfield.config import Search, SweepConfig, TrainConfig, differences, without_password
+from rfield.data import class_difference, load_dataset
 from rfield.inference import Progress, load_config
 from rfield.reading import read_json
-from rfield.training import prepare, train
+from rfield.training import check_classes, prepare, train
 from rfield.training.processes import launcher
 
 # What may differ between the calls that share a study.
@@ -106,6 +107,12 @@ def run_trials(
         for seed in sorted({point.seed for point in points})[: 1 if config.weights else None]:
             prepare(config.run_config(config.out, points[0].dilation, seed, points[0].search), progress)
     study = _open_study(config)
+    names = load_dataset(config.data, config.val_split).class_names
+    known = tuple(study.user_attrs.get("class_names", names))
+    if known != names:
+        raise ValueError(f"{class_difference(f'the trials in {out} have', known, names)}: give another --out")
+    if "class_names" not in study.user_attrs:
+        study.set_user_attr("class_names", names)
     out.mkdir(parents=True, exist_ok=True)
     _fail_dead(study, config)
     _enqueue(study, points)
@@ -156,6 +163,7 @@ def finish_run(config: TrainConfig) -> dict[str, Any]:
     changed = differences(load_config(out / "config.yaml").plain(), config.resolved().plain(), (*_OWN[3:], *chosen))
     if changed:
         raise ValueError(f"{out} holds a run with other settings ({'; '.join(changed)}): give another --out")
+    check_classes(out, load_dataset(config.data, config.val_split))
     metrics: dict[str, Any] = read_json(out / "metrics.json")
     return metrics
 

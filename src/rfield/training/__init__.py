@@ -2,7 +2,7 @@
 
 from rfield.training.callbacks import FACTOR_COLUMNS, FactorLog, LastValidation, LineProgress, read_factor_csv
 from rfield.training.module import ParsingModule, present_field
-from rfield.training.run import clear_run_folder, prepare, train, write_json, write_text
+from rfield.training.run import check_classes, clear_run_folder, prepare, train, write_json, write_text
 from rfield.training.stopping import Interrupted
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "LastValidation",
     "LineProgress",
     "ParsingModule",
+    "check_classes",
     "clear_run_folder",
     "prepare",
     "present_field",

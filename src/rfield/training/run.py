@@ -28,6 +28,7 @@ from rfield.data import (
     ParsingDataset,
     ResizedDataset,
     SkippingDataset,
+    class_difference,
     evaluation_transform,
     load_dataset,
     training_transform,
@@ -35,7 +36,7 @@ from rfield.data import (
 from rfield.data.cache import CachedFeatures, cache_features
 from rfield.data.check import refuse_bad_data
 from rfield.data.class_groups import ClassGroups, class_groups
-from rfield.inference import Progress, build_network, compute_device, evaluate, load_config, load_run
+from rfield.inference import Progress, build_network, compute_device, evaluate, load_config, load_run, read_classes
 from rfield.losses import class_weights
 from rfield.models import ParsingNetwork, default_weights
 from rfield.reading import read_json
@@ -168,7 +169,7 @@ def train(config: TrainConfig, progress: Progress | None = None) -> dict[str, An
     torch.manual_seed(config.seed)
     config, train_set, val_set = _open_data(config)
     out = Path(config.out)
-    first_does(lambda: _check_run_folder(out, config))
+    first_does(lambda: _check_run_folder(out, config, train_set))
     groups = None if config.class_groups is None else class_groups(config.class_groups, config.paths, train_set)
     indices = None if groups is None else list(groups.values())
     weights = class_weights(config.class_weights, train_set, progress)
@@ -429,7 +430,7 @@ def _canvas(datasets: list[ParsingDataset]) -> tuple[int, int]:
     return max(height for height, _ in sizes), max(width for _, width in sizes)
 
 
-def _check_run_folder(out: Path, config: TrainConfig) -> None:
+def _check_run_folder(out: Path, config: TrainConfig, dataset: ParsingDataset) -> None:
     """Refuses what would overwrite a run, or continue one with other settings."""
     if not (out / "config.yaml").is_file():
         return
@@ -438,14 +439,32 @@ def _check_run_folder(out: Path, config: TrainConfig) -> None:
     changed = differences(load_config(out / "config.yaml").plain(), config.plain(), ignored=_MAY_CHANGE)
     if changed:
         raise ValueError(f"{out} cannot be resumed with other settings: {'; '.join(changed)}")
+    check_classes(out, dataset)
+
+
+def check_classes(out: Path, dataset: ParsingDataset) -> None:
+    """Raises ValueError where the data set's classes are no longer those of the run in a folder."""
+    if not (out / "classes.json").is_file():
+        return
+    class_names, _, size = read_classes(read_json(out / "classes.json"), out / "classes.json")
+    if class_names != dataset.class_names:
+        said = class_difference(f"{out} was trained on", class_names, dataset.class_names)
+        raise ValueError(f"{said}: give the earlier classes, or another --out")
+    now = _working_size(dataset)
+    if size != now:
+        raise ValueError(f"{out} was trained on images of size {size}, but the data set brings them to {now}")
+
+
+def _working_size(dataset: ParsingDataset) -> tuple[int, int] | None:
+    inner = dataset.dataset if isinstance(dataset, SkippingDataset) else dataset
+    return inner.size if isinstance(inner, ResizedDataset) else None
 
 
 def _start_run_folder(out: Path, config: TrainConfig, dataset: ParsingDataset, groups: ClassGroups | None) -> None:
     out.mkdir(parents=True, exist_ok=True)
     classes: dict[str, Any] = {"class_names": dataset.class_names, "palette": dataset.palette}
-    dataset = dataset.dataset if isinstance(dataset, SkippingDataset) else dataset
-    if isinstance(dataset, ResizedDataset):
-        classes["size"] = list(dataset.size)
+    if (size := _working_size(dataset)) is not None:
+        classes["size"] = list(size)
     if groups is not None:
         classes["class_groups"] = {
             name: [dataset.class_names[index] for index in group] for name, group in groups.items()

@@ -1,0 +1,89 @@
+"""What the command line shows: tables and progress, on consoles of any encoding."""
+
+import io
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+
+def escape_what_cannot_be_shown() -> None:
+    """Has stdout and stderr escape what their encoding lacks, so that a class name fails no finished command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def print_layers(layers: Sequence[Any], size: tuple[int, int]) -> None:
+    """A table of the fields of layers, for images of size (height, width)."""
+    from rich.console import Console
+    from rich.table import Table
+
+    def pair(values: Sequence[float] | None, digits: int = 4) -> str:
+        if values is None or not math.isfinite(max(values)):
+            return "-"
+        height, width = (f"{value:.{digits}g}" for value in values)
+        return height if height == width else f"{height}x{width}"
+
+    table = Table("layer", "kind", "kernel", "dilation", "stride", "RF, px", "RF / image")
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for layer in layers:
+        field = pair(layer.local)
+        share = pair([extent / side for extent, side in zip(layer.local, size, strict=True)], digits=3)
+        if not math.isfinite(max(layer.field)):
+            field, share = "whole image" + f" + {field}" * (field != "-"), "1"
+        shape = (pair(layer.kernel), pair(layer.dilation), pair(layer.stride))
+        table.add_row(layer.name, layer.kind, *shape, field, share)
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+
+
+def print_scores(scores: dict[str, Any]) -> None:
+    """A table of the classes' scores, and their means."""
+    from rich.console import Console
+    from rich.table import Table
+
+    def percent(value: float | None) -> str:
+        return "-" if value is None else f"{100 * value:.1f}"
+
+    table = Table("class", "IoU %")
+    table.columns[1].justify = "right"
+    for name, iou in scores["per_class"].items():
+        table.add_row(name, percent(iou))
+    console = Console(width=None if sys.stdout.isatty() else 100)
+    console.print(table)
+    miou, accuracy = (math.nan if scores[name] is None else scores[name] for name in ("miou", "pixel_accuracy"))
+    print(f"mIoU {miou:.4f}   pixel accuracy {accuracy:.4f}")
+    if "f1" in scores:
+        parts = ", ".join(f"{part} {percent(value)}" for part, value in scores["f1"].items())
+        print(f"F1 % of {parts}; overall {percent(scores['f1_overall'])}")
+
+
+@contextmanager
+def show_progress(text: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on stderr that shows while something is counted and starts anew with the next count."""
+    from rich.console import Console
+    from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    bar: Progress | None = None
+
+    def show(done: int, total: int) -> None:
+        nonlocal bar
+        if bar is None and done < total and console.is_terminal:
+            bar = Progress(*columns, console=console, transient=True)
+            bar.add_task(text)
+            bar.start()
+        if bar is not None:
+            bar.update(bar.task_ids[0], completed=done, total=total)
+            if done >= total:
+                bar.stop()
+                bar = None
+
+    try:
+        yield show
+    finally:
+        if bar is not None:
+            bar.stop()
