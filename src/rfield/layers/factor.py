@@ -76,6 +76,11 @@ class LearnedFactor(nn.Module):
         return not self.snapped_dilation.is_meta and bool(self.snapped_dilation.any())
 
     @property
+    def snaps(self) -> bool:
+        """Whether `snap` leaves a whole dilation."""
+        return True
+
+    @property
     def factor(self) -> Tensor:
         """The present factor, Tensor[1] or Tensor[2], detached; under FSDP2 gathered from all processes.
 
@@ -150,13 +155,10 @@ class LearnedFactor(nn.Module):
         """
         nearest = []
         for value, base in zip(dilation, self.base_dilation, strict=True):
-            least, greatest = 1, sys.maxsize
-            if self.max_factor is not None:
-                least = max(1, math.ceil(base / self.max_factor * (1 - _SLACK)))
-            if self.min_factor is not None:
-                greatest = math.floor(base / self.min_factor * (1 + _SLACK))
-            whole = whole_dilation(value)
-            nearest.append(min(max(whole, least), greatest) if least <= greatest else whole)
+            least = 1.0 if self.max_factor is None else base / self.max_factor
+            greatest = float(sys.maxsize) if self.min_factor is None else base / self.min_factor
+            low, high = whole_range(least, greatest) or (1, sys.maxsize)
+            nearest.append(min(max(whole_dilation(value), low), high))
         return nearest[0], nearest[1]
 
     def _move_factor(self, device: torch.device) -> None:
@@ -244,6 +246,16 @@ def whole_dilation(dilation: float) -> int:
     [1, 2, 3, 4]
     """
     return max(1, math.floor(dilation * (1 + _SLACK) + 0.5))
+
+
+def whole_range(least: float, greatest: float) -> tuple[int, int] | None:
+    """The least and the greatest whole dilation between two dilations; None if there is none.
+
+    >>> whole_range(1.4, 5.0), whole_range(2.2, 2.8)
+    ((2, 5), None)
+    """
+    low, high = max(1, math.ceil(least * (1 - _SLACK))), math.floor(greatest * (1 + _SLACK))
+    return (low, high) if low <= high else None
 
 
 def _whole(value: Tensor) -> Tensor:

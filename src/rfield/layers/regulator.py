@@ -133,10 +133,15 @@ class ReceptiveFieldRegulator(LearnedFactor):
         proportion, each rounded in the same way. Where the module has no dilated convolution, the factor is frozen
         and the resizes stay.
         """
-        if max(self.base_dilation) == 1:
-            self.freeze_factor()
-        else:
+        if self.snaps:
             super().snap()
+        else:
+            self.freeze_factor()
+
+    @property
+    def snaps(self) -> bool:
+        """Whether the module has a dilation to snap."""
+        return max(self.base_dilation) > 1
 
     def _snap_at(self, dilation: tuple[int, int]) -> None:
         super()._snap_at(dilation)

@@ -10,12 +10,14 @@ All three are used alike, in a loop that is otherwise an ordinary one:
 
 `search.loss` may be called several times a step (gradient accumulation). All draws derive from (seed, step), so every
 process of a distributed run draws the same, and losses are averaged over the processes before they decide anything.
-A search runs eager; compile after it is done.
+Between `search.step()` and the next `search.loss` the network is at the present best, or at its start where there is
+none yet, so that it may be validated and saved there. A search runs eager; compile after it is done.
 """
 
-from rfield.search.base import GradientSearch, Search
+from rfield.search.base import Search
 from rfield.search.certainty import Verdict, class_share_loss, judge, standard_errors
 from rfield.search.factors import factor_parameters, learned_layers, parameter_groups
+from rfield.search.gradient import GradientSearch
 from rfield.search.sampled import NARROWINGS, SampledSearch, curve_minimum, dilation_grid
 from rfield.search.spsa import SpsaSearch
 

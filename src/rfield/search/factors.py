@@ -1,6 +1,5 @@
 """The learned factors of a model: found, grouped for an optimizer, set, held."""
 
-import math
 import random
 from collections.abc import Sequence
 from typing import Any
@@ -10,10 +9,14 @@ import torch.distributed
 from torch import Tensor, nn
 
 from rfield.layers import LearnedFactor
+from rfield.layers.factor import whole_range
+
+# What torch puts into the names of a part that it wraps.
+_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
 def learned_layers(model: nn.Module) -> list[list[LearnedFactor]]:
-    """The layers that share a factor, group by group, in the order of the model's modules.
+    """The layers that share a factor, group by group, in the order of the model's modules; frozen ones, too.
 
     >>> from rfield.layers import AdaptiveConv2d
     >>> [len(group) for group in learned_layers(AdaptiveConv2d(1, 1, 3))]
@@ -26,8 +29,30 @@ def learned_layers(model: nn.Module) -> list[list[LearnedFactor]]:
     return list(groups.values())
 
 
+def still_learned(group: Sequence[LearnedFactor]) -> list[LearnedFactor]:
+    """Those layers of a group that a search may move: none of a frozen factor, and no snapped ones."""
+    learns = group[0].log_factor.requires_grad or any(layer.in_search for layer in group)
+    return [layer for layer in group if learns and not layer.snapped]
+
+
+def names_of(model: nn.Module) -> dict[int, str]:
+    """The names of a model's modules and parameters by their ids, without what wrappers put before and between."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        else:
+            break
+    named = [*model.named_modules(), *model.named_parameters()]
+    return {
+        id(part): ".".join(word for word in name.split(".") if word not in _WRAPPERS) or type(part).__name__
+        for name, part in named
+    }
+
+
 def factor_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The learned factors of a model, each once, in the order of its modules.
+    """The learned factors of a model, each once, in the order of its modules; frozen ones, too.
 
     >>> from rfield.layers import AdaptiveConv2d
     >>> len(factor_parameters(AdaptiveConv2d(1, 1, 3)))
@@ -97,14 +122,26 @@ def reshard(model: nn.Module) -> None:
             release()
 
 
-def dilation_range(layer: LearnedFactor) -> tuple[float, float]:
-    """The effective dilations that a search may try, along the tighter axis of the last map seen."""
-    if layer.map_size is None:
-        return 1.0, max(32.0, *layer.base_dilation)
-    lower, upper = layer.factor_bounds(layer.map_size)
-    least = max(base / bound for base, bound in zip(layer.base_dilation, upper, strict=True))
-    greatest = min(base / bound for base, bound in zip(layer.base_dilation, lower, strict=True))
-    return least, max(least, greatest)
+def dilation_range(group: Sequence[LearnedFactor]) -> tuple[float, float]:
+    """The effective dilations of a group's first layer that a search may try, along the tighter axis of the last map.
+
+    Raises:
+        ValueError: if the search is to end at a whole dilation, and the bounds hold none.
+    """
+    first = group[0]
+    seen = next((layer for layer in group if layer.map_size is not None), None)
+    if seen is None or seen.map_size is None:
+        return 1.0, max(32.0, *first.base_dilation)
+    lower, upper = seen.factor_bounds(seen.map_size)
+    least = max(base / bound for base, bound in zip(first.base_dilation, upper, strict=True))
+    greatest = min(base / bound for base, bound in zip(first.base_dilation, lower, strict=True))
+    greatest = max(least, greatest)
+    if first.snaps and whole_range(least, greatest) is None:
+        raise ValueError(
+            f"its bounds (min_factor {first.min_factor}, max_factor {first.max_factor}, a map of {seen.map_size}) "
+            f"leave it the dilations {least:.4g} to {greatest:.4g}, none of which is whole: widen them"
+        )
+    return least, greatest
 
 
 def log_dilation(layer: LearnedFactor) -> Tensor:
@@ -125,8 +162,8 @@ def all_round(group: Sequence[LearnedFactor]) -> bool:
 def present_dilation(group: Sequence[LearnedFactor]) -> list[float]:
     """The effective dilation of a group's first layer, one number or (height, width); whole where it is run so."""
     first = group[0]
-    values = list(first.effective_dilation[: first.log_factor.numel()])
-    return [float(max(1, round(value))) if first.rounds else value for value in values]
+    values = first.nearest_dilation(first.effective_dilation) if first.rounds else first.effective_dilation
+    return [float(value) for value in values[: first.log_factor.numel()]]
 
 
 def hold_dilation(group: Sequence[LearnedFactor], dilation: Sequence[float], draw: random.Random | None = None) -> None:
@@ -142,5 +179,6 @@ def hold_dilation(group: Sequence[LearnedFactor], dilation: Sequence[float], dra
             noise = [0.5, 0.5] if draw is None else [draw.random(), draw.random()]
             if len(dilation) == 1:  # A square field stays square.
                 noise[1] = noise[0]
-            held = [float(max(1, math.floor(value + shift))) for value, shift in zip(held, noise, strict=True)]
-        layer.held = (held[0], held[1])
+            # Rounded at a half, the value moved by the rest.
+            held = [*layer.nearest_dilation([value + at - 0.5 for value, at in zip(held, noise, strict=True)])]
+        layer.held = (float(held[0]), float(held[1]))

@@ -2,12 +2,15 @@
 
 import math
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from rfield.layers.factor import whole_dilation, whole_range
 from rfield.search.base import LossFunction, Search
 from rfield.search.certainty import Verdict, judge, standard_errors
 from rfield.search.factors import (
@@ -51,7 +54,6 @@ class SampledSearch(Search):
     Attributes:
         readings: for each (factor, axis), all (step, {dilation: held-out loss}) read so far.
         losses: the same with a list in place of each loss: those of the held-out batches, of all processes.
-        starts: for each factor the effective dilations that the search was started at, one or (height, width).
     """
 
     def __init__(
@@ -64,6 +66,12 @@ class SampledSearch(Search):
         narrowings: Mapping[float, float] = NARROWINGS,
         candidates: int = 10,
     ) -> None:
+        if any(not 0 < share <= 1 or reach < 1 for share, reach in narrowings.items()) or candidates < 1:
+            raise ValueError(
+                "narrowings must be shares of the steps above 0 and up to 1, with a reach of at least 1, and "
+                f"candidates at least 1; got {dict(narrowings)} and {candidates}"
+            )
+        _check_held_out(held_out)
         super().__init__(model, loss_fn, steps, seed)
         self.held_out = held_out
         self.narrowings = {max(1, round(share * steps)): reach for share, reach in narrowings.items()}
@@ -74,12 +82,10 @@ class SampledSearch(Search):
         self.losses: dict[tuple[int, int], list[tuple[int, dict[float, list[float]]]]] = {
             key: [] for key in self.readings
         }
-        self.starts = [list(group[0].effective_dilation[: group[0].log_factor.numel()]) for group in self.groups]
         self._ranges: list[tuple[float, float]] = []
         self._windows: dict[tuple[int, int], tuple[float, float]] = {}
         self._average: dict[str, Tensor] = {}
-        for group in self.groups:
-            group[0].freeze_factor()
+        self._take_factors()
 
     def loss(self, batch: Any) -> Tensor:
         if self.done:
@@ -88,7 +94,8 @@ class SampledSearch(Search):
             with torch.no_grad():
                 self._losses(batch)  # Shows the layers how large their maps are.
             reshard(self.model)
-            self._ranges = [dilation_range(group[0]) for group in self.groups]
+            self._check_layers()
+            self._ranges = [dilation_range(group) for group in self.groups]
             self._windows = {key: self._ranges[key[0]] for key in self.readings}
         for index, group in enumerate(self.groups):
             draw = self._random("dilation", index)
@@ -113,11 +120,9 @@ class SampledSearch(Search):
         share = math.log(high / low) / math.log(greatest / least) if greatest > least else 0.0
         return 1 + math.ceil((self.candidates - 1) * share)
 
-    def step(self) -> None:
-        if self.done:
-            return
+    def _learn(self) -> None:
         self._record()
-        self._follow()
+        self._update_ema()
         last = self.step_index >= self.steps
         if last or self.step_index in self.narrowings:
             self._read()
@@ -165,12 +170,9 @@ class SampledSearch(Search):
 
     def _read(self) -> None:
         """Reads every factor and axis, moves it to its minimum, and narrows its window around that."""
-        modes = [(module, module.training) for module in self.model.modules()]
-        self.model.eval()
-        self._exchange()
-        try:
-            losses: dict[tuple[int, int], dict[float, list[float]]] = {}
-            curves: dict[tuple[int, int], dict[float, float]] = {}
+        losses: dict[tuple[int, int], dict[float, list[float]]] = {}
+        curves: dict[tuple[int, int], dict[float, float]] = {}
+        with self._averaged_weights():
             moved = True
             for _ in range(3 if len(self.readings) > 1 else 1):
                 if not moved:
@@ -180,36 +182,63 @@ class SampledSearch(Search):
                     before = self.groups[index][0].effective_dilation[axis]
                     losses[index, axis] = self._curve(index, axis)
                     curves[index, axis] = {d: sum(each) / len(each) for d, each in losses[index, axis].items()}
-                    best = curve_minimum(curves[index, axis])
+                    best = self._minimum(index, axis, curves[index, axis])
                     self._move(index, axis, best)
                     moved |= abs(math.log(best / before)) > 0.1
-            for key, curve in curves.items():
-                self.readings[key].append((self.step_index, curve))
-                self.losses[key].append((self.step_index, losses[key]))
-                low, high = self._ranges[key[0]]
-                best, reach = curve_minimum(curve), self.narrowings.get(self.step_index, 1.0)
-                self._windows[key] = max(low, best / reach), min(high, best * reach)
+        for key, curve in curves.items():
+            self.readings[key].append((self.step_index, curve))
+            self.losses[key].append((self.step_index, losses[key]))
+            low, high = self._ranges[key[0]]
+            # A whole dilation may lie a hair beyond the range, and a window must not end before it begins.
+            best = min(max(curve_minimum(curve), low), high)
+            reach = self.narrowings.get(self.step_index, 1.0)
+            self._windows[key] = max(low, best / reach), min(high, best * reach)
+
+    def _minimum(self, index: int, axis: int, curve: dict[float, float]) -> float:
+        try:
+            return curve_minimum(curve)
+        except ValueError as error:
+            side = ("height", "width")[axis]
+            raise ValueError(f"step {self.step_index}, {self._name(self.groups[index])}, {side}: {error}") from error
+
+    def _named_weights(self) -> list[tuple[str, nn.Parameter]]:
+        """The names are those of the model without its wrappers."""
+        return [(self._names[id(weight)], weight) for weight in self.model.parameters()]
+
+    @torch.no_grad()
+    def _update_ema(self) -> None:
+        """Moves the running average of the weights, which is what is read: the last steps' weights are noisy.
+
+        In float32 or better: most of a step of 3 % would be lost in bfloat16.
+        """
+        averages, values = [], []
+        for name, weight in self._named_weights():
+            if weight.requires_grad:
+                value = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+                averages.append(self._average.setdefault(name, value.clone()))
+                values.append(value)
+        if values:
+            get_ema_multi_avg_fn(_DECAY)(averages, values, 0)  # type: ignore[no-untyped-call]
+
+    @contextmanager
+    def _averaged_weights(self) -> Iterator[None]:
+        """The model with the running average of its weights, in eval mode."""
+        modes = [(module, module.training) for module in self.model.modules()]
+        averaged = [(weight, self._average[name]) for name, weight in self._named_weights() if name in self._average]
+        own = [weight.detach().clone() for weight, _ in averaged]
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                for weight, average in averaged:
+                    weight.copy_(average)
+            yield
         finally:
-            self._exchange()
+            with torch.no_grad():
+                for (weight, _), value in zip(averaged, own, strict=True):
+                    weight.copy_(value)
             for module, training in modes:
                 module.training = training
-
-    @torch.no_grad()
-    def _follow(self) -> None:
-        """Moves the running average of the weights, which is what is read: the last steps' weights are noisy."""
-        for name, weight in self.model.named_parameters():
-            if weight.requires_grad:
-                average = self._average.setdefault(name, weight.detach().clone())
-                average.lerp_(weight.detach(), 1 - _DECAY)
-
-    @torch.no_grad()
-    def _exchange(self) -> None:
-        """Puts the averaged weights into the model, and the model's in their place."""
-        for name, weight in self.model.named_parameters():
-            if name in self._average:
-                kept = weight.detach().clone()
-                weight.copy_(self._average[name])
-                self._average[name] = kept
+            self._release()
 
     def _move(self, index: int, axis: int, dilation: float) -> None:
         axes = self.groups[index][0].log_factor.numel()
@@ -225,7 +254,10 @@ class SampledSearch(Search):
         group = self.groups[index]
         low, high = self._windows[index, axis]
         count = max(7 if self.step_index >= self.steps else 4, self._count(index, low, high))
-        return self._read_at(index, axis, dilation_grid(low, high, count, all_round(group)))
+        grid = dilation_grid(low, high, count, all_round(group))
+        if all_round(group) and (whole := whole_range(*self._ranges[index])):
+            grid = sorted({float(min(max(dilation, whole[0]), whole[1])) for dilation in grid})
+        return self._read_at(index, axis, grid)
 
     def _read_at(self, index: int, axis: int, dilations: list[float]) -> dict[float, list[float]]:
         group = self.groups[index]
@@ -244,26 +276,45 @@ class SampledSearch(Search):
             raise ValueError("a sampled search reads its curve on held-out batches, but there is none")
         return dict(zip(dilations, losses.T.tolist(), strict=True))
 
-    def state_dict(self) -> dict[str, Any]:
+    def _state(self) -> dict[str, Any]:
         return {
-            **super().state_dict(),
+            **super()._state(),
+            "narrowings": self.narrowings,
             "readings": self.readings,
             "losses": self.losses,
-            "starts": self.starts,
             "ranges": self._ranges,
             "windows": self._windows,
             "average": self._average,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
+    def _load(self, state: dict[str, Any]) -> None:
+        super()._load(state)
+        self.narrowings = state["narrowings"]
         self.readings = state["readings"]
         self.losses = state["losses"]
-        self.starts = state["starts"]
         self._ranges = state["ranges"]
         self._windows = state["windows"]
-        devices = {name: weight.device for name, weight in self.model.named_parameters()}
-        self._average = {name: average.to(devices[name]) for name, average in state["average"].items()}
+        weights = dict(self._named_weights())
+        if unknown := [name for name in state["average"] if name not in weights]:
+            raise ValueError(f"the state averages weights that the model does not have: {', '.join(unknown[:3])}")
+        self._average = {name: average.to(weights[name].device) for name, average in state["average"].items()}
+
+
+def _check_held_out(held_out: Iterable[Any]) -> None:
+    """Refuses what cannot be gone through at every reading, as far as that can be told before the first."""
+    if iter(held_out) is held_out:
+        raise ValueError(
+            f"held_out is a {type(held_out).__name__}, which can be gone through once, but every reading goes through "
+            "it: give a list of batches or a DataLoader"
+        )
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return  # Another process may have some.
+    try:
+        count = len(held_out)  # type: ignore[arg-type]
+    except TypeError:  # As that of a loader of an iterable data set.
+        count = sum(1 for _ in zip((1,), held_out, strict=False))
+    if count == 0:
+        raise ValueError("a sampled search reads its curve on held-out batches, but there is none")
 
 
 def dilation_grid(low: float, high: float, count: int, whole: bool) -> list[float]:
@@ -273,18 +324,27 @@ def dilation_grid(low: float, high: float, count: int, whole: bool) -> list[floa
     [1.0, 2.0, 4.0, 8.0, 16.0, 32.0]
     """
     steps = [low * (high / low) ** (place / max(1, count - 1)) for place in range(count)]
-    return sorted({float(max(1, round(value))) for value in steps} if whole else set(steps))
+    return sorted({float(whole_dilation(value)) for value in steps} if whole else set(steps))
 
 
 def curve_minimum(curve: dict[float, float]) -> float:
     """Where a loss curve is least: the vertex of the parabola, in the logarithm, through the three lowest in a row.
 
+    Raises:
+        ValueError: if no loss is finite; those that are not are passed over.
+
     >>> round(curve_minimum({2.0: 0.69, 4.0: 0.0, 8.0: 0.69}), 2)
     4.0
     """
     dilations = sorted(curve)
-    place = min(range(len(dilations)), key=lambda index: curve[dilations[index]])
-    if place in (0, len(dilations) - 1):
+    finite = [place for place, dilation in enumerate(dilations) if math.isfinite(curve[dilation])]
+    if not finite:
+        raise ValueError(
+            f"no loss of the curve is finite: {curve}; the training has diverged, or the loss is not defined on the "
+            "held-out batches, as where one has no labels"
+        )
+    place = min(finite, key=lambda index: curve[dilations[index]])
+    if not {place - 1, place + 1} <= set(finite):
         return dilations[place]
     (x0, x1, x2), (y0, y1, y2) = zip(*((math.log(d), curve[d]) for d in dilations[place - 1 : place + 2]), strict=True)
     left, right = (y1 - y0) / (x1 - x0), (y2 - y1) / (x2 - x1)

@@ -35,11 +35,10 @@ class SpsaSearch(Search):
     ) -> None:
         super().__init__(model, loss_fn, steps, seed)
         self.scale = scale
-        for group in self.groups:
-            group[0].freeze_factor()
+        self._take_factors()
         self._log_dilation = [log_dilation(group[0]) for group in self.groups]
         self._optimizer = torch.optim.Adam(self._log_dilation, lr=lr, betas=(0.9, 0.99))
-        self._differences: list[Tensor] = []
+        self._compared: list[Tensor] = []
 
     def loss(self, batch: Any) -> Tensor:
         if self.done:
@@ -52,25 +51,35 @@ class SpsaSearch(Search):
             loss, guide = self._losses(batch)
             losses.append(loss)
             guides.append(guide)
-        self._differences.append((guides[0] - guides[1]).detach().float())
+        self._compared.append(torch.stack(guides).detach().float())
         return (losses[0] + losses[1]) / 2
 
-    def step(self) -> None:
-        if self.done:
-            return
-        if self._differences:
-            difference = mean_over_processes(torch.stack(self._differences).mean(0))
-            self._differences = []
+    def _learn(self) -> None:
+        if self._compared:
+            above, below = mean_over_processes(torch.stack(self._compared).mean(0))
+            self._compared = []
+            self._check_finite(above, below)
+            difference = above - below
             for index, center in enumerate(self._log_dilation):
                 center.grad = difference[index].to(center) / (2 * self._epsilon(index, center))
             self._optimizer.step()
             for group, center in zip(self.groups, self._log_dilation, strict=True):
-                low, high = dilation_range(group[0])
+                low, high = dilation_range(group)
                 center.data.clamp_(math.log(low), math.log(high))
                 set_dilation(group, center.exp().tolist())
         self._record()
         if self.step_index >= self.steps:
             self._finish()
+
+    def _check_finite(self, above: Tensor, below: Tensor) -> None:
+        for group, center, *losses in zip(self.groups, self._log_dilation, above.tolist(), below.tolist(), strict=True):
+            if not all(math.isfinite(loss) for loss in losses):
+                around = ", ".join(f"{value:.4g}" for value in center.exp().tolist())
+                raise ValueError(
+                    f"step {self.step_index + 1}: the losses above and below the dilation {around} of "
+                    f"{self._name(group)} are {losses[0]:.4g} and {losses[1]:.4g}, which cannot be compared: the "
+                    "training has diverged, or the batch has no labels; lower the learning rate or look at the batch"
+                )
 
     def _sigma(self) -> float:
         return self.scale * (1 - self.step_index / self.steps)
@@ -84,15 +93,15 @@ class SpsaSearch(Search):
             values.append(size * draw.choice((-1, 1)))
         return center.new_tensor(values)
 
-    def state_dict(self) -> dict[str, Any]:
+    def _state(self) -> dict[str, Any]:
         return {
-            **super().state_dict(),
-            "log_dilation": [center.detach().clone() for center in self._log_dilation],
+            **super()._state(),
+            "log_dilation": [center.detach() for center in self._log_dilation],
             "optimizer": self._optimizer.state_dict(),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
+    def _load(self, state: dict[str, Any]) -> None:
+        super()._load(state)
         for center, saved in zip(self._log_dilation, state["log_dilation"], strict=True):
             center.data.copy_(saved)
         self._optimizer.load_state_dict(state["optimizer"])

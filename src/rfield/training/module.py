@@ -21,7 +21,7 @@ from rfield.losses import make_loss, norm_over_processes
 from rfield.metrics import confusion_matrix, segmentation_scores
 from rfield.models import MultiPathHead, ParsingNetwork
 from rfield.receptive_field import receptive_field_px
-from rfield.search import GradientSearch, SampledSearch, Search, SpsaSearch, factor_parameters
+from rfield.search import GradientSearch, SampledSearch, Search, SpsaSearch, factor_parameters, learned_layers
 from rfield.search.factors import mean_over_processes
 from rfield.training.processes import refuse_unequal
 
@@ -212,22 +212,29 @@ class ParsingModule(L.LightningModule):
     def on_train_start(self) -> None:
         self._freeze()  # A run resumed inside an epoch does not start it again.
         # Not earlier: the optimizer's state has been loaded by now, so its groups may change their gradients' needs.
-        if self.search is not None and self._search_state is not None:
-            self.search.load_state_dict(self._search_state["search"])
+        if self._search_state is not None:
             self.search_seconds = self._search_state["seconds"]
+            if self.search is not None:
+                self.search.load_state_dict(self._search_state["search"])
+            else:  # It has ended; where nothing could be snapped, the factor is still to be frozen.
+                for group in learned_layers(self.network):
+                    group[0].freeze_factor()
 
     def on_train_epoch_end(self) -> None:
         factors = factor_parameters(self.network)
         if self.trainer.world_size > 1 and factors:
             refuse_unequal(torch.cat([factor.detach() for factor in factors]).exp(), f"step {self.global_step}")
-        if self.search is not None and self.search.done:
+        if self.search is None or self.search.done:
             # The held-out images come back.
             self._sampler.held_out = frozenset()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        state = self._search_state and self._search_state["search"]
         if self.search is not None:
+            state = self.search.state_dict()
+        if state is not None:
             checkpoint["search"] = {
-                "search": self.search.state_dict(),
+                "search": state,
                 "seconds": self.search_seconds,
                 "holding_out": bool(self._sampler.held_out),
             }
@@ -292,7 +299,7 @@ class ParsingModule(L.LightningModule):
 
     def _make_search(self, steps: int) -> Search | None:
         kind, seed = self.config.search, self.config.seed
-        if kind == "none":
+        if kind == "none" or (self._search_state is not None and self._search_state["search"]["done"]):
             return None
         reads = kind == "sampled" and self.reading_weights is not None
         loss = self._guided_loss if self._guided or reads else self._loss

@@ -138,6 +138,9 @@ class _HeldOut:
             input, mask = self.samples[index]
             yield input[None], mask[None]
 
+    def __len__(self) -> int:
+        return len(self.indices)
+
     def class_weights(self, num_classes: int) -> Tensor:
         """The root of one over each class's share of the labelled pixels, so that all count, and large ones count more.
 
