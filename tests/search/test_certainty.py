@@ -282,6 +282,8 @@ class TestSampledSearch:
         assert "7 steps" in reason
 
     def test_needs_a_reading(self) -> None:
-        search = SampledSearch(nn.Sequential(AdaptiveConv2d(1, 1, 3)), lambda model, batch: batch, 5, held_out=[torch.zeros(1)])
+        search = SampledSearch(
+            nn.Sequential(AdaptiveConv2d(1, 1, 3)), lambda model, batch: batch, 5, held_out=[torch.zeros(1)]
+        )
         with pytest.raises(ValueError, match="needs a reading"):
             search.verdict()
