@@ -182,7 +182,8 @@ def _child(job: Job, tree: Path, write: int) -> int:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     sys.path.insert(0, str(tree / "src"))
     sys.dont_write_bytecode, sys.argv = True, ["pytest"]
-    vars(sys.modules["__main__"]).update(__spec__=None, __file__=None)  # So that spawned processes import no study.
+    main = Path(pytest.__file__).with_name("__main__.py")  # What spawned processes import, not the study.
+    vars(sys.modules["__main__"]).update(__spec__=None, __file__=str(main))
     os.environ["PYTHONPATH"] = str(tree / "src")
     spec = importlib.util.find_spec("rfield")
     if spec is None or not (spec.origin or "").startswith(str(tree)):
