@@ -140,3 +140,37 @@ def test_help_imports_no_torch() -> None:
     )
     assert "jsonargparse" in loaded
     assert "torch" not in loaded
+
+
+TESTS = sorted(Path(__file__).parent.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", TESTS, ids=lambda path: str(path.relative_to(Path(__file__).parent)))
+def test_no_test_hides_in_a_function(path: Path) -> None:
+    """One that stands inside of another function is never collected."""
+    assert hidden_tests(path.read_text()) == []
+
+
+def hidden_tests(source: str) -> list[str]:
+    functions = (ast.FunctionDef, ast.AsyncFunctionDef)
+    return sorted(
+        {
+            inner.name
+            for outer in ast.walk(ast.parse(source))
+            if isinstance(outer, functions)
+            for inner in ast.walk(outer)
+            if inner is not outer and isinstance(inner, (*functions, ast.ClassDef)) and is_test(inner.name)
+        }
+    )
+
+
+def is_test(name: str) -> bool:
+    return name.startswith(("test_", "Test"))
+
+
+def test_hidden_tests_are_found() -> None:
+    hidden = (
+        "def test_a():\n    if 1:\n        def test_b(): pass\n    class TestC:\n        async def test_d(): pass\n"
+    )
+    assert hidden_tests(hidden) == ["TestC", "test_b", "test_d"]
+    assert hidden_tests("class TestA:\n    def test_b(self):\n        def helper(): pass\n") == []

@@ -1,4 +1,4 @@
-"""One of two processes that learn a receptive field together: search_worker.py KIND RANK STORE OUT."""
+"""One of two processes that learn a receptive field together: worker.py KIND RANK STORE OUT."""
 
 import sys
 from typing import Any

@@ -1,0 +1,27 @@
+"""The learned factors of a model: found, grouped, held."""
+
+import torch
+from torch import nn
+
+from rfield.layers import ReceptiveFieldRegulator
+from rfield.search import factor_parameters, learned_layers, parameter_groups
+
+
+class TestParameterGroups:
+    def test_factors_are_apart_and_out_of_weight_decay(self) -> None:
+        first, second = (ReceptiveFieldRegulator(nn.Conv2d(2, 2, 3, padding=1)) for _ in range(2))
+        second.share_factor(first)
+        model = nn.Sequential(nn.Conv2d(3, 2, 1), first, second)
+        groups = parameter_groups(model, lr=0.1, factor_lr=0.01)
+        assert [(len(group["params"]), group["lr"]) for group in groups] == [(6, 0.1), (1, 0.01)]
+        assert groups[1]["weight_decay"] == 0.0
+        optimizer = torch.optim.SGD(groups, lr=0.1, weight_decay=0.5)
+        grouped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        assert grouped == {id(p) for p in model.parameters()}
+        assert [len(group) for group in learned_layers(model)] == [2]
+
+    def test_frozen_parameters_are_left_out(self) -> None:
+        model = nn.Sequential(nn.Conv2d(3, 2, 1).requires_grad_(False), ReceptiveFieldRegulator(nn.Conv2d(2, 2, 1)))
+        model[1].freeze_factor()
+        assert len(factor_parameters(model)) == 1
+        assert [len(group["params"]) for group in parameter_groups(model, lr=0.1, factor_lr=0.01)] == [2]
