@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -53,10 +54,11 @@ def break_after_the_check(monkeypatch: pytest.MonkeyPatch, *paths: Path) -> None
     """Truncates the files when the quick check has let them pass."""
     check = run_module.refuse_bad_data
 
-    def checked(spec: str, splits: list[str]) -> None:
-        check(spec, splits)
+    def checked(*args: Any) -> list[str]:
+        warnings = check(*args)
         for path in paths:
             truncate(path)
+        return warnings
 
     monkeypatch.setattr(run_module, "refuse_bad_data", checked)
 

@@ -76,7 +76,7 @@ def test_what_is_missing_is_named(root: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"gtFine/test is not a folder; unpack gtFine_trainvaltest.zip"):
         CityscapesDataset(root, "test")
     (root / "gtFine/test").mkdir()
-    with pytest.raises(FileNotFoundError, match=r"leftImg8bit/test holds no photograph CITY/ID_leftImg8bit.png"):
+    with pytest.raises(FileNotFoundError, match=r"leftImg8bit/test holds no image CITY/ID_leftImg8bit.png"):
         CityscapesDataset(root, "test")
     (root / MASK).unlink()
     with pytest.raises(FileNotFoundError, match=rf"{MASK} is missing \(1 of the 3 masks of the split 'train'\)"):
@@ -101,10 +101,16 @@ def test_a_file_among_the_cities_is_named(root: Path) -> None:
 @pytest.mark.parametrize(
     ("mask", "message"),
     [
-        (PIL.Image.new("L", (16, 12), 34), r"192 px of the label ids \[34\], which Cityscapes does not have"),
-        (PIL.Image.new("L", (16, 12), 255), r"192 px of the label ids \[255\]"),
+        (
+            PIL.Image.new("L", (16, 12), 34),
+            r"holds the value 34 \(192 px\), which no class has; Cityscapes",
+        ),
+        (
+            PIL.Image.new("L", (16, 12), 255),
+            r"holds the value 255 \(192 px\), which no class has; Cityscapes",
+        ),
         (PIL.Image.new("L", (12, 16)), "16x12 px .* but its image is 12x16"),
-        (PIL.Image.new("RGB", (16, 12)), "Pillow mode 'RGB'; a mask must be"),
+        (PIL.Image.new("RGB", (16, 12)), "holds colours .*, not class indices: a palette mask .*saved as RGB"),
     ],
 )
 def test_masks_that_do_not_fit(root: Path, mask: PIL.Image.Image, message: str) -> None:

@@ -124,9 +124,9 @@ def test_what_is_missing_is_named(root: Path) -> None:
     ("map", "message"),
     [
         (PIL.Image.new("L", (12, 16)), "16x12 px .* but its image is 12x16; both must have one size"),
-        (PIL.Image.new("RGB", (16, 12)), "Pillow mode 'RGB'; a map must be 8-bit grey"),
+        (PIL.Image.new("RGB", (16, 12)), "not class indices; a map must be 8-bit grey"),
         (PIL.Image.new("I;16", (16, 12)), "Pillow mode 'I;16'"),
-        (PIL.Image.new("P", (16, 12)), "Pillow mode 'P'; a map must be 8-bit grey"),
+        (PIL.Image.new("P", (16, 12)), r"\(Pillow mode 'P'\); a map must be 8-bit grey"),
     ],
 )
 def test_maps_that_do_not_fit(root: Path, map: PIL.Image.Image, message: str) -> None:

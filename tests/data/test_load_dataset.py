@@ -54,7 +54,10 @@ def test_unknown_specs(spec: str) -> None:
             "format 'coco' is not known; the known ones are voc, camvid, helen, cityscapes, folder, synthetic",
         ),
         ("format: [voc]", r"format \['voc'\] is not known"),
-        ("format: voc\nroot: x\nroots: y", "unknown key roots; .* keys format, root, train, val, test, size"),
+        (
+            "format: voc\nroot: x\nroots: y",
+            r"unknown key roots \(did you mean root\?\); .* keys format, root, train, val, test, size, ignore",
+        ),
         ("format: camvid\nroot: x\ntrain: y", "unknown key train; .* keys format, root, size"),
         ("format: helen", "the key root is missing"),
         ("format: synthetic\nroot: x", "unknown key root; .* keys format, size, distance, length, seed"),

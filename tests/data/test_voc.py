@@ -110,12 +110,12 @@ def write_few_bit_grey_png(path: Path) -> None:
 @pytest.mark.parametrize(
     ("write", "message"),
     [
-        (PIL.Image.new("RGB", (16, 12)).save, "Pillow mode 'RGB'; a mask must be a palette image"),
+        (PIL.Image.new("RGB", (16, 12)).save, "holds colours .*, not class indices: a palette mask .*saved as RGB"),
         (PIL.Image.new("I;16", (16, 12)).save, "Pillow mode 'I;16'"),
         (PIL.Image.new("1", (16, 12)).save, "Pillow mode '1'"),
-        (write_few_bit_grey_png, "Pillow mode 'L' with less than 8 bits"),
+        (write_few_bit_grey_png, r"less than 8 bits a pixel \(Pillow mode 'L'\)"),
         (PIL.Image.new("L", (12, 16)).save, r"16x12 px \(height x width\) but its image is 12x16"),
-        (PIL.Image.new("L", (16, 12), 3).save, r"192 px of the values \[3\], but there are 3 classes, 0..2, and 255"),
+        (PIL.Image.new("L", (16, 12), 3).save, r"holds the value 3 \(192 px\), which no class has; correct the mask"),
     ],
 )
 def test_masks_that_do_not_fit(make_devkit: MakeDevkit, write: Callable[[Path], None], message: str) -> None:

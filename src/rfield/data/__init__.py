@@ -11,6 +11,7 @@ from rfield.data.dataset import IGNORE_INDEX, ParsingDataset, voc_palette
 from rfield.data.faces import Conversion, convert_celebamask, convert_lapa
 from rfield.data.folder import FolderDataset
 from rfield.data.helen import HELEN_CLASSES, HelenDataset
+from rfield.data.listing import MaskOptions
 from rfield.data.matching import ReorderedDataset, class_difference, match_classes
 from rfield.data.resized import ResizedDataset
 from rfield.data.skipping import SkippingDataset
@@ -41,6 +42,7 @@ __all__ = [
     "Finding",
     "FolderDataset",
     "HelenDataset",
+    "MaskOptions",
     "ParsingDataset",
     "ReorderedDataset",
     "ResizedDataset",
@@ -71,8 +73,9 @@ def load_dataset(spec: str, split: str = "train") -> ParsingDataset:
             .yaml file with the key `format` and the keys of that format:
 
             - voc: `root` (relative to the YAML file) and optionally `train`, `val`, `test`, the lists of these
-              splits, and `size`, see below
-            - camvid, helen, cityscapes, folder: `root` and optionally `size`
+              splits, and what follows
+            - camvid, helen, cityscapes, folder: `root` and optionally `size`, see below, `ignore`,
+              `reduce_zero_label`, `colours`, `mask_suffix`, `mirrored`, see `MaskOptions`
             - synthetic: optionally `size`, `distance`, `length`, `seed`, see `SyntheticCues`
 
             `size: [height, width]` in px is a working size: every image and mask is brought to it when it is read,
@@ -98,15 +101,19 @@ def load_dataset(spec: str, split: str = "train") -> ParsingDataset:
         except ValueError as error:
             raise ValueError(f"{source.file}: {error}" if source.file else str(error)) from error
     try:
-        dataset = _FOLDERS[source.format](source.root, source.splits.get(split, split))
+        dataset = _FOLDERS[source.format](source.root, source.splits.get(split, split), source.masks)
     except FileNotFoundError as error:
         if source.file is None:
             raise
         raise FileNotFoundError(f"{source.file}: {error}") from error
+    except ValueError as error:
+        if source.file is None:
+            raise
+        raise ValueError(f"{source.file}: {error}") from error
     return dataset if source.size is None else ResizedDataset(dataset, source.size)
 
 
-_FOLDERS: dict[str, Callable[[Path, str], ParsingDataset]] = {
+_FOLDERS: dict[str, Callable[[Path, str, MaskOptions], ParsingDataset]] = {
     "voc": VOCDataset,
     "camvid": CamVidDataset,
     "helen": HelenDataset,

@@ -3,21 +3,11 @@
 import os
 from pathlib import Path
 
-import torch
-from torchvision.tv_tensors import Image, Mask
-
-from rfield.data.dataset import IGNORE_INDEX, ParsingDataset, voc_palette
-from rfield.data.files import (
-    check_files,
-    check_labels,
-    fingerprint_of,
-    read_class_names,
-    read_lines,
-    read_mask,
-    sample_path,
-)
-from rfield.data.images import image_sizes, read_image
-from rfield.data.listing import Entry, Listing, Refuse, list_entries, plain_labels, raise_error
+from rfield.data.dataset import IGNORE_INDEX, voc_palette
+from rfield.data.files import Folders, check_files, mask_ending, read_class_names, read_lines, sample_path
+from rfield.data.listed import ListedDataset
+from rfield.data.listing import Entry, Listing, MaskOptions, Refuse, list_entries, make_listing, raise_error
+from rfield.data.masks import MaskCode, plain_labels
 
 CAMVID_CLASSES = (
     "sky",
@@ -52,7 +42,7 @@ _COLOURS = [
 ]
 
 
-class CamVidDataset(ParsingDataset):
+class CamVidDataset(ListedDataset):
     """Street scenes of CamVid (Brostow et al., PRL 2009) with the 11 classes of SegNet (Badrinarayanan et al., 2017).
 
     Each line of the list `SPLIT.txt` names an image and its mask, as `train/ID.png trainannot/ID.png`, relative to
@@ -62,6 +52,7 @@ class CamVidDataset(ParsingDataset):
     Args:
         root: the folder that holds the lists.
         split: the name of a list, without ".txt".
+        options: what a data config says of the masks.
 
     Raises:
         FileNotFoundError: if the root, the list, an image or a mask is missing.
@@ -87,50 +78,26 @@ class CamVidDataset(ParsingDataset):
         >>> scratch.cleanup()
     """
 
-    def __init__(self, root: str | os.PathLike[str], split: str = "train") -> None:
-        self.root = Path(root)
-        listing = list_camvid(self.root, split)
+    def __init__(self, root: str | os.PathLike[str], split: str = "train", options: MaskOptions | None = None) -> None:
+        listing = list_camvid(Path(root), split, options or MaskOptions())
         check_files(listing.files, f"the split {split!r}")
-        self.class_names = listing.class_names
-        self.image_paths = [entry.image for entry in listing.entries]
-        self.mask_paths = [entry.masks[0] for entry in listing.entries]
-        self.ids = [entry.name for entry in listing.entries]
-        self.palette = _COLOURS + voc_palette()[len(_COLOURS) : IGNORE_INDEX] + [(0, 0, 0)]
-
-    def __getitem__(self, index: int) -> tuple[Image, Mask]:
-        image = read_image(self.image_paths[index])
-        path = self.mask_paths[index]
-        mask = read_mask(path, (image.shape[1], image.shape[2]), self.image_paths[index])
-        mask[mask == _VOID] = IGNORE_INDEX
-        check_labels(mask, _VOID, path, _ADVICE)
-        return image, Mask(torch.from_numpy(mask))
-
-    def fingerprint(self) -> str:
-        """A hexadecimal hash of the class names, and every file's name, size and time of change."""
-        return fingerprint_of(self.root, [*self.image_paths, *self.mask_paths], "CamVid", self.class_names)
-
-    def sizes(self) -> list[tuple[int, int]]:
-        """The (height, width) in px of every image, read from the files' headers.
-
-        Raises:
-            OSError: if a file is not an image; the message names it.
-        """
-        return image_sizes(self.image_paths)
+        super().__init__(root, listing, _COLOURS + voc_palette()[len(_COLOURS) : IGNORE_INDEX] + [(0, 0, 0)])
 
 
-def list_camvid(root: Path, split: str, refuse: Refuse = raise_error) -> Listing:
+def list_camvid(root: Path, split: str, options: MaskOptions, refuse: Refuse = raise_error) -> Listing:
     """What the list of a split names; a line that is no pair or leaves the root goes to `refuse`.
 
     Raises:
         FileNotFoundError: if the root or the list is missing.
-        ValueError: if the list is empty or not text, or `classes.txt` does not fit.
+        ValueError: if the list is empty or not text, or `classes.txt` or the options do not fit.
     """
     if not root.is_dir():
         raise FileNotFoundError(f"{root} is not a folder; name the one that holds train.txt and val.txt")
-    class_names = read_class_names(root / "classes.txt", CAMVID_CLASSES)
-    if len(class_names) != _VOID:
+    classes = root / "classes.txt"
+    class_names = read_class_names(classes, CAMVID_CLASSES)
+    if len(class_names) != _VOID and options.colours is None:
         raise ValueError(
-            f"{root / 'classes.txt'} holds {len(class_names)} class names, but the masks of the SegNet "
+            f"{classes} holds {len(class_names)} class names, but the masks of the SegNet "
             f"tutorial have {_VOID} classes and the value {_VOID} for void; name the {_VOID}, without void"
         )
     lists = sorted(path.stem for path in root.glob("*.txt") if path.name != "classes.txt")
@@ -149,15 +116,22 @@ def list_camvid(root: Path, split: str, refuse: Refuse = raise_error) -> Listing
             raise ValueError(
                 f"{source} has the line {line!r}; a line names an image and its mask, with a blank between"
             )
-        image, mask = (_entry(root, name, source) for name in names)
+        image = _find(root, names[0], source, folders)
+        mask = _find(root, names[1], source, folders, options.mask_suffix)
+        if image == mask:
+            raise ValueError(f"{source} has the line {line!r}, but there is one file {image} for both; add the mask")
         return Entry(image.stem, image, (mask,))
 
+    folders = Folders()
     entries = list_entries(lines, make, source, refuse)
-    return Listing(class_names, plain_labels(_VOID, void=_VOID), entries, _ADVICE)
+    own_names = classes if classes.is_file() else None
+    return make_listing(class_names, MaskCode(plain_labels(_VOID, void=_VOID)), entries, _ADVICE, options, own_names)
 
 
-def _entry(root: Path, name: str, listed_in: Path) -> Path:
+def _find(root: Path, name: str, listed_in: Path, folders: Folders, mask_suffix: str | None = None) -> Path:
     folder, _, file = name.partition("/")
     if not file or folder in ("", ".", ".."):  # in the root itself, or a path from elsewhere
         folder, file = "", name
-    return sample_path(root, folder, file, "", str(listed_in))
+    if mask_suffix is not None and not Path(file).stem.endswith(Path(mask_ending(mask_suffix)).stem):
+        file = str(Path(file).with_suffix("")) + mask_ending(mask_suffix)
+    return sample_path(root, folder, file, "", str(listed_in), folders)

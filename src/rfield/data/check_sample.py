@@ -5,26 +5,17 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import PIL.Image
 
 from rfield.data.dataset import IGNORE_INDEX
-from rfield.data.files import has_few_bits
-from rfield.data.images import (
-    deep_bits,
-    deep_problem,
-    load_named,
-    open_image,
-    orientation,
-    rgb_pixels,
-    turn,
-    turned_size_problem,
-    upright_size,
-)
-from rfield.data.listing import UNKNOWN, Entry, Listing
+from rfield.data.files import near_miss
+from rfield.data.images import deep_bits, deep_problem, load_named, open_image, orientation, rgb_pixels, upright_size
+from rfield.data.listing import Entry, Listing
+from rfield.data.masks import UNKNOWN, Colour, wrong_size
 
 Level = Literal["error", "warning"]
 Found = Callable[[Level, Path, str], None]
@@ -33,7 +24,6 @@ Found = Callable[[Level, Path, str], None]
 _MOST_PIXELS = 89_478_485
 _TAILS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
 _ALPHA = ("RGBA", "RGBa", "LA", "La", "PA")
-_MOST_VALUES = 8
 _DARK = 16
 
 
@@ -63,10 +53,20 @@ class Finding:
 
 @dataclass
 class Sample:
-    """What a sample was found to be: the `classes` of its mask and the `digest` of its image, where they were read."""
+    """What a sample was found to be.
+
+    Attributes:
+        findings: what is wrong with it.
+        classes: in its mask; none where it was not read.
+        void: the values in its mask that have no label.
+        palette: the colours of the values that a palette mask uses.
+        digest: of the image's pixels, where they were read.
+    """
 
     findings: list[Finding] = field(default_factory=list)
     classes: set[int] | None = None
+    void: set[int] = field(default_factory=set)
+    palette: dict[int, Colour] = field(default_factory=dict)
     digest: bytes | None = None
 
 
@@ -99,13 +99,15 @@ def check_sample(
                 sample.digest = _digest(image, entry.image, found)
     maps = []
     for path in entry.masks if values else entry.masks[:1]:
-        mask = _read_mask(path, entry, listing, image_size, values, found)
+        mask = _read_mask(path, entry, listing, image_size, values, sample, found)
         if mask is not None:
             maps.append(mask)
-    if len(maps) == len(entry.masks) and maps:
-        name = entry.masks[0]
+    if maps and len(maps) == len(entry.masks):
+        first = entry.masks[0]
         sample.classes = (
-            _classes_of_maps(maps, name, found) if listing.maps else _classes(maps[0], name, listing, found)
+            _classes_of_maps(maps, first, listing, found)
+            if listing.code.maps
+            else _classes(maps[0], first, listing, sample, found)
         )
     return sample
 
@@ -114,7 +116,7 @@ def _open(path: Path, found: Found) -> PIL.Image.Image | None:
     """The image of a file whose header is sound and which is safe to decode."""
     try:
         if not path.is_file():
-            found("error", path, "is missing; add the file or take its sample out of the split")
+            found("error", path, f"is missing{near_miss(path)}; add the file or take its sample out of the split")
             return None
         image = open_image(path)
     except PIL.Image.DecompressionBombError as error:
@@ -195,76 +197,61 @@ def _digest(image: PIL.Image.Image, path: Path, found: Found) -> bytes | None:
 
 
 def _read_mask(
-    path: Path, entry: Entry, listing: Listing, size: tuple[int, int] | None, values: bool, found: Found
-) -> npt.NDArray[np.uint8] | None:
+    path: Path, entry: Entry, listing: Listing, size: tuple[int, int] | None, values: bool, sample: Sample, found: Found
+) -> npt.NDArray[Any] | None:
     """The values of a mask that is sound as far as its file goes; none where it is not, or `values` is not set."""
     opened = _open(path, found)
     if opened is None:
         return None
     with opened as mask:
-        sound = _check_kind_of_mask(mask, path, listing.maps, found)
-        own = upright_size(mask, path)
-        if size is not None and own != size:
-            sound = False
-            fix = turned_size_problem(entry.image, own, size) or "; both must have one size"
-            text = f"is {own[0]}x{own[1]} px (height x width) but its image {entry.image.name} is {size[0]}x{size[1]}"
-            found("error", path, f"{text}{fix}")
-        if not _load(mask, path, values, found) or not sound or not values:
+        if mask.format == "JPEG":
+            found("warning", path, "is a JPEG file, whose compression changes values; save masks as PNG")
+        wrong = listing.code.wrong_kind(mask)
+        if wrong is not None:
+            found("error", path, "; ".join(wrong))
+        other = None if size is None else wrong_size(mask, path, size, entry.image)
+        if other is not None:
+            found("error", path, other)
+        if not _load(mask, path, values, found) or wrong or other or not values:
             return None
-        return turn(np.asarray(mask), orientation(mask, path))
+        read = listing.code.values(mask, path)
+        if mask.mode == "P" and listing.code.colours is None:
+            sample.palette = _used_colours(mask, read, listing)
+        return read
 
 
-def _check_kind_of_mask(mask: PIL.Image.Image, path: Path, is_map: bool, found: Found) -> bool:
-    if mask.format == "JPEG":
-        found("warning", path, "is a JPEG file, whose compression changes values; save masks as PNG")
-    few_bits = has_few_bits(mask)
-    if mask.mode in (("L",) if is_map else ("L", "P")) and not few_bits:
-        return True
-    what, fix = f"is of Pillow mode {mask.mode!r}", "save it as 8-bit grey whose values are class indices"
-    if mask.mode in ("RGB", "RGBA"):
-        colours = _count_colours(mask)
-        what = f"holds colours{colours}, not class indices: a palette mask that was read and saved as {mask.mode}?"
-        fix = "map each colour to its class and save an 8-bit grey or palette image"
-    elif mask.mode.startswith("I"):
-        what = f"has more than 8 bits a pixel (Pillow mode {mask.mode!r})"
-    elif few_bits or mask.mode == "1":
-        what = "has less than 8 bits a pixel, which reading spreads over 0..255"
-    elif mask.mode == "P":
-        what, fix = "is a palette image where a map of one class is wanted", "save how sure each pixel is as 8-bit grey"
-    found("error", path, f"{what}; {fix}")
-    return False
+def _used_colours(mask: PIL.Image.Image, values: npt.NDArray[Any], listing: Listing) -> dict[int, Colour]:
+    """The colour of each value of a palette mask that is of a class."""
+    levels = mask.getpalette("RGB") or []
+    used = [value for value in np.unique(values).tolist() if listing.code.labels[value] not in (UNKNOWN, IGNORE_INDEX)]
+    return {
+        value: (levels[3 * value], levels[3 * value + 1], levels[3 * value + 2])
+        for value in used
+        if 3 * value + 2 < len(levels)
+    }
 
 
-def _count_colours(mask: PIL.Image.Image) -> str:
-    try:
-        colours = mask.getcolors(256)
-    except Exception:  # a damaged file, which is a finding of its own
-        return ""
-    return f" ({len(colours)} different)" if colours else ""
-
-
-def _classes(mask: npt.NDArray[np.uint8], path: Path, listing: Listing, found: Found) -> set[int]:
-    """The classes in a mask."""
-    counts = np.bincount(mask.ravel(), minlength=256)
-    wrong = np.flatnonzero((counts > 0) & (listing.labels == UNKNOWN)).tolist()
-    if wrong:
-        shown = ", ".join(f"{value} ({counts[value]} px)" for value in wrong[:_MOST_VALUES])
-        more = f" and {len(wrong) - _MOST_VALUES} more" * (len(wrong) > _MOST_VALUES)
-        text = f"holds the value{'s' * (len(wrong) > 1)} {shown}{more}, which no class has"
-        found("error", path, f"{text} (there are {len(listing.class_names)}); {listing.advice}")
-    labels = set(listing.labels[np.flatnonzero(counts)].tolist())
+def _classes(values: npt.NDArray[Any], path: Path, listing: Listing, sample: Sample, found: Found) -> set[int] | None:
+    """The classes in a mask; none if it holds what no class has."""
+    classes = listing.code.classes(values)
+    unknown = listing.code.unknown(values, classes)
+    if unknown is not None:
+        found("error", path, f"{unknown} (there are {len(listing.class_names)}); {listing.advice}")
+    labels = set(np.unique(classes).tolist())
+    if listing.code.colours is None:
+        sample.void = set(np.unique(values[classes == IGNORE_INDEX]).tolist())
     if labels == {IGNORE_INDEX}:
         found("warning", path, "has no labelled pixel, so that nothing is learned of it; label or remove it")
     return labels - {IGNORE_INDEX, UNKNOWN}
 
 
-def _classes_of_maps(maps: list[npt.NDArray[np.uint8]], path: Path, found: Found) -> set[int]:
+def _classes_of_maps(maps: list[npt.NDArray[Any]], path: Path, listing: Listing, found: Found) -> set[int]:
     """The classes that are the surest somewhere."""
     stack = np.stack(maps)
     if not stack.any():
         text = "and the other maps of its face are 0 everywhere, so that all of it is background; label or remove it"
         found("warning", path, text)
-    return set(np.unique(stack.argmax(0)).tolist())
+    return set(np.unique(listing.code.labels[stack.argmax(0)]).tolist()) - {IGNORE_INDEX}
 
 
 def quiet_bombs() -> None:

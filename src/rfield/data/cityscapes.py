@@ -4,14 +4,23 @@ import os
 from pathlib import Path
 
 import numpy as np
-import torch
 from torchvision.datasets import Cityscapes
-from torchvision.tv_tensors import Image, Mask
 
-from rfield.data.dataset import IGNORE_INDEX, ParsingDataset, voc_palette
-from rfield.data.files import fingerprint_of, read_mask
-from rfield.data.images import image_sizes, read_image
-from rfield.data.listing import UNKNOWN, Entry, Listing, Refuse, entries_inside, raise_error
+from rfield.data.dataset import IGNORE_INDEX, voc_palette
+from rfield.data.files import Folders, check_files, mask_ending
+from rfield.data.images import image_files
+from rfield.data.listed import ListedDataset
+from rfield.data.listing import (
+    Entry,
+    Listing,
+    MaskOptions,
+    Refuse,
+    entries_inside,
+    list_entries,
+    make_listing,
+    raise_error,
+)
+from rfield.data.masks import UNKNOWN, MaskCode, plain_labels
 
 _SPLITS = ("train", "val", "test")
 _SCORED = sorted((entry for entry in Cityscapes.classes if not entry.ignore_in_eval), key=lambda entry: entry.train_id)
@@ -19,13 +28,15 @@ _TRAIN_IDS = np.full(256, UNKNOWN, np.int16)
 for _entry in Cityscapes.classes:
     if _entry.id >= 0:  # the licence plate, -1, is never drawn
         _TRAIN_IDS[_entry.id] = _entry.train_id
-_IMAGE_SUFFIX = "_leftImg8bit.png"
-_MASK_SUFFIX = "_gtFine_labelIds.png"
+_IMAGE_SUFFIX = "_leftImg8bit"
+_MASK_SUFFIX = "_gtFine_labelIds"
+_TRAIN_ID_SUFFIX = "_gtFine_labelTrainIds"
+_JUNK = ("thumbs.db", "desktop.ini")
 
 CITYSCAPES_CLASSES = tuple(entry.name for entry in _SCORED)
 
 
-class CityscapesDataset(ParsingDataset):
+class CityscapesDataset(ListedDataset):
     """Street scenes of Cityscapes (Cordts et al., CVPR 2016), fine annotations, with the 19 classes that are scored.
 
     `leftImg8bit/SPLIT/CITY/ID_leftImg8bit.png` is a photograph, `gtFine/SPLIT/CITY/ID_gtFine_labelIds.png` its label
@@ -35,6 +46,7 @@ class CityscapesDataset(ParsingDataset):
     Args:
         root: the folder that holds `leftImg8bit` and `gtFine`.
         split: "train", "val" or "test".
+        options: what a data config says of the masks.
 
     Raises:
         FileNotFoundError: if one of the folders or a mask is missing, or there are no photographs.
@@ -61,54 +73,22 @@ class CityscapesDataset(ParsingDataset):
 
     class_names = CITYSCAPES_CLASSES
 
-    def __init__(self, root: str | os.PathLike[str], split: str = "train") -> None:
-        self.root = Path(root)
-        listing = list_cityscapes(self.root, split)
-        self.image_paths = [entry.image for entry in listing.entries]
-        self.mask_paths = [entry.masks[0] for entry in listing.entries]
-        self.ids = [entry.name for entry in listing.entries]
-        missing = [mask for mask in self.mask_paths if not mask.is_file()]
-        if missing:
-            raise FileNotFoundError(
-                f"{missing[0]} is missing ({len(missing)} of the {len(self)} masks of the split {split!r}); "
-                f"unpack gtFine_trainvaltest.zip of Cityscapes in {self.root} again"
-            )
+    def __init__(self, root: str | os.PathLike[str], split: str = "train", options: MaskOptions | None = None) -> None:
+        listing = list_cityscapes(Path(root), split, options or MaskOptions())
+        masks = [entry.masks[0] for entry in listing.entries]
+        fix = f"unpack gtFine_trainvaltest.zip of Cityscapes in {root} again"
+        check_files(masks, f"the split {split!r}", "masks", fix)
         colours = [entry.color for entry in _SCORED]
-        self.palette = colours + voc_palette()[len(colours) : IGNORE_INDEX] + [(0, 0, 0)]
-
-    def __getitem__(self, index: int) -> tuple[Image, Mask]:
-        image = read_image(self.image_paths[index])
-        path = self.mask_paths[index]
-        label_ids = read_mask(path, (image.shape[1], image.shape[2]), self.image_paths[index])
-        mask = _TRAIN_IDS[label_ids]
-        unknown = label_ids[mask == UNKNOWN]
-        if unknown.size:
-            raise ValueError(
-                f"{path} holds {unknown.size} px of the label ids {np.unique(unknown).tolist()}, which Cityscapes does "
-                "not have (it has 0..33); use the file as it was downloaded"
-            )
-        return image, Mask(torch.from_numpy(mask.astype(np.uint8)))
-
-    def fingerprint(self) -> str:
-        """A hexadecimal hash of every file's name, size and time of change."""
-        return fingerprint_of(self.root, [*self.image_paths, *self.mask_paths], "Cityscapes")
-
-    def sizes(self) -> list[tuple[int, int]]:
-        """The (height, width) in px of every image, read from the files' headers.
-
-        Raises:
-            OSError: if a file is not an image; the message names it.
-        """
-        return image_sizes(self.image_paths)
+        super().__init__(root, listing, colours + voc_palette()[len(colours) : IGNORE_INDEX] + [(0, 0, 0)])
 
 
-def list_cityscapes(root: Path, split: str, refuse: Refuse = raise_error) -> Listing:
-    """The photographs in the folders of a split; one whose files lie elsewhere goes to `refuse`.
+def list_cityscapes(root: Path, split: str, options: MaskOptions, refuse: Refuse = raise_error) -> Listing:
+    """The images in the folders of a split; one whose files lie elsewhere goes to `refuse`.
 
     Raises:
-        FileNotFoundError: if a folder is missing or there are no photographs.
+        FileNotFoundError: if a folder is missing or there are no images.
         OSError: if there are files among the cities.
-        ValueError: if the split has another name.
+        ValueError: if the split has another name, or the options do not fit.
     """
     if split not in _SPLITS:
         raise ValueError(f"Cityscapes has no split {split!r}; it has {', '.join(_SPLITS)}")
@@ -117,7 +97,8 @@ def list_cityscapes(root: Path, split: str, refuse: Refuse = raise_error) -> Lis
             raise FileNotFoundError(
                 f"{root / folder / split} is not a folder; unpack {archive} of Cityscapes in {root}"
             )
-    cities = sorted((root / "leftImg8bit" / split).iterdir())
+    found = sorted((root / "leftImg8bit" / split).iterdir())
+    cities = [path for path in found if not path.name.startswith(".") and path.name.lower() not in _JUNK]
     files = [path for path in cities if not path.is_dir()]
     if files:
         raise OSError(
@@ -125,14 +106,22 @@ def list_cityscapes(root: Path, split: str, refuse: Refuse = raise_error) -> Lis
             "each city"
         )
     # In the order of their names: the file system's is another on every machine.
-    images = [path for city in cities for path in sorted(city.glob(f"*{_IMAGE_SUFFIX}"))]
+    images = [path for city in cities for path in image_files(city) if path.stem.endswith(_IMAGE_SUFFIX)]
     if not images:
-        raise FileNotFoundError(f"{root / 'leftImg8bit' / split} holds no photograph CITY/ID{_IMAGE_SUFFIX}")
+        raise FileNotFoundError(f"{root / 'leftImg8bit' / split} holds no image CITY/ID{_IMAGE_SUFFIX}.png")
 
-    masks = root / "gtFine" / split
-    pairs = []
-    for image in images:
-        name = image.name.removesuffix(_IMAGE_SUFFIX)
-        pairs.append(Entry(name, image, (masks / image.parent.name / f"{name}{_MASK_SUFFIX}",)))
+    suffix = _MASK_SUFFIX if options.mask_suffix is None else options.mask_suffix
+    folders = Folders()
+
+    def make(image: Path) -> Entry:
+        name = image.stem.removesuffix(_IMAGE_SUFFIX)
+        mask = root / "gtFine" / split / image.parent.name / f"{name}{mask_ending(suffix)}"
+        return Entry(name, image, (folders.find(mask),))
+
+    pairs = entries_inside(list_entries(images, make, root, refuse), root, refuse)
+    labels = _TRAIN_IDS
     advice = "Cityscapes has the label ids 0..33; use the file as it was downloaded"
-    return Listing(CITYSCAPES_CLASSES, _TRAIN_IDS, entries_inside(pairs, root, refuse), advice)
+    if mask_ending(suffix).startswith(_TRAIN_ID_SUFFIX):
+        labels = plain_labels(len(CITYSCAPES_CLASSES))
+        advice = "Cityscapes has the train ids 0..18; use the file as its scripts make it"
+    return make_listing(CITYSCAPES_CLASSES, MaskCode(labels), pairs, advice, options, None)

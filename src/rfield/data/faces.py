@@ -8,16 +8,16 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import PIL.Image
 import torch
 from torch import Tensor
 from torchvision.tv_tensors import Mask
 
-from rfield.data.dataset import exchange_classes
-from rfield.data.files import lies_in, read_lines, read_mask
+from rfield.data.dataset import IGNORE_INDEX, exchange_classes
+from rfield.data.files import Folders, lies_in, near_miss, read_lines
 from rfield.data.helen import HELEN_CLASSES, HELEN_LISTS, HelenDataset
-from rfield.data.images import image_sizes, read_image
+from rfield.data.images import image_files, image_sizes, read_image
+from rfield.data.masks import UNKNOWN, MaskCode, plain_labels, read_mask
 from rfield.data.resized import resize_mask
 
 # In the order in which the data set's authors paint them: where parts overlap, the later one is seen. Skin lies under
@@ -103,7 +103,7 @@ def convert_celebamask(
     Example:
         >>> convert_celebamask("no/CelebAMask-HQ", "faces")
         Traceback (most recent call last):
-        FileNotFoundError: no/CelebAMask-HQ/CelebA-HQ-img holds no photographs (.jpg); is the source the right folder?
+        FileNotFoundError: no/CelebAMask-HQ/CelebA-HQ-img holds no images (.jpg); is the source the right folder?
     """
     source = Path(source)
     photographs = _photographs(source / "CelebA-HQ-img")
@@ -113,11 +113,12 @@ def convert_celebamask(
     photographs.sort(key=lambda path: int(path.stem))
     splits = _celeba_splits(source, [int(path.stem) for path in photographs])
     faces = [_Face(str(int(path.stem)), split, path) for path, split in zip(photographs, splits, strict=True)]
+    folders = Folders()
 
     def read(face: _Face) -> Tensor:
         number = int(face.name)
         stem = source / "CelebAMask-HQ-mask-anno" / str(number // 2000) / f"{number:05d}"
-        return _paint_parts(stem, face.photograph)
+        return _paint_parts(stem, face.photograph, folders)
 
     return _convert(faces, read, Path(target), progress)
 
@@ -148,25 +149,32 @@ def convert_lapa(
     Example:
         >>> convert_lapa("no/LaPa", "faces")
         Traceback (most recent call last):
-        FileNotFoundError: no/LaPa/train/images holds no photographs (.jpg); is the source the right folder?
+        FileNotFoundError: no/LaPa/train/images holds no images (.jpg); is the source the right folder?
     """
     source = Path(source)
     faces = [_Face(path.stem, split, path) for split in HELEN_LISTS for path in _photographs(source / split / "images")]
+    folders = Folders()
     for face in faces:
-        mask = _lapa_mask(face)
+        mask = _lapa_mask(face, folders)
         if not mask.is_file():
-            raise FileNotFoundError(f"{mask} is missing, the mask of {face.photograph}; unpack LaPa again")
-    return _convert(faces, _read_lapa, Path(target), progress)
+            raise FileNotFoundError(
+                f"{mask} is missing, the mask of {face.photograph}{near_miss(mask)}; unpack LaPa again"
+            )
+    return _convert(faces, lambda face: _read_lapa(face, folders), Path(target), progress)
 
 
 def _photographs(folder: Path) -> list[Path]:
-    paths = sorted(folder.glob("*.jpg"))
+    paths = image_files(folder) if folder.is_dir() else []
     if not paths:
-        raise FileNotFoundError(f"{folder} holds no photographs (.jpg); is the source the right folder?")
-    outside = [path for path in paths if path.is_symlink() and not lies_in(path, folder)]
-    if outside:
-        raise ValueError(f"{outside[0]} is a link to a file outside {folder}; put the file itself there")
-    return paths
+        raise FileNotFoundError(f"{folder} holds no images (.jpg); is the source the right folder?")
+    return [_inside(path) for path in paths]
+
+
+def _inside(path: Path) -> Path:
+    """The file of the source, which may not be a link out of its folder."""
+    if path.is_symlink() and not lies_in(path, path.parent):
+        raise ValueError(f"{path} is a link to a file outside {path.parent}; put the file itself there")
+    return path
 
 
 def _celeba_splits(source: Path, numbers: list[int]) -> list[str]:
@@ -202,11 +210,11 @@ def _read_table(path: Path, pattern: str, example: str) -> list[tuple[str, ...]]
     return rows
 
 
-def _paint_parts(stem: Path, photograph: Path) -> Tensor:
+def _paint_parts(stem: Path, photograph: Path, folders: Folders) -> Tensor:
     """All the parts of a face in one mask of its photograph's size, uint8 [H, W]."""
     mask: Tensor | None = None
     for part, name in _CELEBAMASK_PARTS.items():
-        path = stem.with_name(f"{stem.name}_{part}.png")
+        path = _inside(folders.find(stem.with_name(f"{stem.name}_{part}.png")))
         if not path.is_file():
             continue
         drawn = (read_image(path) > 0).any(0)
@@ -231,18 +239,16 @@ def _size(shape: Iterable[int]) -> str:
     return "x".join(map(str, shape))
 
 
-def _lapa_mask(face: _Face) -> Path:
-    return face.photograph.parents[1] / "labels" / f"{face.name}.png"
+def _lapa_mask(face: _Face, folders: Folders) -> Path:
+    return _inside(folders.find(face.photograph.parents[1] / "labels" / f"{face.name}.png"))
 
 
-def _read_lapa(face: _Face) -> Tensor:
-    path = _lapa_mask(face)
-    mask = read_mask(path, image_sizes([face.photograph])[0], face.photograph)
-    unknown = mask[mask >= len(HELEN_CLASSES)]
-    if unknown.size:
-        raise ValueError(
-            f"{path} holds {unknown.size} px of the values {np.unique(unknown).tolist()}; LaPa has the classes 0..10"
-        )
+def _read_lapa(face: _Face, folders: Folders) -> Tensor:
+    labels = plain_labels(len(HELEN_CLASSES))
+    labels[IGNORE_INDEX] = UNKNOWN
+    size = image_sizes([face.photograph])[0]
+    advice = "LaPa has the classes 0..10; unpack it again"
+    mask = read_mask((_lapa_mask(face, folders),), size, MaskCode(labels), advice, face.photograph)
     return torch.from_numpy(mask)
 
 
@@ -284,7 +290,7 @@ def _left_is_the_persons(masks: Iterable[Tensor]) -> bool:
 
 
 def _write_face(root: Path, face: _Face, mask: Tensor) -> None:
-    shutil.copyfile(face.photograph, root / "images" / f"{face.name}.jpg")
+    shutil.copyfile(face.photograph, root / "images" / f"{face.name}{face.photograph.suffix}")
     folder = root / "labels" / face.name
     folder.mkdir(parents=True)
     for label in range(len(HELEN_CLASSES)):

@@ -1,48 +1,16 @@
 """Reading the files of a data set, with errors that name the file and say what to do."""
 
+import difflib
 import hashlib
 import os
+import re
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
-import PIL.Image
-
 from rfield.config import counted
 from rfield.data.dataset import IGNORE_INDEX
-from rfield.data.images import load_named, open_named, orientation, turn, turned_size_problem
-
-
-def read_mask(path: Path, size: tuple[int, int], image: Path | None = None) -> npt.NDArray[np.uint8]:
-    """The class indices in a palette or 8-bit grey image, uint8 [H, W].
-
-    Args:
-        path: the file.
-        size: the (height, width) in px that it must have, its image's.
-        image: the image's file, to explain another size by its EXIF orientation.
-
-    Raises:
-        OSError: if the file is not an image or a damaged one.
-        ValueError: if it is of another kind or size.
-    """
-    wanted = "a mask must be a palette image ('P') or 8-bit grey ('L') whose values are class indices"
-    return _read_values(path, size, ("P", "L"), wanted, image)
-
-
-def read_grey(path: Path, size: tuple[int, int], image: Path | None = None) -> npt.NDArray[np.uint8]:
-    """The values of an 8-bit grey image, uint8 [H, W]; arguments and errors as of `read_mask`."""
-    return _read_values(path, size, ("L",), "a map must be 8-bit grey ('L')", image)
-
-
-def check_labels(mask: npt.NDArray[np.uint8], num_classes: int, path: Path, advice: str) -> None:
-    """Raises ValueError where a mask holds a value that is neither a class nor 255; `advice` says what to do."""
-    wrong = mask[(mask >= num_classes) & (mask != IGNORE_INDEX)]
-    if wrong.size:
-        raise ValueError(
-            f"{path} holds {wrong.size} px of the values {np.unique(wrong).tolist()}, but the data set has "
-            f"{counted(num_classes, 'class')}, 0..{num_classes - 1}, and 255 for no label; {advice}"
-        )
+from rfield.data.images import IMAGE_SUFFIXES, image_files
 
 
 def fingerprint_of(root: Path, paths: Sequence[Path], *facts: object) -> str:
@@ -85,18 +53,65 @@ def read_class_names(path: Path, default: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(names)
 
 
-def sample_path(root: Path, folder: str, name: str, suffix: str, listed_in: str) -> Path:
-    """`root/folder/name` with the suffix; the folder itself may be a link to elsewhere, a sample may not.
+class Folders:
+    """Finds files by their names without a suffix; every folder is read once."""
+
+    def __init__(self) -> None:
+        self._names: dict[Path, dict[str, list[str]]] = {}
+
+    def find(self, path: Path) -> Path:
+        """The file, or if there is none the one image there of the same name with another suffix (`.PNG`, `.tif`).
+
+        Returns:
+            `path` itself where there is no such file.
+
+        Raises:
+            ValueError: if there are several.
+        """
+        if path.is_file():
+            return path
+        names = self._stems(path.parent).get(path.stem, [])
+        if len(names) > 1:
+            listed = " and ".join(sorted(names))
+            raise ValueError(f"{path} is missing, and {listed} there have its name; remove all but one of them")
+        return path.with_name(names[0]) if names else path
+
+    def _stems(self, folder: Path) -> dict[str, list[str]]:
+        if folder not in self._names:
+            stems: dict[str, list[str]] = {}
+            for path in image_files(folder) if folder.is_dir() else ():
+                stems.setdefault(path.stem, []).append(path.name)
+            self._names[folder] = stems
+        return self._names[folder]
+
+
+def mask_ending(suffix: str) -> str:
+    """The end of a mask's name, behind that of its image: the suffix, and .png where it has no ending of its own.
+
+    >>> mask_ending("_mask"), mask_ending("_mask.tif")
+    ('_mask.png', '_mask.tif')
+    """
+    return suffix if suffix.lower().endswith(IMAGE_SUFFIXES) else f"{suffix}.png"
+
+
+def sample_path(root: Path, folder: str, name: str, suffix: str, listed_in: str, folders: Folders) -> Path:
+    """`root/folder/name` with the suffix, or with that of another image; see `Folders.find`.
+
+    The folder itself may be a link to elsewhere, a sample may not.
 
     Raises:
         ValueError: if the file would lie elsewhere; names `listed_in`, where the name was read.
     """
     path = root / folder / f"{name}{suffix}"
     # A file right in the folder leaves it as a link alone; following every path takes long.
-    plain = not {"/", os.sep} & {*name} and name not in ("", ".", "..") and not path.is_symlink()
-    if not plain and not lies_in(path, root, root / folder):
-        raise ValueError(f"{listed_in} names {name!r}, a file outside {root}; remove that line")
-    return path
+    plain = not {"/", os.sep} & {*name, *suffix} and name not in ("", ".", "..")
+
+    def inside(path: Path) -> Path:
+        if (not plain or path.is_symlink()) and not lies_in(path, root, root / folder):
+            raise ValueError(f"{listed_in} names {name!r}, a file outside {root}; remove that line")
+        return path
+
+    return inside(folders.find(inside(path)))
 
 
 def lies_in(path: Path, *folders: Path) -> bool:
@@ -108,36 +123,38 @@ def lies_in(path: Path, *folders: Path) -> bool:
         return False
 
 
-def check_files(paths: Sequence[Path], what: str) -> None:
+def near_miss(path: Path) -> str:
+    """What lies where a missing file was looked for and may be meant, in words that go on the error; else nothing."""
+    folder = path.parent
+    if not folder.is_dir():
+        others = [other.name for other in folder.parent.iterdir() if other.is_dir()] if folder.parent.is_dir() else []
+        close = difflib.get_close_matches(folder.name, others, 1)
+        return f" (there is no folder {folder}{f', but one named {close[0]}' if close else ''})"
+    stem = path.stem
+    for other in image_files(folder):
+        if other.name == stem:
+            return f" (there is {stem}: name it without its ending)"
+        if other.stem != stem and _same(other.stem) == _same(stem):
+            return f" (there is {other.name}, whose name is written otherwise: rename it)"
+        before, found, after = other.stem.partition(stem)
+        if found and not before and not after[:1].isalnum():
+            return f" (there is {other.name}: if that is the mask, give `mask_suffix: {after}` in a data config)"
+        if found and not after and not before[-1:].isalnum():
+            return f" (there is {other.name}: if that is meant, rename it)"
+    return ""
+
+
+def _same(name: str) -> str:
+    """A name without what is easily written in another way: case, Unicode form, leading zeros, kinds of gaps."""
+    plain = unicodedata.normalize("NFC", name).casefold()
+    return re.sub(r"(?<!\d)0+(?=\d)", "", re.sub(r"[-_\s]+", "_", plain))
+
+
+def check_files(
+    paths: Sequence[Path], what: str, kind: str = "files", fix: str = "add the file or remove its line from the list"
+) -> None:
     """Raises FileNotFoundError for the first that is missing; `what` says whose files they are."""
     missing = [path for path in paths if not path.is_file()]
     if missing:
-        raise FileNotFoundError(
-            f"{missing[0]} is missing ({len(missing)} of the {len(paths)} files of {what}); "
-            "add the file or remove its line from the list"
-        )
-
-
-def has_few_bits(image: PIL.Image.Image) -> bool:
-    """Whether it is grey of 1, 2 or 4 bits, whose values Pillow spreads over 0..255, other classes than meant."""
-    return image.mode == "L" and image.format == "PNG" and any(tile[3] != "L" for tile in getattr(image, "tile", []))
-
-
-def _read_values(
-    path: Path, size: tuple[int, int], modes: tuple[str, ...], wanted: str, image: Path | None
-) -> npt.NDArray[np.uint8]:
-    with open_named(path) as file:
-        few_bits = has_few_bits(file)
-        if file.mode not in modes or few_bits:
-            raise ValueError(
-                f"{path} is of Pillow mode {file.mode!r}{' with less than 8 bits' if few_bits else ''}; {wanted}"
-            )
-        load_named(file, path)
-        values: npt.NDArray[np.uint8] = turn(np.asarray(file), orientation(file, path))
-    if values.shape != size:
-        fix = None if image is None else turned_size_problem(image, values.shape, size)
-        raise ValueError(
-            f"{path} is {values.shape[0]}x{values.shape[1]} px (height x width) but its image is {size[0]}x{size[1]}"
-            f"{fix or '; both must have one size'}"
-        )
-    return values
+        found = f"({len(missing)} of the {len(paths)} {kind} of {what}){near_miss(missing[0])}"
+        raise FileNotFoundError(f"{missing[0]} is missing {found}; {fix}")

@@ -1,28 +1,32 @@
 """A plain folder of images and masks, the layout to bring one's own data in."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-from torchvision.tv_tensors import Image, Mask
+from rfield.data.files import mask_ending, near_miss, read_class_names
+from rfield.data.images import IMAGE_SUFFIXES, image_files
+from rfield.data.listed import ListedDataset
+from rfield.data.listing import Entry, Listing, MaskOptions, Refuse, entries_inside, make_listing, raise_error
+from rfield.data.masks import MaskCode, plain_labels
 
-from rfield.data.dataset import ParsingDataset, voc_palette
-from rfield.data.files import check_labels, fingerprint_of, read_class_names, read_mask
-from rfield.data.images import image_sizes, palette_of, read_image
-from rfield.data.listing import Entry, Listing, Refuse, entries_inside, plain_labels, raise_error
-
-_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+_IMAGES = ("images", "image", "imgs", "img")
+_MASKS = ("masks", "mask", "labels", "label", "annotations", "gt")
+_SUFFIXES = ("", "_mask")
 
 
-class FolderDataset(ParsingDataset):
-    """Pairs of `SPLIT/images/NAME.jpg` (or .jpeg, .png) and `SPLIT/masks/NAME.png`.
+class FolderDataset(ListedDataset):
+    """Pairs of `SPLIT/images/NAME.jpg` and `SPLIT/masks/NAME.png` (or other image files, or `NAME_mask.png`).
 
     A mask is a palette image or 8-bit grey; its values are the lines of `classes.txt`, counted from 0, and 255 where
-    there is no label. A palette in the first mask gives the colours. Files of other kinds in `images` are left out.
+    there is no label. A palette in the first mask gives the colours. Files that are no images by name are left out.
+    The folders may also be `images/SPLIT` and `masks/SPLIT`, or `SPLIT` and `SPLIT_masks`; `labels`, `annotations` and
+    `gt` do for `masks`; and masks may lie among their images as `NAME_mask.png`.
 
     Args:
         root: the folder that holds `classes.txt` (one class a line) and the splits.
         split: a folder in it: "train", "val", "test" or another.
+        options: what a data config says of the masks; with `colours` there need be no `classes.txt`.
 
     Raises:
         FileNotFoundError: if the root, `classes.txt`, the split, the image of a mask or the mask of an image is
@@ -48,85 +52,145 @@ class FolderDataset(ParsingDataset):
         >>> scratch.cleanup()
     """
 
-    def __init__(self, root: str | os.PathLike[str], split: str = "train") -> None:
-        self.root = Path(root)
-        listing = list_folder(self.root, split)
-        self.class_names, self.advice = listing.class_names, listing.advice
-        self.ids = [entry.name for entry in listing.entries]
-        self.image_paths = [entry.image for entry in listing.entries]
-        self.mask_paths = [entry.masks[0] for entry in listing.entries]
-        own = palette_of(self.mask_paths)
-        self.palette = own + voc_palette()[len(own) :]
-
-    def __getitem__(self, index: int) -> tuple[Image, Mask]:
-        image = read_image(self.image_paths[index])
-        path = self.mask_paths[index]
-        mask = read_mask(path, (image.shape[1], image.shape[2]), self.image_paths[index])
-        check_labels(mask, self.num_classes, path, self.advice)
-        return image, Mask(torch.from_numpy(mask))
-
-    def fingerprint(self) -> str:
-        """A hexadecimal hash of the class names, and every file's name, size and time of change."""
-        return fingerprint_of(self.root, [*self.image_paths, *self.mask_paths], "folder", self.class_names)
-
-    def sizes(self) -> list[tuple[int, int]]:
-        """The (height, width) in px of every image, read from the files' headers.
-
-        Raises:
-            OSError: if a file is not an image; the message names it.
-        """
-        return image_sizes(self.image_paths)
+    def __init__(self, root: str | os.PathLike[str], split: str = "train", options: MaskOptions | None = None) -> None:
+        super().__init__(root, list_folder(Path(root), split, options or MaskOptions()))
 
 
-def list_folder(root: Path, split: str, refuse: Refuse = raise_error) -> Listing:
-    """The photographs in the folders of a split; one without a mask and what else does not fit goes to `refuse`.
+def list_folder(root: Path, split: str, options: MaskOptions, refuse: Refuse = raise_error) -> Listing:
+    """The images in the folders of a split; one without a mask and what else does not fit goes to `refuse`.
 
     Raises:
         FileNotFoundError: if the root, `classes.txt` or the split is missing.
-        ValueError: if `classes.txt` does not fit, or there is no photograph.
+        ValueError: if `classes.txt` or the options do not fit, or there is no image.
     """
     if not root.is_dir():
         raise FileNotFoundError(f"{root} is not a folder; name the one that holds classes.txt and train")
     classes = root / "classes.txt"
-    if not classes.is_file():
-        raise FileNotFoundError(f"{classes} is missing; it must name the classes, one a line, from mask value 0 on")
-    class_names = read_class_names(classes, ())
-    splits = sorted(path.parent.name for path in root.glob("*/images"))
-    if split not in splits:
+    own_names = classes if classes.is_file() else None
+    if own_names is None and options.colours is None:
+        first = int(options.reduce_zero_label)
         raise FileNotFoundError(
-            f"there is no folder {split}/images in {root}; there are the splits: {', '.join(splits) or 'none'}"
+            f"{classes} is missing; it must name the classes, one a line, from mask value {first} on"
         )
-    images, masks = root / split / "images", root / split / "masks"
-    photographs: dict[str, Path] = {}
-    for path in sorted(path for path in images.iterdir() if path.suffix.lower() in _IMAGE_SUFFIXES):
-        other = photographs.setdefault(path.stem, path)
+    class_names = read_class_names(classes, ())
+    images, masks = _folders(root, split)
+    suffixes = _SUFFIXES if options.mask_suffix is None else (options.mask_suffix,)
+    image_paths, mask_paths = image_files(images), image_files(masks)
+    if images == masks:  # masks among their images
+        mask_paths = [path for path in image_paths if _is_mask(path, suffixes)]
+        image_paths = [path for path in image_paths if not _is_mask(path, suffixes)]
+    own_images: dict[str, Path] = {}
+    for path in image_paths:
+        other = own_images.setdefault(path.stem, path)
         if other != path:
             refuse(path, ValueError(f"{other} and {path} would have one mask; rename or remove one of them"))
-    own = {path.stem: path for path in masks.glob("*.png")}
-    _refuse_single(photographs, own, images, masks, refuse)
-    if not photographs:
-        raise ValueError(f"{images} holds no image ({', '.join(_IMAGE_SUFFIXES)})")
+    own = _masks_of(own_images, mask_paths, suffixes, refuse)
+    _refuse_single(own_images, own, mask_paths, masks, images, suffixes[0], refuse)
+    if not own_images:
+        raise ValueError(f"{images} holds no image ({', '.join(IMAGE_SUFFIXES)})")
 
-    pairs = [Entry(name, image, (own[name],)) for name, image in photographs.items() if name in own]
+    pairs = [Entry(name, image, (own[name],)) for name, image in own_images.items() if name in own]
     advice = f"correct the mask or name all classes, one a line, in {classes}"
-    return Listing(class_names, plain_labels(len(class_names)), entries_inside(pairs, root, refuse), advice)
+    code = MaskCode(plain_labels(len(class_names)))
+    return make_listing(class_names, code, entries_inside(pairs, root, refuse), advice, options, own_names)
+
+
+def splits_of(root: Path) -> dict[str, tuple[Path, list[Path]]]:
+    """The folder of images of each split, and those that may hold its masks."""
+    found: dict[str, tuple[Path, list[Path]]] = {}
+    folders = _subfolders(root)
+    for folder in folders:
+        images = _named(folder, _IMAGES)
+        if images:
+            found[folder.name] = (images[0], _named(folder, _MASKS))
+    for shared in _named(root, _IMAGES):
+        for folder in _subfolders(shared):
+            masks = [other / folder.name for other in _named(root, _MASKS)]
+            found.setdefault(folder.name, (folder, [path for path in masks if path.is_dir()]))
+    for folder in folders:
+        ends = {f"{folder.name}{mark}{name}".lower() for name in (*_MASKS, "annot") for mark in ("_", "-", "")}
+        masks = [other for other in folders if other.name.lower() in ends]
+        if masks or any(_is_mask(path, _SUFFIXES) for path in image_files(folder)):
+            found.setdefault(folder.name, (folder, masks))
+    return found
+
+
+def _folders(root: Path, split: str) -> tuple[Path, Path]:
+    """The folders of a split's images and masks, which are one where masks lie among their images."""
+    found = splits_of(root)
+    if split not in found:
+        raise FileNotFoundError(
+            f"there is no folder {split}/images in {root}; there are the splits: {', '.join(sorted(found)) or 'none'}"
+        )
+    images, masks = found[split]
+    if len(masks) > 1 and masks[0].name.lower() != _MASKS[0]:
+        names = " or ".join(map(str, masks))
+        raise ValueError(f"the masks of {images} may lie in {names}; rename the folder that holds them to {_MASKS[0]}")
+    return images, masks[0] if masks else images
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
+def _named(folder: Path, names: Sequence[str]) -> list[Path]:
+    """The subfolders of these names, in any case, in the order of the names."""
+    own = {path.name.lower(): path for path in _subfolders(folder)}
+    return [own[name] for name in names if name in own]
+
+
+def _is_mask(path: Path, suffixes: Sequence[str]) -> bool:
+    """Whether a file among images has the name of a mask."""
+    return any(path.stem.endswith(Path(mask_ending(suffix)).stem) for suffix in suffixes if suffix)
+
+
+def _masks_of(
+    images: dict[str, Path], mask_paths: Sequence[Path], suffixes: Sequence[str], refuse: Refuse
+) -> dict[str, Path]:
+    """The mask of each image, by the image's name: of the first suffix that has one."""
+    by_stem: dict[str, list[Path]] = {}
+    for path in mask_paths:
+        by_stem.setdefault(path.stem, []).append(path)
+    own: dict[str, Path] = {}
+    taken: set[Path] = set()
+    for ending in map(mask_ending, suffixes):
+        for name in images:
+            paths = [path for path in by_stem.get(Path(f"{name}{ending}").stem, []) if path not in taken]
+            paths = [path for path in paths if path.name == f"{name}{ending}"] or paths
+            if name in own or not paths:
+                continue
+            if len(paths) > 1:
+                text = f"{paths[0]} and {paths[1]} may be the mask of {images[name]}; remove all but one of them"
+                refuse(paths[0], ValueError(text))
+            own[name] = paths[0]
+            taken |= set(by_stem[paths[0].stem])
+    return own
 
 
 def _refuse_single(
-    photographs: dict[str, Path], own: dict[str, Path], images: Path, masks: Path, refuse: Refuse
+    images: dict[str, Path],
+    own: dict[str, Path],
+    mask_paths: Sequence[Path],
+    masks: Path,
+    folder: Path,
+    suffix: str,
+    refuse: Refuse,
 ) -> None:
-    """Photographs without a mask and masks without a photograph."""
-    without_mask = [path for name, path in photographs.items() if name not in own]
-    for path in without_mask:
+    """Images without a mask and masks without an image."""
+    without_mask = [name for name in images if name not in own]
+    for name in without_mask:
+        path = masks / f"{name}{mask_ending(suffix)}"
         error = FileNotFoundError(
-            f"{masks / path.stem}.png is missing, the mask of {path} "
-            f"({len(without_mask)} of {len(photographs)} images have none); add the mask or remove the image"
+            f"{path} is missing, the mask of {images[name]} ({len(without_mask)} of {len(images)} images have none)"
+            f"{near_miss(path)}; add the mask or remove the image"
         )
-        refuse(masks / f"{path.stem}.png", error)
-    without_image = sorted(path for name, path in own.items() if name not in photographs)
+        refuse(path, error)
+    stems = {path.stem for path in own.values()}
+    without_image = [path for path in mask_paths if path.stem not in stems]
     for path in without_image:
         error = FileNotFoundError(
-            f"{path} is the mask of no image in {images} ({len(without_image)} of {len(own)} "
-            f"masks have none of {', '.join(_IMAGE_SUFFIXES)}); add the image or remove the mask"
+            f"{path} is the mask of no image in {folder} ({len(without_image)} of {len(mask_paths)} "
+            f"masks have none of {', '.join(IMAGE_SUFFIXES)}){near_miss(folder / path.name)}; add the image or remove "
+            "the mask"
         )
         refuse(path, error)

@@ -1,23 +1,12 @@
 """Faces in the layout of the Helen face-parsing data set: one map for each class of each photograph."""
 
 import os
-from functools import partial
 from pathlib import Path
 
-import numpy as np
-import torch
-from torchvision.tv_tensors import Image, Mask
-
-from rfield.data.dataset import ParsingDataset, voc_palette
-from rfield.data.files import (
-    check_files,
-    fingerprint_of,
-    read_grey,
-    read_lines,
-    sample_path,
-)
-from rfield.data.images import image_sizes, read_image
-from rfield.data.listing import Entry, Listing, Refuse, list_entries, plain_labels, raise_error
+from rfield.data.files import Folders, check_files, read_lines, sample_path
+from rfield.data.listed import ListedDataset
+from rfield.data.listing import Entry, Listing, MaskOptions, Refuse, list_entries, make_listing, raise_error
+from rfield.data.masks import MaskCode, plain_labels
 
 HELEN_CLASSES = (
     "background",
@@ -33,6 +22,7 @@ HELEN_CLASSES = (
     "hair",
 )
 
+HELEN_MIRRORED = (("left brow", "right brow"), ("left eye", "right eye"))
 HELEN_LISTS = {"train": "exemplars.txt", "val": "tuning.txt", "test": "testing.txt"}
 _COLOURS = [
     (0, 0, 0),
@@ -49,7 +39,7 @@ _COLOURS = [
 ]
 
 
-class HelenDataset(ParsingDataset):
+class HelenDataset(ListedDataset):
     """Faces with 11 classes in the layout of Helen face parsing (Smith et al., CVPR 2013).
 
     The list of a split, `exemplars.txt` for train, `tuning.txt` for val and `testing.txt` for test, has the lines
@@ -61,6 +51,7 @@ class HelenDataset(ParsingDataset):
     Args:
         root: the folder that holds `images`, `labels` and the lists.
         split: "train", "val" or "test".
+        options: what a data config says of the maps.
 
     Raises:
         FileNotFoundError: if the root, the list, a photograph or a map is missing.
@@ -90,41 +81,19 @@ class HelenDataset(ParsingDataset):
     class_names = HELEN_CLASSES
     mirrored_classes = ((2, 3), (4, 5))
 
-    def __init__(self, root: str | os.PathLike[str], split: str = "train") -> None:
-        self.root = Path(root)
-        listing = list_helen(self.root, split)
-        self._files = listing.files
-        check_files(self._files, f"the split {split!r}")
-        self.ids = [entry.name for entry in listing.entries]
-        self.image_paths = [entry.image for entry in listing.entries]
+    def __init__(self, root: str | os.PathLike[str], split: str = "train", options: MaskOptions | None = None) -> None:
+        listing = list_helen(Path(root), split, options or MaskOptions())
+        check_files(listing.files, f"the split {split!r}")
         self.map_paths = [entry.masks for entry in listing.entries]
-        self.palette = _COLOURS + voc_palette()[len(_COLOURS) :]
-
-    def __getitem__(self, index: int) -> tuple[Image, Mask]:
-        image = read_image(self.image_paths[index])
-        size = (image.shape[1], image.shape[2])
-        maps = np.stack([read_grey(path, size, self.image_paths[index]) for path in self.map_paths[index]])
-        return image, Mask(torch.from_numpy(maps.argmax(0).astype(np.uint8)))
-
-    def fingerprint(self) -> str:
-        """A hexadecimal hash of every file's name, size and time of change."""
-        return fingerprint_of(self.root, self._files, "Helen")
-
-    def sizes(self) -> list[tuple[int, int]]:
-        """The (height, width) in px of every photograph, read from the files' headers.
-
-        Raises:
-            OSError: if a file is not an image; the message names it.
-        """
-        return image_sizes(self.image_paths)
+        super().__init__(root, listing, [_COLOURS[HELEN_CLASSES.index(name)] for name in listing.class_names])
 
 
-def list_helen(root: Path, split: str, refuse: Refuse = raise_error) -> Listing:
+def list_helen(root: Path, split: str, options: MaskOptions, refuse: Refuse = raise_error) -> Listing:
     """What the list of a split names; a line that is not understood or leaves the root goes to `refuse`.
 
     Raises:
         FileNotFoundError: if the root or the list is missing.
-        ValueError: if the split has another name, or the list is empty or not text.
+        ValueError: if the split has another name, the list is empty or not text, or the options do not fit.
     """
     if split not in HELEN_LISTS:
         raise ValueError(f"Helen has no split {split!r}; it has {', '.join(HELEN_LISTS)}")
@@ -142,12 +111,14 @@ def list_helen(root: Path, split: str, refuse: Refuse = raise_error) -> Listing:
         name = name.strip()
         if not comma or not name:
             raise ValueError(f"{source} has the line {line!r}; a line reads `number , ID`")
-        path = partial(sample_path, root, "labels", f"{name}/{Path(name).name}", listed_in=str(source))
-        first = path("_lbl00.png")
-        maps = [first.with_name(f"{first.name[:-6]}{label:02d}.png") for label in range(len(HELEN_CLASSES))]
-        # The others lie in the folder where the first does, unless they are links.
-        maps = [path(other.name[-10:]) if other.is_symlink() else other for other in maps]
-        return Entry(name, sample_path(root, "images", name, ".jpg", str(source)), tuple(maps))
+        image = sample_path(root, "images", name, ".jpg", str(source), folders)
+        stem = f"{name}/{Path(name).name}{'_lbl' if options.mask_suffix is None else options.mask_suffix}"
+        endings = (f"{label:02d}.png" for label in range(len(HELEN_CLASSES)))
+        return Entry(
+            name, image, tuple(sample_path(root, "labels", stem, end, str(source), folders) for end in endings)
+        )
 
+    folders = Folders()
     entries = list_entries(lines, make, source, refuse)
-    return Listing(HELEN_CLASSES, plain_labels(len(HELEN_CLASSES)), entries, maps=True)
+    code = MaskCode(plain_labels(len(HELEN_CLASSES)), maps=True)
+    return make_listing(HELEN_CLASSES, code, entries, "", options, None, HELEN_MIRRORED)

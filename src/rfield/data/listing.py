@@ -1,17 +1,18 @@
 """What a data set's lists and folders name: read once for the loaders, which refuse, and the check, which goes on."""
 
-from collections.abc import Callable, Iterable
+import dataclasses
+import difflib
+import re
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-import numpy.typing as npt
 
 from rfield.data.dataset import IGNORE_INDEX
 from rfield.data.files import lies_in
-
-UNKNOWN = -1
+from rfield.data.masks import UNKNOWN, Colour, MaskCode
 
 Refuse = Callable[[Path, Exception], None]
 T = TypeVar("T")
@@ -19,11 +20,30 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Entry:
-    """The files of one sample: a photograph and its mask, or the maps of its classes."""
+    """The files of one sample: an image and its mask, or the maps of its classes."""
 
     name: str
     image: Path
     masks: tuple[Path, ...]
+
+
+@dataclass(frozen=True)
+class MaskOptions:
+    """What a data config says of its masks.
+
+    Attributes:
+        ignore: values of the masks that have no label; colours where `colours` is set.
+        reduce_zero_label: 0 has no label, and the first class has the value 1.
+        colours: the colours of each class, by its name, where masks hold colours.
+        mask_suffix: what the name of a mask has behind that of its image.
+        mirrored: pairs of classes that a mirrored image exchanges; None for the format's own.
+    """
+
+    ignore: tuple[int | Colour, ...] = ()
+    reduce_zero_label: bool = False
+    colours: dict[str, tuple[Colour, ...]] | None = None
+    mask_suffix: str | None = None
+    mirrored: tuple[tuple[str, str], ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -32,23 +52,129 @@ class Listing:
 
     Attributes:
         class_names: the classes' names.
-        labels: int16 [256], the class that each value of a mask stands for; 255 for no label, -1 where the value
-            has no business in a mask.
+        code: what the values of the masks stand for.
         entries: the samples.
         advice: what to do about values that have no business in a mask.
-        maps: whether the masks are maps of one class each, the surest of which is the label, and `labels` is unused.
+        mirrored_classes: pairs of classes that a mirrored image exchanges.
     """
 
     class_names: tuple[str, ...]
-    labels: npt.NDArray[np.int16]
+    code: MaskCode
     entries: list[Entry]
     advice: str = ""
-    maps: bool = False
+    mirrored_classes: tuple[tuple[int, int], ...] = ()
 
     @property
     def files(self) -> list[Path]:
-        """The photographs, then the masks or maps."""
+        """The images, then the masks or maps."""
         return [*(entry.image for entry in self.entries), *(path for entry in self.entries for path in entry.masks)]
+
+
+def make_listing(
+    class_names: tuple[str, ...],
+    code: MaskCode,
+    entries: list[Entry],
+    advice: str,
+    options: MaskOptions,
+    own_names: Path | None,
+    mirrored: tuple[tuple[str, str], ...] = (),
+) -> Listing:
+    """A listing with the options of a data config.
+
+    Args:
+        class_names: of the format or the data set.
+        code: what values stand for without options.
+        entries: the samples.
+        advice: what to do about values that no class has.
+        options: of the data config.
+        own_names: the file that names the classes; None where the names are the format's.
+        mirrored: the format's own pairs, by name.
+
+    Raises:
+        ValueError: if the options do not fit the classes.
+    """
+    if options.colours is not None:
+        class_names, code = _in_colours(class_names, options, own_names, code.maps)
+        advice = "correct the mask, or name the colour in the data config, under `colours` or `ignore`"
+    else:
+        labels = code.labels.copy()
+        if options.reduce_zero_label:
+            labels[1:IGNORE_INDEX] = code.labels[: IGNORE_INDEX - 1]
+            labels[0] = IGNORE_INDEX
+            if own_names is None and class_names[0] == "background":
+                class_names = class_names[1:]
+        labels[(labels >= len(class_names)) & (labels != IGNORE_INDEX)] = UNKNOWN
+        labels[[value for value in options.ignore if isinstance(value, int)]] = IGNORE_INDEX
+        code = dataclasses.replace(code, labels=labels)
+    if options.mirrored is None:
+        mirrored = tuple(pair for pair in mirrored if set(pair) <= set(class_names))
+    else:
+        mirrored = options.mirrored
+    return Listing(class_names, code, entries, advice, _indices(mirrored, class_names))
+
+
+def _in_colours(
+    class_names: tuple[str, ...], options: MaskOptions, own_names: Path | None, maps: bool
+) -> tuple[tuple[str, ...], MaskCode]:
+    """The classes of masks that hold colours: those of classes.txt, else of the config, in its order."""
+    colours = options.colours or {}
+    if maps:
+        raise ValueError("colours do not fit this format, whose masks are grey maps of one class each; leave them out")
+    if own_names is None:
+        class_names = tuple(colours)
+    elif set(colours) != set(class_names):
+        missing = [name for name in class_names if name not in colours]
+        extra = [name for name in colours if name not in class_names]
+        lacks = f"colours lacks {', '.join(missing)}" if missing else f"colours has {', '.join(extra)}"
+        raise ValueError(f"{lacks}, but {own_names} names the classes; give a colour to each of them and to no other")
+    table: dict[Colour, int] = {}
+    named = [(class_names.index(name), colour) for name, own in colours.items() for colour in own]
+    ignored = [(IGNORE_INDEX, colour) for colour in options.ignore if not isinstance(colour, int)]
+    for label, colour in named + ignored:
+        if table.setdefault(colour, label) != label:
+            raise ValueError(f"the colour {list(colour)} stands twice among colours and ignore; give it to one of them")
+    return class_names, MaskCode(np.full(256, UNKNOWN, np.int16), table)
+
+
+def _indices(pairs: Iterable[tuple[str, str]], class_names: tuple[str, ...]) -> tuple[tuple[int, int], ...]:
+    for name in (name for pair in pairs for name in pair):
+        if name not in class_names:
+            close = difflib.get_close_matches(name, class_names, 1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"mirrored names {name!r}, but the classes are {', '.join(class_names)}{hint}")
+    return tuple((class_names.index(one), class_names.index(other)) for one, other in pairs)
+
+
+def unlisted_pairs(class_names: Sequence[str], listed: Iterable[tuple[int, int]]) -> list[tuple[str, str]]:
+    """Pairs of classes whose names say left and right (or l and r), of which none is in a listed pair.
+
+    >>> unlisted_pairs(["left_hand", "right_hand", "EyeL", "EyeR", "road"], [])
+    [('left_hand', 'right_hand'), ('EyeL', 'EyeR')]
+    """
+    known = {index for pair in listed for index in pair}
+    free = {_sided(name, swap=False): name for index, name in enumerate(class_names) if index not in known}
+    pairs = []
+    for plain, name in free.items():
+        other = free.get(_sided(name, swap=True))
+        if other is not None and _sided(name, swap=True) != plain and (other, name) not in pairs:
+            pairs.append((name, other))
+    return pairs
+
+
+def _sided(name: str, swap: bool) -> tuple[str, ...]:
+    """The words of a name in lower case, with left for right and right for left if `swap` is set."""
+    words = re.findall(r"[^\W\d_]+|\d+", re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", " ", name))
+    lower = [word.lower() for word in words]
+    return tuple(_other_side(word) for word in lower) if swap else tuple(lower)
+
+
+def _other_side(word: str) -> str:
+    for one, other in (("left", "right"), ("right", "left")):
+        if word.startswith(one):
+            return other + word.removeprefix(one)
+        if word.endswith(one):
+            return word.removesuffix(one) + other
+    return {"l": "r", "r": "l", "lt": "rt", "rt": "lt"}.get(word, word)
 
 
 def raise_error(path: Path, error: Exception) -> None:
@@ -82,15 +208,3 @@ def entries_inside(entries: Iterable[Entry], root: Path, refuse: Refuse) -> list
 
 def _folders_between(root: Path, path: Path) -> list[Path]:
     return [folder for folder in path.parents if folder.is_relative_to(root)]
-
-
-def plain_labels(num_classes: int, void: int | None = None) -> npt.NDArray[np.int16]:
-    """`Listing.labels` of masks that hold class indices, 255, and `void` where there is another value for no label.
-
-    >>> plain_labels(3, void=3)[[0, 2, 3, 4, 255]].tolist()
-    [0, 2, 255, -1, 255]
-    """
-    labels = np.full(256, UNKNOWN, np.int16)
-    labels[:num_classes] = range(num_classes)
-    labels[[IGNORE_INDEX] if void is None else [void, IGNORE_INDEX]] = IGNORE_INDEX
-    return labels

@@ -10,23 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import PIL.Image
-import torch
 from scipy.io import loadmat
 from torchvision.datasets import SBDataset, VOCSegmentation
-from torchvision.tv_tensors import Image, Mask
 
-from rfield.data.dataset import ParsingDataset, voc_palette
-from rfield.data.files import (
-    check_files,
-    check_labels,
-    fingerprint_of,
-    read_class_names,
-    read_lines,
-    read_mask,
-    sample_path,
-)
-from rfield.data.images import image_sizes, palette_of, read_image
-from rfield.data.listing import Entry, Listing, Refuse, list_entries, plain_labels, raise_error
+from rfield.data.dataset import voc_palette
+from rfield.data.files import Folders, check_files, mask_ending, read_class_names, read_lines, sample_path
+from rfield.data.listed import ListedDataset
+from rfield.data.listing import Entry, Listing, MaskOptions, Refuse, list_entries, make_listing, raise_error
+from rfield.data.masks import MaskCode, plain_labels
 
 VOC_CLASSES = (
     "background",
@@ -53,7 +44,7 @@ VOC_CLASSES = (
 )
 
 
-class VOCDataset(ParsingDataset):
+class VOCDataset(ListedDataset):
     """Photographs and masks of any folder in the layout of a PASCAL VOC devkit.
 
     The list `ImageSets/Segmentation/SPLIT.txt` names the samples, `JPEGImages/ID.jpg` is a photograph and
@@ -64,6 +55,7 @@ class VOCDataset(ParsingDataset):
     Args:
         root: the folder that holds `JPEGImages`.
         split: the name of a list, without ".txt".
+        options: what a data config says of the masks.
 
     Raises:
         FileNotFoundError: if the root, the list, an image or a mask is missing.
@@ -87,60 +79,40 @@ class VOCDataset(ParsingDataset):
         >>> scratch.cleanup()
     """
 
-    def __init__(self, root: str | os.PathLike[str], split: str = "train") -> None:
-        self.root = Path(root)
+    def __init__(self, root: str | os.PathLike[str], split: str = "train", options: MaskOptions | None = None) -> None:
+        listing = list_voc(Path(root), split, options or MaskOptions())
+        images, masks = [entry.image for entry in listing.entries], [entry.masks[0] for entry in listing.entries]
+        for paths in (images, masks):
+            check_files(paths, f"the split {split!r} in {paths[0].relative_to(root).parts[0]}")
+        super().__init__(root, listing)
         self.split = split
-        listing = list_voc(self.root, split)
-        self.class_names, self.advice = listing.class_names, listing.advice
-        self.ids = [entry.name for entry in listing.entries]
-        self.image_paths = [entry.image for entry in listing.entries]
-        self.mask_paths = [entry.masks[0] for entry in listing.entries]
-        for paths in (self.image_paths, self.mask_paths):
-            check_files(paths, f"the split {split!r} in {paths[0].relative_to(self.root).parts[0]}")
-        own = palette_of(self.mask_paths)
-        self.palette = own + voc_palette()[len(own) :]
-
-    def __getitem__(self, index: int) -> tuple[Image, Mask]:
-        image = read_image(self.image_paths[index])
-        path = self.mask_paths[index]
-        mask = read_mask(path, (image.shape[1], image.shape[2]), self.image_paths[index])
-        check_labels(mask, self.num_classes, path, self.advice)
-        return image, Mask(torch.from_numpy(mask))
-
-    def fingerprint(self) -> str:
-        """A hexadecimal hash of the list, the class names, and every file's name, size and time of change."""
-        return fingerprint_of(self.root, [*self.image_paths, *self.mask_paths], self.ids, self.class_names)
-
-    def sizes(self) -> list[tuple[int, int]]:
-        """The (height, width) in px of every image, read from the files' headers.
-
-        Raises:
-            OSError: if a file is not an image; the message names it.
-        """
-        return image_sizes(self.image_paths)
 
 
-def list_voc(root: Path, split: str, refuse: Refuse = raise_error) -> Listing:
+def list_voc(root: Path, split: str, options: MaskOptions, refuse: Refuse = raise_error) -> Listing:
     """What the list of a split names; a line that leaves the root goes to `refuse`.
 
     Raises:
         FileNotFoundError: if the root or the list is missing.
-        ValueError: if the list is empty or not text, or `classes.txt` does not fit.
+        ValueError: if the list is empty or not text, or `classes.txt` or the options do not fit.
     """
     if not root.is_dir():
         raise FileNotFoundError(f"{root} is not a folder; name the one that holds JPEGImages and SegmentationClass")
-    class_names = read_class_names(root / "classes.txt", VOC_CLASSES)
+    classes = root / "classes.txt"
+    class_names = read_class_names(classes, VOC_CLASSES)
     masks = "SegmentationClassAug" if split == "train_aug" else "SegmentationClass"
+    folders = Folders()
 
     def make(name: str) -> Entry:
         listed_in = f"the list of the split {split!r}"
-        image = sample_path(root, "JPEGImages", name, ".jpg", listed_in)
-        return Entry(name, image, (sample_path(root, masks, name, ".png", listed_in),))
+        image = sample_path(root, "JPEGImages", name, ".jpg", listed_in, folders)
+        ending = mask_ending(options.mask_suffix or "")
+        return Entry(name, image, (sample_path(root, masks, name, ending, listed_in, folders),))
 
     source = root / "ImageSets" / "Segmentation" / f"{split}.txt"
     entries = list_entries(_read_list(root, split), make, source, refuse)
-    advice = f"correct the mask or name all classes, one a line, in {root / 'classes.txt'}"
-    return Listing(class_names, plain_labels(len(class_names)), entries, advice)
+    advice = f"correct the mask or name all classes, one a line, in {classes}"
+    own_names = classes if classes.is_file() else None
+    return make_listing(class_names, MaskCode(plain_labels(len(class_names))), entries, advice, options, own_names)
 
 
 def download_voc2012(root: str | os.PathLike[str], augmented: bool = False) -> Path:
@@ -228,12 +200,12 @@ def convert_sbd(sbd_root: str | os.PathLike[str], voc_root: str | os.PathLike[st
     names = {*read_lines(sbd_root / "train.txt"), *read_lines(sbd_root / "val.txt")}
     names = (names | set(_read_list(voc_root, "train"))) - set(_read_list(voc_root, "val"))
     palette = [level for colour in voc_palette() for level in colour]
-    target = voc_root / "SegmentationClassAug"
+    target, folders = voc_root / "SegmentationClassAug", Folders()
     with tempfile.TemporaryDirectory(dir=voc_root, prefix=".SegmentationClassAug") as scratch:
         made = Path(scratch) / target.name
         made.mkdir()
         for name in names:
-            own = sample_path(voc_root, "SegmentationClass", name, ".png", "a list of VOC or SBD")
+            own = sample_path(voc_root, "SegmentationClass", name, ".png", "a list of VOC or SBD", folders)
             if own.is_file():
                 shutil.copyfile(own, made / own.name)
             else:

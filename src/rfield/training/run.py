@@ -264,16 +264,20 @@ def _open_data(config: TrainConfig) -> tuple[TrainConfig, ParsingDataset, Parsin
     """The resolved config, the training and the validation split."""
     train_set = load_dataset(config.data, config.train_split)
     val_set = load_dataset(config.data, config.val_split)
+    splits = list(dict.fromkeys((config.train_split, config.val_split)))
+    first_does(lambda: _check_data(config, splits))
     if config.skip_bad:
         train_set, val_set = SkippingDataset(train_set), SkippingDataset(val_set, labelled=False)
-    else:
-        splits = list(dict.fromkeys((config.train_split, config.val_split)))
-        first_does(lambda: refuse_bad_data(config.data, splits))
     config = config.resolved()
     config = dataclasses.replace(config, weights=config.weights or default_weights(config.model))
     if config.freeze_backbone:
         config = dataclasses.replace(config, canvas=config.canvas or _canvas([train_set, val_set]))
     return config, train_set, val_set
+
+
+def _check_data(config: TrainConfig, splits: list[str]) -> None:
+    for warning in refuse_bad_data(config.data, splits, config.flip, config.skip_bad):
+        print(f"warning: {warning}", file=sys.stderr)
 
 
 def _tell_of_random_weights(config: TrainConfig) -> None:
