@@ -52,9 +52,10 @@ def test_void_weighs_one_even_if_a_class_set_is_large() -> None:
 
 
 def test_is_the_identity_in_eval_mode_and_without_a_mask() -> None:
-    layer, input = WeightedGradient([0], 5.0), torch.zeros(1, 1, 2, 2)
-    assert layer(input) is input
-    assert layer.eval()(input, torch.zeros(1, 2, 2, dtype=torch.long)) is input
+    layer, input = WeightedGradient([0], 5.0), torch.rand(1, 1, 2, 2, requires_grad=True)
+    for output in (layer(input), layer.eval()(input, torch.zeros(1, 2, 2, dtype=torch.long))):
+        assert torch.equal(output, input)
+        assert torch.autograd.grad(output.sum(), input)[0].eq(1).all()
 
 
 def test_under_autocast_and_in_low_precision() -> None:

@@ -101,12 +101,6 @@ class TestGradients:
             central = (loss(real + step) - loss(real - step)) / (2 * step)
         torch.testing.assert_close(gradient[0], central, rtol=1e-5, atol=1e-6)
 
-    def test_output_may_be_changed_in_place(self) -> None:
-        input = random_tensor(1, 2, 6, 5).contiguous(memory_format=torch.channels_last).requires_grad_()
-        weight, real = random_tensor(3, 2, 3, 3), torch.tensor([1.7], dtype=torch.float64)
-        fractional_conv2d(input, weight, None, real, padding=(1, 1)).relu_().sum().backward()
-        assert input.grad is not None
-
     def test_double_backward(self) -> None:
         leaves = (
             random_tensor(1, 2, 5, 4).requires_grad_(),
@@ -142,6 +136,14 @@ class TestGradients:
         expected = fractional_conv2d(input, weight, None, real, padding=(1, 1))
         torch.testing.assert_close(output.float(), expected, rtol=0.03, atol=0.3)
 
+    @pytest.mark.parametrize("dilation", [1.7, 2.0])
+    def test_autocast_leaves_float64(self, dilation: float) -> None:
+        input, weight, bias = random_tensor(1, 4, 9, 7), random_tensor(4, 4, 3, 3), random_tensor(4)
+        real = torch.tensor([dilation], dtype=torch.float64)
+        with torch.autocast("cpu", torch.bfloat16):
+            output = fractional_conv2d(input, weight, bias, real, padding=(1, 1))
+        assert torch.equal(output, fractional_conv2d(input, weight, bias, real, padding=(1, 1)))
+
     def test_channels_last(self) -> None:
         input = random_tensor(2, 4, 6, 5).contiguous(memory_format=torch.channels_last)
         weight, real = random_tensor(3, 4, 3, 3), torch.tensor([1.7], dtype=torch.float64)
@@ -157,11 +159,31 @@ class TestBadInput:
             (torch.rand(1, 1, 3, 3), torch.tensor(1.0), "shape \\(1,\\) or \\(2,\\)"),
             (torch.rand(1, 1, 3, 3), torch.zeros(1), "positive and finite"),
             (torch.rand(1, 1, 3, 3), torch.tensor([math.nan]), "positive and finite"),
+            (torch.rand(1, 1, 3, 3), torch.tensor([1.0, math.inf]), "positive and finite"),
+            (torch.rand(1, 2, 3, 3), torch.ones(1), r"shape \(1, 2, 3, 3\) in 1 groups does not fit .* \(1, 1, 5, 5\)"),
+            (torch.rand(1, 2, 3, 3), torch.tensor([1.5]), "does not fit an input"),
+            (torch.rand(1, 3, 3), torch.tensor([1.5]), "does not fit an input"),
         ],
     )
     def test_values(self, weight: Tensor, dilation: Tensor, message: str) -> None:
         with pytest.raises(ValueError, match=message):
             fractional_conv2d(torch.rand(1, 1, 5, 5), weight, None, dilation)
+
+    @pytest.mark.parametrize("dilation", [1.5, 2.0])
+    def test_groups_bias_and_types(self, dilation: float) -> None:
+        input, weight, real = torch.rand(1, 4, 5, 5), torch.rand(4, 2, 3, 3), torch.tensor([dilation])
+        for groups in (1, 3, 4):
+            with pytest.raises(ValueError, match=f"in {groups} groups does not fit"):
+                fractional_conv2d(input, weight, None, real, groups=groups)
+        with pytest.raises(ValueError, match="in 2 groups does not fit"):
+            fractional_conv2d(input, weight[:3], None, real, groups=2)
+        with pytest.raises(ValueError, match=r"bias must have shape \(4,\).* got shape \(1,\)"):
+            fractional_conv2d(input, weight, torch.ones(1), real, groups=2)
+        for other in (input.double(), input.bfloat16(), input.to(torch.uint8)):
+            with pytest.raises(TypeError, match="floating-point tensors of one dtype, got "):
+                fractional_conv2d(other, weight, None, real, groups=2)
+        with pytest.raises(TypeError, match="floating-point tensors of one dtype"):
+            fractional_conv2d(input, weight, torch.ones(4, dtype=torch.float64), real, groups=2)
 
     def test_map_smaller_than_the_reach(self) -> None:
         with pytest.raises(ValueError, match="smaller than the kernel's reach of 8 px"):

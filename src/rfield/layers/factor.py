@@ -128,7 +128,9 @@ class LearnedFactor(nn.Module):
         if axes == 1:  # One factor must suit both axes: the looser bound of each side.
             lower, upper = (min(lower),) * 2, (max(upper),) * 2
         value = _whole(self.log_factor)
-        self._write(value.clamp(value.new_tensor(lower[:axes]).log(), value.new_tensor(upper[:axes]).log()))
+        inside = value.clamp(value.new_tensor(lower[:axes]).log(), value.new_tensor(upper[:axes]).log())
+        # A start at a bound, as another precision has it, stays as it is.
+        self._write(torch.where((inside - value).abs() > _SLACK, inside, value))
 
     @torch.no_grad()
     def set_factor(self, factor: float | Sequence[float]) -> None:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from rfield.ops import resize_bilinear, resized_size
+from rfield.ops.sampling import positive_values
 
 
 class Inflation2d(nn.Module):
@@ -28,7 +29,8 @@ class Inflation2d(nn.Module):
         """
         if input.dim() != 4 or 0 in input.shape:
             raise ValueError(f"input must be a map (N, C, h, w) that is not empty, got shape {tuple(input.shape)}")
-        return resize_bilinear(input, factor, inflated_size((input.shape[2], input.shape[3]), factor.tolist()))
+        size = inflated_size((input.shape[2], input.shape[3]), positive_values("factor", factor))
+        return resize_bilinear(input, factor, size)
 
 
 class Interpolation2d(nn.Module):

@@ -8,10 +8,16 @@ from torch import Tensor, nn
 
 
 class _ScaleGradient(torch.autograd.Function):
+    # Written for `torch.func`, too.
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, input: Tensor, scale: Tensor) -> Tensor:
-        ctx.save_for_backward(scale)
-        return input.view_as(input)
+    def forward(input: Tensor, scale: Tensor) -> Tensor:
+        return input.clone()  # A view could not be changed in place.
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
@@ -20,7 +26,7 @@ class _ScaleGradient(torch.autograd.Function):
 
 
 def weight_gradient(input: Tensor, mask: Tensor, classes: Collection[int], weight: float) -> Tensor:
-    """The input itself, whose gradient is multiplied by `weight` where the mask shows one of the classes.
+    """A copy of the input, whose gradient is multiplied by `weight` where the mask shows one of the classes.
 
     Map pixel p has the label at `round(p * (H - 1) / (h - 1))` of the mask, along each axis. All other pixels, void
     among them, keep their gradient (Wei et al., CVPR 2017, the weighted gradient layer).
@@ -74,9 +80,9 @@ class WeightedGradient(nn.Module):
         self.weight = weight
 
     def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Maps Tensor[N, K, h, w] to itself; `mask`: labels, integer Tensor[N, H, W]."""
+        """Maps Tensor[N, K, h, w] to a copy of it; `mask`: labels, integer Tensor[N, H, W]."""
         if not self.training or mask is None:
-            return input
+            return input.clone()
         return weight_gradient(input, mask, self.classes, self.weight)
 
     def extra_repr(self) -> str:

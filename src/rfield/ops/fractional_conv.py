@@ -1,6 +1,5 @@
 """Convolution whose dilation is a positive real number, by bilinear taps anchored at the kernel's centre."""
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,7 +7,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rfield.ops.sampling import Axis, Grid, as_table, by_matrices, differentiable_gradients, is_channels_last
+from rfield.ops.sampling import (
+    Axis,
+    Grid,
+    as_table,
+    by_matrices,
+    differentiable_gradients,
+    in_plain_operations,
+    is_channels_last,
+    is_transformed,
+    positive_values,
+)
 
 Pair = tuple[int, int]
 
@@ -44,40 +53,75 @@ def fractional_conv2d(
         Tensor[N, K, H, W].
 
     Raises:
-        ValueError: for an even kernel, or a dilation that is not positive and finite or has a wrong shape.
+        ValueError: for shapes that do not fit one another, an even kernel, a map smaller than the kernel's reach, or a
+            dilation that is not positive and finite, has a wrong shape or no value that can be read (`torch.func.vmap`
+            over the dilation).
+        TypeError: if input, weight and bias are not floating-point tensors of one dtype; autocast lowers what it lowers
+            for `F.conv2d`, which is all but float64.
 
     >>> ramp = torch.arange(9.0).reshape(1, 1, 1, 9)
     >>> kernel = torch.tensor([-1.0, 0.0, 1.0]).reshape(1, 1, 1, 3)
     >>> fractional_conv2d(ramp, kernel, None, torch.tensor([1.5]), padding=(0, 1))[0, 0, 0, 2:7]
     tensor([3., 3., 3., 3., 3.])
     """
-    kernel = (weight.shape[2], weight.shape[3])
-    if kernel[0] % 2 == 0 or kernel[1] % 2 == 0:
-        raise ValueError(f"the kernel must be odd along both axes to have a centre pixel, got {kernel[0]}x{kernel[1]}")
-    if dilation.shape not in ((1,), (2,)):
-        raise ValueError(f"dilation must have shape (1,) or (2,) (height, width), got shape {tuple(dilation.shape)}")
-    values = dilation.tolist()
-    if not all(math.isfinite(value) and value > 0 for value in values):
-        raise ValueError(f"dilation must be positive and finite, got {values}")
-    learned = dilation.requires_grad and torch.is_grad_enabled()
+    _check(input, weight, bias, dilation, groups)
+    if input.is_meta:  # No values, but the size, which does not depend on the dilation.
+        return F.conv2d(input, weight, bias, stride, padding, base_dilation, groups)
+    values = positive_values("dilation", dilation)
+    learned = (dilation.requires_grad and torch.is_grad_enabled()) or is_transformed()
     if not learned and all(value == round(value) for value in values):
         integer = (round(values[0]), round(values[-1]))
         return _integer_conv2d(input, weight, bias, integer, stride, padding, base_dilation, groups)
+    input, weight = _lowered(input), _lowered(weight)
+    bias = None if bias is None else _lowered(bias)
     real = dilation.to(torch.promote_types(input.dtype, torch.float32))
     rows, columns = (
         _taps(
-            real.detach()[place], input.shape[axis + 2], kernel[axis], stride[axis], padding[axis], base_dilation[axis]
+            real.detach()[place],
+            input.shape[axis + 2],
+            weight.shape[axis + 2],
+            stride[axis],
+            padding[axis],
+            base_dilation[axis],
         )
         for axis, place in ((0, 0), (1, -1))
     )
-    if torch.is_autocast_enabled(input.device.type):
-        lower = torch.get_autocast_dtype(input.device.type)
-        input, weight, bias = input.to(lower), weight.to(lower), None if bias is None else bias.to(lower)
     with torch.autocast(input.device.type, enabled=False):
-        if input.device.type != "cpu" or torch.compiler.is_compiling():
+        if in_plain_operations(input):
             return _by_taps(input, weight, bias, real, rows, columns, groups)
         convolved: Tensor = _ByRows.apply(input, weight, bias, real, rows, columns, groups)
         return convolved
+
+
+def _check(input: Tensor, weight: Tensor, bias: Tensor | None, dilation: Tensor, groups: int) -> None:
+    if input.dim() != 4 or 0 in input.shape[1:]:
+        raise ValueError(f"input must be a map (N, C, h, w) that is not empty, got shape {tuple(input.shape)}")
+    if weight.dim() != 4 or weight.shape[1] * groups != input.shape[1] or len(weight) % groups:
+        raise ValueError(
+            f"a weight of shape {tuple(weight.shape)} in {groups} groups does not fit an input of shape "
+            f"{tuple(input.shape)}"
+        )
+    if weight.shape[2] % 2 == 0 or weight.shape[3] % 2 == 0:
+        kernel = f"{weight.shape[2]}x{weight.shape[3]}"
+        raise ValueError(f"the kernel must be odd along both axes to have a centre pixel, got {kernel}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must have shape ({len(weight)},), one number a channel, got shape {tuple(bias.shape)}")
+    if dilation.shape not in ((1,), (2,)):
+        raise ValueError(f"dilation must have shape (1,) or (2,) (height, width), got shape {tuple(dilation.shape)}")
+    dtypes = [_lower_dtype(each) for each in (input, weight, *(() if bias is None else (bias,)))]
+    if not dtypes[0].is_floating_point or len(set(dtypes)) > 1:
+        raise TypeError(f"input, weight and bias must be floating-point tensors of one dtype, got {dtypes}")
+
+
+def _lower_dtype(tensor: Tensor) -> torch.dtype:
+    """What autocast makes of a convolution's operand."""
+    device = tensor.device.type
+    kept = tensor.is_meta or tensor.dtype == torch.float64 or not tensor.is_floating_point()
+    return tensor.dtype if kept or not torch.is_autocast_enabled(device) else torch.get_autocast_dtype(device)
+
+
+def _lowered(tensor: Tensor) -> Tensor:
+    return tensor.to(_lower_dtype(tensor))
 
 
 def _by_taps(
@@ -110,7 +154,9 @@ class _ByRows(torch.autograd.Function):
         ctx.save_for_backward(input, weight, bias, dilation)
         ctx.rows, ctx.columns, ctx.groups = rows, columns, groups
         shape = (len(input), len(rows.at), len(columns.at), len(weight))
-        output = dilation.new_zeros(shape) if bias is None else bias.to(dilation.dtype).expand(shape).contiguous()
+        output = dilation.new_zeros(shape)
+        if bias is not None:
+            output += bias
         kernel = _as_matrices(weight, groups)
         grids = list(_rows_of_taps(rows, columns, (input.shape[2], input.shape[3])))
         for table, total in zip(as_table(input, True), output, strict=True):
@@ -201,7 +247,8 @@ def _ungrouped(taps: Tensor, width: int) -> Tensor:
 def _in_format_of(input: Tensor, table: Tensor) -> Tensor:
     """Tensor[N, h, w, C] as a map of the type and memory format of another."""
     map = table.to(input.dtype).permute(0, 3, 1, 2)
-    return map.detach() if is_channels_last(input) else map.contiguous()
+    # A view may not leave a function and be changed in place; `contiguous` copies nothing where there is one channel.
+    return (map if is_channels_last(input) else map.contiguous()).detach()
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

@@ -11,7 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rfield.ops.sampling import Axis, by_matrices, differentiable_gradients, format_of, sample_grid
+from rfield.ops.sampling import (
+    Axis,
+    by_matrices,
+    differentiable_gradients,
+    format_of,
+    in_plain_operations,
+    positive_values,
+    sample_grid,
+    without_autocast,
+)
 
 # Float noise in (size - 1) * factor must not flip the size at integers.
 _SIZE_SLACK = 1e-4
@@ -59,7 +68,8 @@ def resize_bilinear(input: Tensor, scale_factor: Tensor, output_size: tuple[int,
         Tensor[N, C, H, W] of the dtype and memory format of `input`.
 
     Raises:
-        ValueError: for a wrong rank, an empty map, a factor that is not positive and finite or has a wrong shape.
+        ValueError: for a wrong rank, an empty map, a factor that is not positive and finite, has a wrong shape or no
+            value that can be read (`torch.func.vmap` over the factor).
         TypeError: if `input` or `scale_factor` is not a floating-point tensor.
 
     >>> ramp = torch.arange(3.0).reshape(1, 1, 1, 3)
@@ -68,8 +78,9 @@ def resize_bilinear(input: Tensor, scale_factor: Tensor, output_size: tuple[int,
     """
     _check(input, scale_factor, output_size)
     dtype = torch.promote_types(input.dtype, torch.float32)
-    with torch.autocast(input.device.type, enabled=False):
-        factor = scale_factor.to(dtype)
+    with without_autocast(input):
+        # On the meta device there is no value: none is needed for the size.
+        factor = scale_factor.to(input.device if input.is_meta else scale_factor.device, dtype)
         strides = _strides(input, scale_factor, output_size)
         if strides is not None:
             picked: Tensor = _Pick.apply(input.to(dtype), factor.expand(2), strides)
@@ -92,7 +103,7 @@ def _axis(factor: Tensor, target: int) -> Axis:
 
 def _strides(input: Tensor, scale_factor: Tensor, output_size: tuple[int, int]) -> tuple[int, int] | None:
     """How many pixels lie from one sample to the next, if all samples are pixels and the last is the last of both."""
-    if torch.compiler.is_compiling():
+    if in_plain_operations(input):
         return None
     strides = [1 / value for value in scale_factor.tolist()]
     row, column = strides[0], strides[-1]
@@ -118,8 +129,8 @@ class _Pick(torch.autograd.Function):
         if of_factor and torch.is_grad_enabled():  # For the second derivative.
             resized = _sampled(input, factor, (grad.shape[2], grad.shape[3]), plain=True)
             return (*differentiable_gradients(resized, (input, factor), (of_input, of_factor), grad), None)
-        grad_input = grad if of_input else None
-        if of_input and ctx.strides != (1, 1):
+        grad_input = None
+        if of_input:
             grad_input = torch.zeros_like(input)
             grad_input[:, :, ::row, ::column] = grad
         if not of_factor:
@@ -159,7 +170,5 @@ def _check(input: Tensor, scale_factor: Tensor, output_size: tuple[int, int]) ->
     if len(output_size) != 2 or min(output_size) < 1:
         raise ValueError(f"output_size must be two positive sizes (H, W), got {tuple(output_size)}")
     # Reading the values would break a compiled graph.
-    if not torch.compiler.is_compiling():
-        values = scale_factor.tolist()
-        if not all(math.isfinite(value) and value > 0 for value in values):
-            raise ValueError(f"scale_factor must be positive and finite, got {values}")
+    if not (torch.compiler.is_compiling() or input.is_meta):
+        positive_values("scale_factor", scale_factor)

@@ -2,17 +2,20 @@
 
 On a CPU the rows of a map, and then its pixels, are rows of a table, and `embedding_bag` mixes them: its kernels weigh
 and sum a few rows of a table at the memory's rate. The gradient of the map is such a mixture too, of the samples that
-read a pixel, and so is the derivative in the learned number. Compiled graphs, second derivatives and other devices go
-by two small matrices.
+read a pixel, and so is the derivative in the learned number. Compiled graphs, second derivatives, `torch.func` and
+other devices go by two small matrices.
 """
 
+import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 class Axis(NamedTuple):
@@ -74,10 +77,55 @@ def sample_grid(input: Tensor, learned: Tensor, rows: Axis, columns: Axis, beyon
     >>> sample_grid(ramp, torch.ones(1), rows, columns, "edge")
     tensor([[[[1.0000, 1.2500]]]])
     """
-    if input.device.type != "cpu" or torch.compiler.is_compiling():
+    if in_plain_operations(input):
         return by_matrices(input, learned, rows, columns, beyond)
     sampled: Tensor = _Sample.apply(input, learned, rows, columns, beyond)
     return sampled
+
+
+def in_plain_operations(input: Tensor) -> bool:
+    """Whether an operator goes by plain operations: the kernels are a CPU's, and only reverse mode knows them."""
+    return input.device.type != "cpu" or torch.compiler.is_compiling() or is_transformed()
+
+
+def is_transformed() -> bool:
+    """Whether `torch.func` (vmap, grad, jacrev and so on) or forward-mode differentiation is at work.
+
+    What needs a gradient cannot be told from a tensor then: it may be another level's.
+    """
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def without_autocast(input: Tensor) -> AbstractContextManager[Any]:
+    return nullcontext() if input.is_meta else torch.autocast(input.device.type, enabled=False)
+
+
+def read_values(name: str, numbers: Tensor) -> list[float]:
+    """One number or two (height, width).
+
+    Raises:
+        ValueError: if they cannot be read.
+    """
+    try:
+        values: list[float] = numbers.tolist()
+    except RuntimeError:
+        raise ValueError(
+            f"{name} must have values that can be read: a tensor on the meta device has none, nor has one that vmap "
+            "maps over"
+        ) from None
+    return values
+
+
+def positive_values(name: str, numbers: Tensor) -> list[float]:
+    """One number or two (height, width).
+
+    Raises:
+        ValueError: if they cannot be read, or are not positive and finite.
+    """
+    values = read_values(name, numbers)
+    if not all(math.isfinite(value) and value > 0 for value in values):
+        raise ValueError(f"{name} must be positive and finite, got {values}")
+    return values
 
 
 class _Sample(torch.autograd.Function):
@@ -393,7 +441,7 @@ def sampling_matrix(position: Tensor, source: int, beyond: str) -> Tensor:
         right = torch.where(fixed < last, right, source)  # cell `source` touches no pixel: slope 0
         left = torch.where(fixed <= last, left, source)
     weights = (1 - (at[:, None] - pixel).abs()).clamp(min=0)
-    if not position.requires_grad:
+    if not (position.requires_grad or is_transformed()):
         return weights
     slope = torch.zeros_like(weights)
     for cell in (left, right):
@@ -410,7 +458,8 @@ def separable_product(rows: Tensor, input: Tensor, columns: Tensor) -> Tensor:
     torch.Size([1, 3, 1, 4])
     """
     n, c, h, w = input.shape
-    if c > 1 and input.is_contiguous(memory_format=torch.channels_last) and not input.is_contiguous():
+    # vmap hides the memory format.
+    if c > 1 and not is_transformed() and is_channels_last(input) and not input.is_contiguous():
         pixels = input.permute(0, 2, 3, 1)
         output = torch.matmul(rows, pixels.reshape(n, h, w * c))
         output = torch.matmul(columns, output.reshape(n * rows.shape[0], w, c))
