@@ -89,9 +89,8 @@ def test_share(run: Path, tmp_path: Path) -> None:
         assert torch.allclose(before.network(IMAGE), after.network(IMAGE), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["hf:me/fields", "me/fields"])
 def test_predict_and_evaluate_from_the_hub(
-    name: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     share_run(run, tmp_path / "shared")
     asked = []
@@ -100,6 +99,7 @@ def test_predict_and_evaluate_from_the_hub(
         huggingface_hub, "snapshot_download", lambda repo_id: asked.append(repo_id) or str(tmp_path / "shared")
     )
     PIL.Image.effect_noise((40, 30), 80).convert("RGB").save(tmp_path / "photograph.png")
+    name = "hf:me/fields"
     for model, out in ((name, "there"), (str(run), "here")):
         main(["predict", model, "photograph.png", "--out", out])
     assert (tmp_path / "there/photograph.png").read_bytes() == (tmp_path / "here/photograph.png").read_bytes()
@@ -134,14 +134,41 @@ def test_push(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     assert small_cnn(2).push_to_hub("me/other") == "https://hub/me/other"
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "evaluate runs/typo",
+        "predict runs/typo image.png",
+        "fuse runs/typo --out plain",
+        "export runs/typo --out model.onnx",
+        "push runs/typo me/fields",
+        "inspect runs/typo",
+    ],
+)
+def test_a_missing_folder_is_never_looked_up_on_the_hub(
+    words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("snapshot_download", "hf_hub_download", "HfApi"):
+        monkeypatch.setattr(huggingface_hub, name, lambda *args, **options: pytest.fail("the Hub was asked"))
+    with pytest.raises(SystemExit) as exit_:
+        main(words.split())
+    assert exit_.value.code == 2
+    message = "runs/typo is not a run folder: it has no config.yaml; a model of the Hub is hf:runs/typo\n"
+    assert capsys.readouterr().err.endswith(message)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(FileNotFoundError, match=r"runs/typo has no config\.json; a model of the Hub is hf:runs/typo"):
+        ParsingNetwork.from_pretrained("runs/typo")
+
+
 def test_mistakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(repo_id: str) -> str:
         raise RuntimeError("no network")
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
-    with pytest.raises(FileNotFoundError, match="no folder me/fields, and no model me/fields from the Hub: no network"):
-        find_folder("me/fields")
+    with pytest.raises(FileNotFoundError, match="there is no model me/fields from the Hub: no network"):
+        find_folder("hf:me/fields")
     (tmp_path / "runs").mkdir()
     with pytest.raises(FileNotFoundError, match="runs/typo is not a run folder"):
         load_run("runs/typo")

@@ -25,7 +25,7 @@ from rfield.fusing import restore_fused
 from rfield.layers import LearnedFactor, ReceptiveFieldRegulator
 from rfield.metrics import confusion_matrix, helen_scores, segmentation_scores
 from rfield.models import ParsingNetwork, Paths, find_model
-from rfield.models.hub import find_folder
+from rfield.models.hub import find_folder, hub_hint
 from rfield.models.weights import read_weights
 from rfield.reading import read_json, read_yaml
 
@@ -127,7 +127,7 @@ def load_run(folder: str | Path, checkpoint: str = "last") -> Run:
         return _load_shared(folder)
     for name in ("config.yaml", "classes.json"):
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder} is not a run folder: it has no {name}")
+            raise FileNotFoundError(f"{folder} is not a run folder: it has no {name}{hub_hint(folder)}")
     path = find_checkpoint(folder / "checkpoints", checkpoint)
     fused = folder / "fused.json"
     if checkpoint == "last" and fused.is_file():

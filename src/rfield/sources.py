@@ -3,15 +3,16 @@
 import dataclasses
 import difflib
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from rfield.config import counted
 from rfield.inference import build_network, load_run
 from rfield.layers import LearnedFactor
-from rfield.models.weights import misfits, no_pickles, read_weights
+from rfield.models.weights import fit_keys, misfits, no_pickles, read_weights
 from rfield.reading import read_json
 
 
@@ -35,8 +36,9 @@ def open_model(spec: str, weights: str | None = None) -> Source:
         spec: `torchvision:NAME`; `smp:NAME` or `smp:NAME/ENCODER`; `timm:NAME`, its last feature map; `hf:ID`, a folder
             or a model of the Hub, of transformers or of `rfield push`; or a run folder.
         weights: None leaves models of torchvision, smp and timm random and downloads nothing. `default` takes those
-            that the library publishes; a .pth or .safetensors file is a state dict of the model's own keys, of which
-            no code is run. Runs and models of the Hub have their own.
+            that the library publishes; a .pth or .safetensors file is a state dict of the model's own keys, alone or
+            as training scripts wrap it (see `read_weights`), of which no code is run; its last layer may have another
+            number of classes. Runs and models of the Hub have their own.
 
     Raises:
         FileNotFoundError: there is no such folder, file or model.
@@ -61,9 +63,7 @@ def open_model(spec: str, weights: str | None = None) -> Source:
         source = _run(spec) if kind == "" else _hub(name)
         return dataclasses.replace(source, model=source.model.eval())
     model = _SOURCES[kind](name, weights == "default")
-    if weights not in (None, "default"):
-        _load(model, Path(str(weights)))
-    word = {None: "random weights", "default": f"{kind}'s weights"}.get(weights, f"the weights of {weights}")
+    word = {None: "random weights", "default": f"{kind}'s weights"}.get(weights) or _load(model, Path(str(weights)))
     return Source(spec, model.eval(), word)
 
 
@@ -179,13 +179,58 @@ def _build(spec: str, build: Callable[..., Any], *args: Any, **options: Any) -> 
         raise ValueError(f"{spec} cannot be opened: {reason}") from error
 
 
-def _load(model: nn.Module, path: Path) -> None:
-    state = read_weights(path)
-    shapes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+def _load(model: nn.Module, path: Path) -> str:
+    """Fills a model from a file; what its last layers cannot take of another number of classes stays as it is.
+
+    Returns:
+        What weights it has then, in words.
+    """
+    own = model.state_dict()
+    state, unused = fit_keys(read_weights(path), own)
+    auxiliary = [key for key in state if key not in own and "aux" in key.partition(".")[0].lower()]
+    unused += auxiliary
+    last = _other_classes(model, state)
+    state = {key: value for key, value in state.items() if key not in auxiliary and key.rpartition(".")[0] not in last}
+    shapes = {
+        key: tuple(tensor.shape)
+        for key, tensor in own.items()
+        if key.rpartition(".")[0] not in last and (key in state or not key.endswith("num_batches_tracked"))
+    }
     if faults := misfits(state, shapes, ()):
-        more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
-        raise ValueError(f"{path} does not fit the model: {', '.join(faults[:3])}{more}")
-    model.load_state_dict(state)
+        raise ValueError(f"{path} does not fit the model: {_some(faults)}")
+    model.load_state_dict(state, strict=False)
+    word = f"the weights of {path}"
+    if last:
+        theirs, ours = next(iter(last.values()))
+        kept = "layer keeps its" if len(last) == 1 else "layers keep their"
+        word += f", which are of {counted(theirs, 'class')}, not {ours}: the last {kept} initial values"
+        word += f" ({', '.join(last)})"
+    return word + (f"; {_some(unused)} of the file left out" if unused else "")
+
+
+def _other_classes(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
+    """The last layers, whose numbers of classes differ: the file's and the model's, by the layer's name.
+
+    A layer is one of the last where nothing behind it is of another shape: of the shapes that differ, all differ in the
+    outputs alone, and by the same two numbers.
+    """
+    found: dict[str, tuple[int, int]] = {}
+    for key, tensor in model.state_dict().items():
+        if key not in state or state[key].shape == tensor.shape:
+            continue
+        name = key.rpartition(".")[0]
+        transposed = isinstance(model.get_submodule(name), nn.modules.conv._ConvTransposeNd) and tensor.dim() > 1
+        sides = [list(each.shape) for each in (state[key], tensor)]
+        if min(map(len, sides)) <= transposed:
+            return {}
+        numbers = tuple(side.pop(int(transposed)) for side in sides)
+        if sides[0] != sides[1] or found.setdefault(name, numbers) != numbers:
+            return {}
+    return found if len(set(found.values())) == 1 else {}
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _unknown(spec: str, known: Iterable[str], name: str | None = None) -> str:

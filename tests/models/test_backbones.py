@@ -87,7 +87,7 @@ def test_misfits_are_named_and_nothing_is_loaded(conv_state: dict[str, Tensor], 
         load(state)
     with pytest.raises(ValueError, match=r"missing classifier.0.weight, missing classifier.3.weight"):
         load(conv_state | {"classifier.0.bias": torch.zeros(4096), "classifier.3.bias": torch.zeros(4096)})
-    for wrong in ([1, 2], {"state_dict": conv_state}):
+    for wrong in ([1, 2], {"state_dict": [conv_state]}):
         with pytest.raises(ValueError, match="holds no flat dict from layer name to tensor"):
             load(wrong)
 

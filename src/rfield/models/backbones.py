@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rfield.layers import AdaptiveConv2d
-from rfield.models.weights import misfits, no_pickles, read_weights
+from rfield.models.weights import fit_keys, misfits, no_pickles, read_weights
 
 _VGG16_STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 
@@ -190,6 +190,7 @@ def load_vgg16_weights(
         if isinstance(layer, nn.Conv2d) and layer.bias is not None:
             targets |= {f"features.{index}.weight": layer.weight, f"features.{index}.bias": layer.bias}
     shapes = {key: tuple(target.shape) for key, target in targets.items()}
+    state, _ = fit_keys(state, shapes)
     whole = any(key.startswith(("classifier.0.", "classifier.3.")) for key in state)
     if whole:
         shapes |= {"classifier.0.weight": (4096, 512 * 7 * 7), "classifier.0.bias": (4096,)}

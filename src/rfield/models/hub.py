@@ -69,14 +69,16 @@ class HubMixin(nn.Module):
         """The network that `save_pretrained` or `push_to_hub` has left, in eval mode.
 
         Args:
-            name: a folder, or on the Hub USER/NAME or hf:USER/NAME.
+            name: a folder, or on the Hub hf:USER/NAME.
 
         Raises:
-            FileNotFoundError: if there is no such folder and nothing can be downloaded.
+            FileNotFoundError: if there is no such folder, or nothing can be downloaded.
             ValueError: if a file in it cannot be understood.
         """
         folder = find_folder(name)
         path = folder / "config.json"
+        if not path.is_file():
+            raise FileNotFoundError(f"{folder} has no {path.name}{hub_hint(folder)}")
         try:
             config = read_json(path)
             network = _build(config["network"])
@@ -127,32 +129,39 @@ def upload_folder(folder: Path, repo_id: str, private: bool = False) -> str:
 
 
 def find_folder(name: str | Path) -> Path:
-    """The folder of that name, or of a download if it is a model on the Hub: hf:USER/NAME, or USER/NAME if neither it
-    nor a folder USER is here.
+    """The folder of that name, or the download of a model on the Hub, hf:USER/NAME.
+
+    Nothing is looked up on the Hub without the prefix, whether there is a folder of that name or not.
 
     Raises:
         FileNotFoundError: if nothing can be downloaded.
         ValueError: if huggingface_hub is missing.
 
-    >>> find_folder("runs")
-    PosixPath('runs')
+    >>> find_folder(".")
+    PosixPath('.')
     """
     text = str(name)
     wanted = text.removeprefix("hf:")
-    if wanted == text and (
-        Path(text).exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", text) or Path(text).parent.exists()
-    ):
+    if wanted == text:
         return Path(name)
     try:
         import huggingface_hub  # Local: it is optional.
     except ImportError as error:
-        raise ValueError(
-            f"there is no folder {name}, and the Hub needs the package huggingface_hub: pip install 'rfield[hub]'"
-        ) from error
+        raise ValueError(f"{name} needs the package huggingface_hub: pip install 'rfield[hub]'") from error
     try:
         return Path(huggingface_hub.snapshot_download(wanted))
     except Exception as error:  # No network, no such model, no right to it, no name: as many types.
-        raise FileNotFoundError(f"there is no folder {text}, and no model {wanted} from the Hub: {error}") from error
+        raise FileNotFoundError(f"there is no model {wanted} from the Hub: {error}") from error
+
+
+def hub_hint(folder: Path) -> str:
+    """What to write for a model of the Hub, where a name looks like one and no such folder is here.
+
+    >>> hub_hint(Path("someone/network")), hub_hint(Path("."))
+    ('; a model of the Hub is hf:someone/network', '')
+    """
+    is_name = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(folder)) and not folder.exists()
+    return f"; a model of the Hub is hf:{folder}" if is_name else ""
 
 
 def _build(recipe: dict[str, Any]) -> Any:

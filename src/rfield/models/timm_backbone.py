@@ -17,7 +17,7 @@ from rfield.models.heads import Mechanism
 from rfield.models.multi_path import ONE_PATH, Paths
 from rfield.models.normalise import IMAGENET_MEAN, IMAGENET_STD, InputNormalisation
 from rfield.models.parsing import ParsingNetwork
-from rfield.models.weights import misfits, no_pickles, read_weights
+from rfield.models.weights import fit_keys, misfits, no_pickles, read_weights
 from rfield.receptive_field import Window, probe_window
 
 _STRIDES = (8, 16, 32)
@@ -241,14 +241,15 @@ def _normalisation(net: nn.Module) -> InputNormalisation | None:
 
 def _load(net: nn.Module, name: str, weights: str | Path) -> None:
     """Copies a file's weights; all are checked before any is copied. What the maps do not need may be in it."""
-    state = read_weights(Path(weights))
+    wanted = {_plain(key) for key in net.state_dict()}
+    state, _ = fit_keys(read_weights(Path(weights)), wanted, lambda key: key.replace(".", "_"))
     # features_only puts other separators into some names, and a wrapper around others.
     flat = {key.replace(".", "_"): key for key in state}
     targets, shapes = {}, {}
     for key, target in net.state_dict().items():
         if key.rpartition(".")[2] == "num_batches_tracked":
             continue
-        plain = key.removeprefix("model.").removeprefix("body.").replace(".", "_")
+        plain = _plain(key)
         targets[flat.get(plain, plain)] = target
         shapes[flat.get(plain, plain)] = tuple(target.shape)
     faults = misfits(state, shapes, state)
@@ -258,6 +259,10 @@ def _load(net: nn.Module, name: str, weights: str | Path) -> None:
     with torch.no_grad():
         for key, target in targets.items():
             target.copy_(state[key])
+
+
+def _plain(key: str) -> str:
+    return key.removeprefix("model.").removeprefix("body.").replace(".", "_")
 
 
 # Probing takes a second or more, and one process may build the same network several times.
