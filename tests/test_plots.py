@@ -296,6 +296,17 @@ def test_rf_curve_shows_values_means_spread_and_marks() -> None:
     assert [text.get_text() for text in top.get_xticklabels()] == ["244", "308", "596"]
 
 
+def test_rf_curve_shows_standard_errors_as_bars() -> None:
+    curves = {"step 5": {1: [0.5], 2: [0.4], 4: [0.6]}, "step 9": {1: [0.3], 2: [0.2]}}
+    errors = {"step 5": {1: 0.1, 2: 0.0, 4: 0.05}, "step 9": {1: None, 2: None}}
+    axes = plots.rf_curve(curves, "loss", errors=errors).axes[0]
+    (bars,) = axes.containers
+    assert [tuple(segment[:, 1]) for segment in bars.lines[2][0].get_segments()] == [
+        pytest.approx(ends) for ends in ((0.4, 0.6), (0.4, 0.4), (0.55, 0.65))
+    ]
+    assert not plots.rf_curve(curves, "loss").axes[0].containers
+
+
 @pytest.mark.parametrize(
     ("curves", "marked"),
     [

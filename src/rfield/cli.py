@@ -83,6 +83,11 @@ def train(config: TrainConfig) -> None:
         f"\neffective dilation {metrics['effective_dilation']:.3g}, receptive field "
         f"{metrics['receptive_field_px']:.4g} px, {metrics['train_seconds']:.0f} s; the run is in {config.out}"
     )
+    search = metrics.get("search")
+    if search is not None:
+        several = {f"path {each['path'] + 1}, {each['axis']}: ": each for each in search.get("factors", [])}
+        for name, each in (several or {"": search}).items():
+            print(f"{name}{each['verdict']['kind']}: {each['verdict']['reason']}")
     if "skipped" in metrics:
         names = [f"{split} {name}" for split, found in metrics["skipped_samples"].items() for name in found]
         print(f"skipped, as they cannot be read: {counted(len(names), 'sample')}{': ' * bool(names)}{', '.join(names)}")

@@ -28,6 +28,7 @@ def rf_curve(
     label: str,
     marked: Mapping[str, float] | None = None,
     field: tuple[float, float] | None = None,
+    errors: Mapping[str, Mapping[float, float | None]] | None = None,
 ) -> Figure:
     """A loss or a score over the dilation (logarithmic): every value, the means, and their spread.
 
@@ -37,6 +38,8 @@ def rf_curve(
         label: what the values are.
         marked: names to dilations in feature px that are marked by vertical lines, five at most.
         field: (slope, offset) of the receptive field in input px over the dilation, for an axis at the top.
+        errors: names of curves to {dilation: the standard error of its difference to the best}, drawn as bars around
+            the means; none where it is None.
 
     Raises:
         ValueError: if there are no curves or more than five, a curve or a dilation without values, values that are
@@ -72,6 +75,9 @@ def rf_curve(
             values = curve[place]
             axes.plot([place] * len(values), values, "o", color=colour, markersize=3.5, alpha=0.55)
         axes.plot(places, means, "o-", color=colour, linewidth=2, markersize=6, label=name)
+        bars = [(errors or {}).get(name, {}).get(place) or 0.0 for place in places]
+        if any(bars):
+            axes.errorbar(places, means, bars, fmt="none", ecolor=colour, elinewidth=1.2, capsize=3)
     for place, (name, dilation) in enumerate(marked.items()):
         axes.axvline(dilation, color=INK, linewidth=1.3, linestyle=(3 * place, DASHES[1]), zorder=1.5)
         text = f" {name}  {number(dilation)}"

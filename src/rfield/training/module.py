@@ -21,7 +21,15 @@ from rfield.losses import make_loss, norm_over_processes
 from rfield.metrics import confusion_matrix, segmentation_scores
 from rfield.models import MultiPathHead, ParsingNetwork
 from rfield.receptive_field import receptive_field_px
-from rfield.search import GradientSearch, SampledSearch, Search, SpsaSearch, factor_parameters, learned_layers
+from rfield.search import (
+    GradientSearch,
+    SampledSearch,
+    Search,
+    SpsaSearch,
+    class_share_loss,
+    factor_parameters,
+    learned_layers,
+)
 from rfield.search.factors import mean_over_processes
 from rfield.training.processes import refuse_unequal
 
@@ -69,6 +77,7 @@ class ParsingModule(L.LightningModule):
         self.held_out = held_out
         self.class_groups = class_groups
         self.criterion = make_loss(config.loss, len(class_names), class_weights, config.label_smoothing)
+        self.class_weights = class_weights
         self.reading_weights = reading_weights
         self.factor_start = 0
         self.search: Search | None = None
@@ -142,9 +151,50 @@ class ParsingModule(L.LightningModule):
         count = norm_over_processes((mask != IGNORE_INDEX).sum())
         return loss, torch.stack([path.sum() / count for path in weighted])
 
+    @torch.no_grad()
+    def chances(self, batches: Iterable[Batch]) -> list[float]:
+        """For each factor the loss of predicting the classes' shares everywhere, read as a sampled search reads it.
+
+        Args:
+            batches: the held-out images, one each.
+
+        Raises:
+            ValueError: if no pixel that the loss sees has a label.
+        """
+        masks = [self._target(self.network, batch)[1] for batch in batches]
+        classes, factors = len(self.class_names), len(learned_layers(self.network))
+        counts = torch.stack([mask[mask != IGNORE_INDEX].bincount(minlength=classes) for mask in masks]).cpu()
+        if not counts.any():
+            raise ValueError("no pixel of the held-out images has a label where the loss is taken")
+        if self._reads_cross_entropy:
+            weights = torch.ones(classes) if self.reading_weights is None else self.reading_weights
+            if not self._guided:
+                return [class_share_loss(counts, weights)] * factors
+            guides = []
+            for group in self.class_groups or ():
+                guide = weights.clone()
+                guide[list(group)] *= self.config.path_weight
+                guides.append(class_share_loss(counts, guide))
+            return guides
+        weighted = counts * counts.new_tensor(self.class_weights or [1.0] * classes, dtype=torch.float64)
+        kept = weighted[weighted.sum(1) > 0]
+        shares = (kept / kept.sum(1, keepdim=True)).mean(0)
+        logits = shares.clamp(min=1e-12).log().float().to(masks[0].device)[None, :, None, None]
+        losses = [float(self.criterion(logits.expand(-1, -1, *mask.shape[1:]), mask)) for mask in masks]
+        return [sum(losses) / len(losses)] * factors
+
     def _logits(self, network: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """Logits and mask where the loss is taken."""
         assert isinstance(network, ParsingNetwork)
+        input, mask, output_size = self._target(network, batch)
+        if not self.config.freeze_backbone:
+            return network.logits_of(self._features(network, input, batch), output_size, mask).float(), mask
+        if isinstance(network.head, MultiPathHead):
+            return network.head(input, output_size, mask).float(), mask
+        return network.head(input, output_size).float(), mask
+
+    def _target(self, network: ParsingNetwork, batch: Batch) -> tuple[Tensor, Tensor, tuple[int, int] | None]:
+        """What the network sees, and the mask where the loss is taken, with its size where that is the image's."""
         input, mask = (part.to(self.device) for part in batch)
         input = input.contiguous(memory_format=torch.channels_last)
         frozen = self.config.freeze_backbone
@@ -156,11 +206,7 @@ class ParsingModule(L.LightningModule):
             mask = mask[:, :: network.logit_stride, :: network.logit_stride]
         else:
             output_size = (mask.shape[1], mask.shape[2])
-        if not frozen:
-            return network.logits_of(self._features(network, input, batch), output_size, mask).float(), mask
-        if isinstance(network.head, MultiPathHead):
-            return network.head(input, output_size, mask).float(), mask
-        return network.head(input, output_size).float(), mask
+        return input, mask, output_size
 
     def _features(self, network: ParsingNetwork, input: Tensor, batch: Batch) -> tuple[Tensor, ...]:
         """Those of a batch that a search sees at several dilations are computed once."""
@@ -297,12 +343,16 @@ class ParsingModule(L.LightningModule):
         """Whether each path's factor is learned by that path's classes."""
         return self.class_groups is not None and self.config.path_guidance == "search"
 
+    @property
+    def _reads_cross_entropy(self) -> bool:
+        """Whether a sampled search reads a cross-entropy of its own, and not the loss that trains."""
+        return self._guided or self.reading_weights is not None
+
     def _make_search(self, steps: int) -> Search | None:
         kind, seed = self.config.search, self.config.seed
         if kind == "none" or (self._search_state is not None and self._search_state["search"]["done"]):
             return None
-        reads = kind == "sampled" and self.reading_weights is not None
-        loss = self._guided_loss if self._guided or reads else self._loss
+        loss = self._guided_loss if self._guided or (kind == "sampled" and self._reads_cross_entropy) else self._loss
         if kind == "gradient":
             return GradientSearch(self.network, loss, steps, seed)
         if kind == "spsa":

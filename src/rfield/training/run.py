@@ -3,10 +3,9 @@
 import dataclasses
 import json
 import platform
-import random
+import re
 import shutil
 import sys
-from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,14 +21,12 @@ from rfield import plots
 from rfield.checkpoints import LAST, settle_checkpoints, written_whole
 from rfield.config import TrainConfig, differences
 from rfield.data import (
-    IGNORE_INDEX,
     AugmentedDataset,
     EpochSampler,
     ParsingDataset,
     ResizedDataset,
     SkippingDataset,
     class_difference,
-    evaluation_transform,
     load_dataset,
     training_transform,
 )
@@ -42,14 +39,12 @@ from rfield.models import ParsingNetwork, default_weights
 from rfield.reading import read_json
 from rfield.training.bad_samples import count_skipped, share_skipped, worker_message
 from rfield.training.callbacks import read_factor_csv, read_paths_csv
+from rfield.training.held_out import HeldOut, WholeImages, describe_search, draw_held_out, tell_of_few
 from rfield.training.module import Field, ParsingModule, present_fields
 from rfield.training.processes import first_does, is_first, join, rank_and_processes, share_statistics
 from rfield.training.stopping import LossGuard, StopOnSignal, leave_signals
 from rfield.training.trainer import make_trainer, quiet
 
-# Share of the training images that a sampled search reads its curve on.
-_HELD_OUT = 0.1
-_MOST_HELD_OUT = 64
 # What a resumed run may do otherwise.
 _MAY_CHANGE = ("out", "workers", "cache", "skip_bad", "devices")
 _RUN_FILES = (
@@ -64,24 +59,6 @@ _RUN_FILES = (
     "checkpoints",
     "logs",
 )
-
-
-class _WholeImages(Dataset[tuple[Tensor, Tensor]]):
-    """Validation samples at their own size: normalised images, or cached features, with their masks."""
-
-    def __init__(self, dataset: ParsingDataset, features: CachedFeatures | None) -> None:
-        self.dataset = dataset
-        self.features = features
-        self.transform = evaluation_transform()
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        if self.features is not None:
-            return self.features.plain(index)
-        image, mask = self.transform(*self.dataset[index])
-        return image, mask
 
 
 class _Loaders(L.LightningDataModule):
@@ -125,33 +102,6 @@ class _Loaders(L.LightningDataModule):
         return DataLoader(own, batch_size=1, num_workers=self.workers, worker_init_fn=leave_signals)
 
 
-class _HeldOut:
-    """Batches of one held-out training image, whole and not augmented, dealt to the processes."""
-
-    def __init__(self, samples: Dataset[tuple[Tensor, Tensor]], indices: list[int]) -> None:
-        self.samples = samples
-        self.indices = indices
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        rank, processes = rank_and_processes()
-        for index in self.indices[rank::processes]:
-            input, mask = self.samples[index]
-            yield input[None], mask[None]
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def class_weights(self, num_classes: int) -> Tensor:
-        """The root of one over each class's share of the labelled pixels, so that all count, and large ones count more.
-
-        The loss counts pixels, and the scores that count are means over classes or parts. A pixel weighs 1 on average.
-        """
-        masks = [self.samples[index][1] for index in self.indices]
-        labels = torch.cat([mask[mask != IGNORE_INDEX] for mask in masks])
-        shares = torch.bincount(labels, minlength=num_classes) / len(labels)
-        return torch.where(shares > 0, shares.rsqrt(), 0.0) / shares.sqrt().sum()
-
-
 def train(config: TrainConfig, progress: Progress | None = None) -> dict[str, Any]:
     """Trains a network and leaves a run folder.
 
@@ -187,16 +137,18 @@ def train(config: TrainConfig, progress: Progress | None = None) -> dict[str, An
             config.crop_size, config.scale_range, config.flip, config.colour_jitter, train_set.mirrored_classes
         )
         train_samples = AugmentedDataset(train_set, transform, config.seed)
-    held_out = _draw_held_out(train_set, config)
-    reading = _HeldOut(_WholeImages(train_set, train_features), held_out)
+    held_out = draw_held_out(len(train_set), config)
+    reading = HeldOut(WholeImages(train_set, train_features), held_out)
     # A loss that says itself what counts is read as it is.
     plain = config.loss == "cross_entropy" and config.class_weights is None
     reading_weights = reading.class_weights(train_set.num_classes) if held_out and plain else None
     module = ParsingModule(network, config, train_set.class_names, reading, indices, weights, reading_weights)
+    chances = module.chances(reading.batches()) if held_out else []
     if config.devices > 1:
         share_statistics(network)
     if is_first():
         _tell_of_random_weights(config)
+        tell_of_few(len(reading.indices), len(train_set))
     first_does(lambda: _start_run_folder(out, config, train_set, groups))
 
     timer = Timer(verbose=False)
@@ -213,7 +165,7 @@ def train(config: TrainConfig, progress: Progress | None = None) -> dict[str, An
         search = saved.get("search", {})
         if not search.get("holding_out", not search.get("search", {}).get("done")):
             held_out = []
-    val_samples = _WholeImages(val_set, val_features)
+    val_samples = WholeImages(val_set, val_features)
     loaders = _Loaders(train_samples, val_samples, config, position, frozenset(held_out))
     stop = StopOnSignal(last)
     module.end_step = stop.end_step
@@ -237,7 +189,8 @@ def train(config: TrainConfig, progress: Progress | None = None) -> dict[str, An
         return {}
     if stop.signum is not None:
         stop.raise_interrupted(trainer.global_step)
-    return _finish(out, config, timer.time_elapsed("train"), train_set, val_set, val_features, progress)
+    judged = (reading.ids, chances)
+    return _finish(out, config, timer.time_elapsed("train"), train_set, val_set, val_features, judged, progress)
 
 
 def _position(saved: dict[str, Any]) -> tuple[int, int]:
@@ -311,6 +264,7 @@ def _finish(
     train_set: ParsingDataset,
     val_set: ParsingDataset,
     val_features: CachedFeatures | None,
+    held_out: tuple[list[str], list[float]],
     progress: Progress,
 ) -> dict[str, Any]:
     """Scores the last checkpoint, just as `rfield evaluate` does, and writes the run's results."""
@@ -324,7 +278,7 @@ def _finish(
         "effective_dilation": fields[0].effective_dilation,
         "receptive_field_px": fields[0].receptive_field_px,
         **_describe_paths(out, config, fields),
-        **({"search": _describe_search(config, saved["search"])} if "search" in saved else {}),
+        **({"search": describe_search(config, saved["search"], fields, *held_out)} if "search" in saved else {}),
         **count_skipped(train_set, val_set),
         "train_seconds": seconds,
         "seed": config.seed,
@@ -351,13 +305,14 @@ def _plot(out: Path, config: TrainConfig, metrics: dict[str, Any]) -> None:
         search = metrics["search"]
         last = search.get("factors", [{"path": 0, "axis": "height", **search}])
         curves = (
-            {f"step {reading['step']}": reading["curve"] for reading in search["readings"][-5:]}
+            {f"step {reading['step']}": reading for reading in search["readings"][-5:]}
             if len(last) == 1
-            else {f"path {each['path'] + 1}, {each['axis']}": each["curve"] for each in last[:5]}
+            else {f"path {each['path'] + 1}, {each['axis']}": each for each in last[:5]}
         )
-        drawn = {name: {at: [loss] for at, loss in curve} for name, curve in curves.items()}
+        drawn = {name: {at: [loss] for at, loss in each["curve"]} for name, each in curves.items()}
+        errors = {name: dict(each["errors"]) for name, each in curves.items()}
         delivered = {"delivered": metrics["effective_dilation"]} if len(last) == 1 else None
-        plots.save(plots.rf_curve(drawn, "held-out loss", delivered), out / "curve.png")
+        plots.save(plots.rf_curve(drawn, "held-out loss", delivered, errors=errors), out / "curve.png")
 
 
 def _describe_paths(out: Path, config: TrainConfig, fields: list[Field]) -> dict[str, Any]:
@@ -387,43 +342,12 @@ def _numbers(field: Field) -> dict[str, float]:
     }
 
 
-def _describe_search(config: TrainConfig, saved: dict[str, Any]) -> dict[str, Any]:
-    """A saved search in plain numbers: the curves that it read, or the way that it went (at most 200 points).
-
-    `curve`, `readings` and `trajectory` are the first factor's along the height; `factors` holds all of several.
-    """
-    search = saved["search"]
-    described = {"kind": config.search, "steps": search["steps"], "seconds": saved["seconds"]}
-    if search["done"]:
-        described["unsnapped_dilation"] = [value for factor in search["unsnapped"] for value in factor]
-    if config.search == "sampled":
-        factors = []
-        for (path, axis), found in search["readings"].items():
-            readings = [{"step": step, "curve": [list(point) for point in curve.items()]} for step, curve in found]
-            curves = {"curve": readings[-1]["curve"], "readings": readings}
-            factors.append({"path": path, "axis": ("height", "width")[axis], **curves})
-        first = {key: factors[0][key] for key in ("curve", "readings")}
-        return {**described, **first, **({"factors": factors} if len(factors) > 1 else {})}
-    every = -(-len(search["trajectory"]) // 200) or 1
-    points = search["trajectory"][::every]
-    described["trajectory"] = [[step, dilations[0]] for step, dilations in points]
-    if len(points[0][1]) > 1:
-        described["trajectories"] = [[step, *dilations] for step, dilations in points]
-    return described
-
-
-def _draw_held_out(dataset: ParsingDataset, config: TrainConfig) -> list[int]:
-    if config.search != "sampled":
-        return []
-    if len(dataset) < 2:
-        raise ValueError(f"a sampled search holds images out, but {config.data} has {len(dataset)} to train on")
-    count = max(1, min(round(_HELD_OUT * len(dataset)), _MOST_HELD_OUT))
-    return sorted(random.Random(config.seed).sample(range(len(dataset)), count))
-
-
 def write_json(path: Path, content: Any) -> None:
     """Writes a whole file or none."""
-    write_text(path, json.dumps(content, indent=2) + "\n")
+    text = json.dumps(content, indent=2)
+    # A list of numbers is one line, however long; strings have no line breaks.
+    text = re.sub(r"\[\n([-+.\w\s,]*)\]", lambda found: f"[{' '.join(found[1].split())}]", text)
+    write_text(path, text + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
