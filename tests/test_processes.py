@@ -5,7 +5,7 @@ import json
 import multiprocessing
 import runpy
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import nn
 
 from rfield.config import TrainConfig
 from rfield.training import read_factor_csv, train
-from rfield.training.processes import join, machines, share_statistics
+from rfield.training.processes import _SumOverProcesses, join, machines, share_statistics
 
 Make = Callable[..., TrainConfig]
 # Its server has everything imported, and forks.
@@ -281,24 +281,68 @@ def test_images_are_dealt_to_processes(met: list[dict[str, Any]]) -> None:
     assert all(epoch == 2 and index != 1 for epoch, index in orders)
 
 
-@pytest.mark.parametrize("momentum", [0.1, None])
-def test_shared_statistics_of_one_process_are_an_ordinary_batch_norm_s(tmp_path: Path, momentum: float | None) -> None:
-    torch.manual_seed(0)
-    input = torch.randn(3, 4, 5, 6, requires_grad=True)
-    plain, shared = nn.BatchNorm2d(4, momentum=momentum), nn.BatchNorm2d(4, momentum=momentum)
-    share_statistics(nn.Sequential(shared))
+@pytest.fixture
+def alone(tmp_path: Path) -> Iterator[None]:
+    """The only process of a group."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        for _ in range(2):
-            for mode in (True, False):
-                outputs = [norm.train(mode)(input * 2 + 1) for norm in (plain, shared)]
-                torch.testing.assert_close(outputs[0], outputs[1])
-        sums = [norm.train()(input).square().sin().sum() for norm in (plain, shared)]
-        gradients = [
-            torch.autograd.grad(total, [input, *norm.parameters()])
-            for total, norm in zip(sums, (plain, shared), strict=True)
-        ]
-        torch.testing.assert_close(*gradients)
-        torch.testing.assert_close(plain.state_dict(), shared.state_dict())
-    finally:
-        torch.distributed.destroy_process_group()
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("momentum", [0.1, 0.3, None])
+@pytest.mark.parametrize("size", [(3, 4, 5, 6), (7, 4), (3, 4, 5)])
+def test_shared_statistics_of_one_process_are_an_ordinary_batch_norm_s(size: Any, momentum: float | None) -> None:
+    torch.manual_seed(0)
+    input = torch.randn(size, requires_grad=True)
+    kind = nn.BatchNorm2d if len(size) == 4 else nn.BatchNorm1d
+    plain, shared = kind(4, momentum=momentum), kind(4, momentum=momentum)
+    share_statistics(nn.Sequential(shared))
+    for _ in range(2):
+        for mode in (True, False):
+            outputs = [norm.train(mode)(input * 2 + 1) for norm in (plain, shared)]
+            torch.testing.assert_close(outputs[0], outputs[1])
+    sums = [norm.train()(input).square().sin().sum() for norm in (plain, shared)]
+    gradients = [
+        torch.autograd.grad(total, [input, *norm.parameters()])
+        for total, norm in zip(sums, (plain, shared), strict=True)
+    ]
+    torch.testing.assert_close(*gradients)
+    torch.testing.assert_close(plain.state_dict(), shared.state_dict())
+    assert shared.training
+
+
+@pytest.mark.usefixtures("alone")
+def test_shared_statistics_in_low_precision_and_of_one_value() -> None:
+    """Summed in float32; the output is the input's kind. A variance of one value is 0, as torch's own cannot say."""
+    norm = nn.BatchNorm2d(2, momentum=1.0)
+    share_statistics(norm)
+    input = torch.randn(4, 2, 9, 9) + 30
+    output = norm(input.bfloat16())
+    assert output.dtype == torch.bfloat16
+    assert norm.running_mean is not None
+    torch.testing.assert_close(norm.running_mean, input.bfloat16().float().mean((0, 2, 3)), rtol=1e-6, atol=0)
+    output = norm(torch.tensor([3.0, 4.0]).reshape(1, 2, 1, 1))
+    assert not output.any()
+    assert norm.running_mean.tolist() == [3.0, 4.0]
+    assert norm.running_var is not None
+    assert norm.running_var.tolist() == [0.0, 0.0]
+
+
+def test_a_norm_that_keeps_no_statistics_shares_none() -> None:
+    model = nn.Sequential(nn.BatchNorm2d(2, track_running_stats=False), nn.InstanceNorm2d(2))
+    share_statistics(model)
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_sum_over_processes_changes_nothing_that_it_is_given() -> None:
+    value, gradient = torch.arange(6.0).reshape(2, 3).requires_grad_(), torch.randn(3, 2).T
+    before = gradient.clone()
+    total = _SumOverProcesses.apply(value)
+    total.add_(1)
+    assert value.tolist() == [[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]]
+    (got,) = torch.autograd.grad(total, value, gradient)
+    assert torch.equal(got, before)
+    got.add_(1)
+    assert torch.equal(gradient, before)
