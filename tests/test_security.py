@@ -24,7 +24,7 @@ from rfield.cli import parse
 from rfield.config import TrainConfig, parse_groups
 from rfield.data import FolderDataset, check_data, load_dataset
 from rfield.data.cache import CachedFeatures
-from rfield.data.files import palette_of
+from rfield.data.images import palette_of
 from rfield.inference import build_network, load_config, load_run
 from rfield.models import ParsingNetwork
 from rfield.models.weights import read_weights
