@@ -1,13 +1,20 @@
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from rfield.fusing import fuse
+from rfield.layer_fields import layer_receptive_fields
 from rfield.layers import AdaptiveConv2d, ReceptiveFieldRegulator
 from rfield.let_pass import LetPass
 from rfield.models import MODELS, ParsingNetwork, largefov_vgg16, small_cnn
 from rfield.receptive_field import (
+    _POINTWISE as POINTWISE,
+)
+from rfield.receptive_field import (
+    is_pointwise,
     output_map,
     probe_copy,
     probe_receptive_field,
@@ -57,6 +64,28 @@ def test_nested_regulators_multiply() -> None:
     inner = ReceptiveFieldRegulator(nn.Conv2d(1, 1, 3, padding=4, dilation=4), 2.0)
     outer = nn.Sequential(nn.Conv2d(1, 1, 1, stride=2), ReceptiveFieldRegulator(inner, (1.0, 0.5)))
     assert theoretical_receptive_field(outer) == pytest.approx((9.0, 17.0))
+
+
+class SideBySide(nn.Module):
+    """A part of it is called as the method `chain` would be."""
+
+    def __init__(self, *branches: nn.Module) -> None:
+        super().__init__()
+        self.chain = nn.ModuleList(branches)
+
+    def branches(self) -> list[nn.Module]:
+        return list(self.chain)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return torch.stack([branch(image) for branch in self.chain]).sum(0)
+
+
+def test_of_branches_each_axis_takes_the_largest() -> None:
+    tall, wide = nn.Conv2d(3, 3, (9, 1), padding=(4, 0)), nn.Conv2d(3, 3, (1, 5), padding=(0, 2))
+    model = nn.Sequential(nn.Conv2d(3, 3, 3, stride=2), SideBySide(tall, nn.Sequential(wide, nn.SELU())))
+    assert theoretical_receptive_field(model) == probe_receptive_field(model) == (19, 11)
+    with pytest.raises(ValueError, match="the branches of SideBySide give maps of several strides"):
+        theoretical_receptive_field(SideBySide(nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1, stride=2)))
 
 
 def test_unknown_modules_are_named() -> None:
@@ -119,6 +148,82 @@ def test_a_module_may_tell_its_own_field_and_upsampling_halves_the_steps() -> No
     layers = nn.Sequential(nn.Conv2d(1, 1, 3, stride=2), Told(), nn.Upsample(scale_factor=2.0), nn.Conv2d(1, 1, 3))
     # 1 + 2 * 1, then 6 steps of 2 px, then 2 steps of 2 * 4 / 2 px.
     assert theoretical_receptive_field(layers) == (23.0, math.inf)
+    # On a map of twice the size its 6 steps are 3.
+    assert theoretical_receptive_field(ReceptiveFieldRegulator(Told(), factor=2.0))[0] == 4.0
+
+
+def test_a_snapped_regulator_counts_once() -> None:
+    regulator = ReceptiveFieldRegulator(nn.Conv2d(3, 3, 3, padding=6, dilation=6), factor=2.1)
+    regulator.snap()
+    assert theoretical_receptive_field(regulator) == probe_receptive_field(regulator) == (7, 7)
+    (layer, output) = layer_receptive_fields(regulator)
+    assert (layer.dilation, layer.field, output.field) == ((3, 3), (7, 7), (7, 7))
+
+
+POINTWISE_IN_A_WAY: dict[str, Any] = {
+    "GLU": {"dim": 1},
+    "LogSoftmax": {"dim": 1},
+    "Softmax": {"dim": 1},
+    "Softmin": {"dim": -3},
+    "Threshold": {"threshold": 0.1, "value": 20},
+    "ChannelShuffle": {"groups": 2},
+    "LocalResponseNorm": {"size": 2},
+    "CrossMapLRN2d": {"size": 2},
+    "BatchNorm1d": {"num_features": 4},
+    "BatchNorm2d": {"num_features": 4},
+    "BatchNorm3d": {"num_features": 4},
+    "SyncBatchNorm": {"num_features": 4},
+    "LazyBatchNorm1d": {},
+    "LazyBatchNorm2d": {},
+    "LazyBatchNorm3d": {},
+}
+# That take no map of two axes, or whose twin with two does.
+TAKES_NO_MAP = {"BatchNorm1d", "BatchNorm3d", "SyncBatchNorm", "LazyBatchNorm1d", "LazyBatchNorm2d", "LazyBatchNorm3d"}
+
+
+@pytest.mark.parametrize("name", sorted(name for name in nn.modules.__all__ if isinstance(getattr(nn, name), type)))
+def test_of_torch_s_layers_those_that_see_one_pixel_are_pointwise(name: str) -> None:
+    """Each that is made without arguments, or with those above, is run: it is pointwise if it sees one pixel."""
+    kind = getattr(nn, name)
+    try:
+        layer = kind(**POINTWISE_IN_A_WAY.get(name, {}))
+    except TypeError:  # Convolutions, pools, linear layers: each has an argument that it needs.
+        assert not issubclass(kind, tuple(POINTWISE))
+        return
+    if name in TAKES_NO_MAP:
+        assert is_pointwise(layer)
+        return
+    try:
+        image = torch.rand(1, 4, 5, 6, requires_grad=True)
+        with LetPass(0), torch.enable_grad():
+            output = layer.eval()(image)
+        (grad,) = torch.autograd.grad(output[0, :, 2, 3].sum(), image)
+    except Exception:  # A loss, a container, a layer of another kind of input.
+        assert not is_pointwise(layer)
+        return
+    rows, columns = grad[0].sum(0).nonzero().unbind(1)
+    sees_one = output.shape[2:] == image.shape[2:] and rows.tolist() == [2] and columns.tolist() == [3]
+    assert is_pointwise(layer) == sees_one
+    if sees_one:
+        regulator = ReceptiveFieldRegulator(nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), layer), factor=0.5)
+        assert fuse(regulator, mode="dilation")[0].dilation == (2, 2)
+        assert theoretical_receptive_field(layer) == (1, 1)
+
+
+def test_layers_that_look_along_the_map_are_not_pointwise() -> None:
+    for layer in (nn.Softmax(dim=-1), nn.GLU(), nn.BatchNorm2d(4, track_running_stats=False), nn.LayerNorm(6)):
+        with pytest.raises(ValueError, match="is not known"):
+            theoretical_receptive_field(layer)
+
+
+def test_the_mean_of_a_map_with_channels_last_is_global() -> None:
+    class ChannelsLast(nn.Module):
+        def forward(self, image: Tensor) -> Tensor:
+            map_ = image.movedim(1, 3)
+            return (map_ + map_.mean((1, 2), keepdim=True)).movedim(3, 1)
+
+    window = probe_window(ChannelsLast(), axis=0, lengths=[33])
+    assert (window.size, window.local) == (math.inf, 1.0)
 
 
 @pytest.mark.parametrize("name", sorted(MODELS))

@@ -2,6 +2,7 @@
 
 import difflib
 import fnmatch
+import itertools
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Literal
@@ -135,10 +136,12 @@ def regulate(
         )
     start = (factor,) * axes
     regulator = ReceptiveFieldRegulator(module, start, min_factor, max_factor, memory_budget)
-    for parameter in module.parameters():
+    for parameter in itertools.chain(module.parameters(), module.buffers()):
         regulator._move_factor(parameter.device)
         break
-    regulator.train(module.training)
+    # Not those inside: a norm may be frozen by its flag.
+    for part in (regulator, regulator.inflation, regulator.interpolation):
+        part.training = module.training
     for other, part in modules.items():
         if part is module:
             _replace(model, other, regulator)

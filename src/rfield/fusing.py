@@ -7,7 +7,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from rfield.layers import AdaptiveConv2d, LearnedFactor, ReceptiveFieldRegulator, WeightedGradient
-from rfield.layers.adaptive_conv import carry_parametrizations
+from rfield.layers.adaptive_conv import carry_parametrizations, has_hooks, unchanged
 from rfield.layers.factor import followed_padding, set_dilation, whole_dilation
 from rfield.receptive_field import copied, is_pointwise
 
@@ -36,7 +36,7 @@ def fuse(model: nn.Module, mode: Mode = "resize") -> nn.Module:
 
     Raises:
         ValueError: if a regulated part cannot be traced by `torch.fx` (`resize`) or holds other layers that see more
-            than one pixel (`dilation`).
+            than one pixel (`dilation`), or a layer to exchange has hooks.
 
     >>> layer = AdaptiveConv2d(8, 8, 3, padding=4, dilation=4, factor=2.0)
     >>> fuse(nn.Sequential(layer))[0]
@@ -254,8 +254,19 @@ def _graft(root: nn.Module, part: nn.Module) -> fx.GraphModule:
 
 
 def _plain(module: AdaptiveConv2d | ReceptiveFieldRegulator | WeightedGradient, mode: Mode) -> nn.Module:
+    if has_hooks(module):
+        raise ValueError(
+            f"the {type(module).__name__} has hooks, which the plain layer would lose: remove them; the fused model "
+            "may have them"
+        )
     if isinstance(module, AdaptiveConv2d):
-        return _plain_conv(module)
+        with unchanged(module):
+            plain = _plain_conv(module)
+        carried = set(module.modules())
+        for part in plain.modules():
+            if part not in carried:
+                part.training = module.training
+        return plain
     if isinstance(module, WeightedGradient):
         return _identity()
     factor = _factors(module)
@@ -264,6 +275,10 @@ def _plain(module: AdaptiveConv2d | ReceptiveFieldRegulator | WeightedGradient, 
     elif mode == "dilation":
         _dilate(module.module, factor)
     elif factor != (1.0, 1.0):
+        if has_hooks(module.module):
+            raise ValueError(
+                "the regulated part has hooks, which the fused one would lose: remove them, or use mode='dilation'"
+            )
         return fixed_resize(module.module, factor)
     return module.module
 
@@ -298,7 +313,6 @@ def _plain_conv(layer: AdaptiveConv2d) -> nn.Module:
         if value is not None:
             setattr(conv, name, value if isinstance(value, nn.Parameter) else nn.Parameter(value))
     carry_parametrizations(layer, conv)
-    conv.training = layer.training
     if min(padding) >= 0:
         return conv
     return _graft(_Cropped(conv, (max(-padding[0], 0), max(-padding[1], 0))), conv)

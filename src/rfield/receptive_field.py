@@ -4,15 +4,17 @@ import copy
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from rfield.layers import AdaptiveConv2d, LearnedFactor, ReceptiveFieldRegulator
 from rfield.let_pass import LetPass
+
+Pair = tuple[float, float]
 
 _WINDOWED = (AdaptiveConv2d, nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d, nn.LPPool2d)
 # See `is_pointwise`.
@@ -77,7 +79,8 @@ def theoretical_receptive_field(model: nn.Module) -> tuple[float, float]:
     Args:
         model: convolutions, pools, activations, batch norm (in eval mode), dropout, regulators and `nn.Sequential`s
             of them. Any other module must tell its order of execution by a method `chain() -> list[nn.Module]`, as
-            the modules of `rfield.models` do, or its own field by the attributes `receptive_field`, (height, width) in
+            the modules of `rfield.models` do, or the modules side by side whose outputs it joins by a method
+            `branches() -> list[nn.Module]`, or its own field by the attributes `receptive_field`, (height, width) in
             px of its input, and `stride`. An `nn.Upsample` makes the steps after it smaller.
 
     Raises:
@@ -92,30 +95,75 @@ def theoretical_receptive_field(model: nn.Module) -> tuple[float, float]:
         (419.0, 419.0)
     """
     names = {module: name for name, module in model.named_modules()}
-    extent, jump = [1.0, 1.0], [1.0, 1.0]
-    for layer, factor in _steps(model, (1.0, 1.0)):
-        if is_pointwise(layer):
-            continue
-        if (known := _known_field(layer)) is not None:
-            for axis in (0, 1):
-                extent[axis] += (known[0][axis] - 1) * jump[axis] / factor[axis]
-                jump[axis] *= known[1]
-            continue
-        if not isinstance(layer, _WINDOWED):
-            position = repr(names[layer]) if names.get(layer) else "the top"
-            raise ValueError(
-                f"The receptive field of {type(layer).__name__} (at {position}) is not known. "
-                "Give its layers in an nn.Sequential, or give it a method chain() that lists its modules in their "
-                "order of execution; or measure it: probe_receptive_field."
-            )
-        dilation: tuple[float, float] = _pair(getattr(layer, "dilation", 1))
-        if isinstance(layer, AdaptiveConv2d):
-            dilation = layer.realised_dilation
-        for axis in (0, 1):
-            taps = _pair(layer.kernel_size)[axis] - 1
-            extent[axis] += taps * dilation[axis] * jump[axis] / factor[axis]
-            jump[axis] *= _pair(layer.stride or layer.kernel_size)[axis]
-    return extent[0], extent[1]
+    return _after(model, (1.0, 1.0), _Seen(), names).extent
+
+
+@dataclasses.dataclass(frozen=True)
+class _Seen:
+    """What one pixel of a map sees, and px between its neighbours, as (height, width)."""
+
+    extent: Pair = (1.0, 1.0)
+    jump: Pair = (1.0, 1.0)
+
+    def after(self, steps: Sequence[float], stride: Sequence[float]) -> "_Seen":
+        """After a layer that sees so many steps more of its input map."""
+        height, width = (e + n * j for e, n, j in zip(self.extent, steps, self.jump, strict=True))
+        return _Seen((height, width), (self.jump[0] * stride[0], self.jump[1] * stride[1]))
+
+
+def _after(module: nn.Module, factor: Pair, seen: _Seen, names: Mapping[nn.Module, str]) -> _Seen:
+    """What is seen after a module on a map that is inflated by a factor (height, width)."""
+    if is_pointwise(module):
+        return seen
+    if (parts := _parts(module)) is not None:
+        inside, listed = parts
+        for part in listed:
+            seen = _after(part, (factor[0] * inside[0], factor[1] * inside[1]), seen, names)
+        return seen
+    if (known := _known_field(module)) is not None:
+        return seen.after([(known[0][axis] - 1) / factor[axis] for axis in (0, 1)], (known[1], known[1]))
+    if (branches := _told(module, "branches")) is not None:
+        ends = [_after(branch, factor, seen, names) for branch in branches]
+        if len({end.jump for end in ends}) != 1:
+            raise ValueError(f"the branches of {type(module).__name__} give maps of several strides, or there are none")
+        height, width = (max(end.extent[axis] for end in ends) for axis in (0, 1))
+        return _Seen((height, width), ends[0].jump)
+    if not isinstance(module, _WINDOWED):
+        position = repr(names[module]) if names.get(module) else "the top"
+        raise ValueError(
+            f"The receptive field of {type(module).__name__} (at {position}) is not known. "
+            "Give its layers in an nn.Sequential, or give it a method chain() that lists its modules in their "
+            "order of execution, or branches() that lists those side by side; or measure it: probe_receptive_field."
+        )
+    dilation: Pair = _pair(getattr(module, "dilation", 1))
+    if isinstance(module, AdaptiveConv2d):
+        dilation = module.realised_dilation
+    kernel = _pair(module.kernel_size)
+    steps = [(kernel[axis] - 1) * dilation[axis] / factor[axis] for axis in (0, 1)]
+    return seen.after(steps, _pair(module.stride or module.kernel_size))
+
+
+def _parts(module: nn.Module) -> tuple[Pair, list[nn.Module]] | None:
+    """The modules that a module runs one after the other, and the factor by which it inflates their map."""
+    if isinstance(module, ReceptiveFieldRegulator):
+        # A snapped regulator has handed its factor to the dilations inside.
+        height, width = (
+            1.0 if module.snapped else base / realised
+            for base, realised in zip(module.base_dilation, module.realised_dilation, strict=True)
+        )
+        return (height, width), [module.module]
+    if isinstance(module, fx.GraphModule) and "factor" in module.meta and type(module).__name__ == "Sequential":
+        return module.meta["factor"], list(module.children())  # what `rfield.fuse` leaves of a regulated sequence
+    if isinstance(module, nn.Sequential):
+        return (1.0, 1.0), list(module)
+    chain = _told(module, "chain") if getattr(module, "receptive_field", None) is None else None
+    return None if chain is None else ((1.0, 1.0), chain)
+
+
+def _told(module: nn.Module, method: str) -> list[nn.Module] | None:
+    """What a method of a module's class tells; a part of that name is no method."""
+    told: list[nn.Module] | None = getattr(module, method)() if hasattr(type(module), method) else None
+    return told
 
 
 def receptive_field_px(model: nn.Module) -> tuple[float, float]:
@@ -150,27 +198,6 @@ class _Nominal(nn.Module):
         super().__init__()
         self.receptive_field = (field, field)
         self.stride = stride
-
-
-def _steps(module: nn.Module, factor: tuple[float, float]) -> Iterator[tuple[nn.Module, tuple[float, float]]]:
-    """The layers in their order of execution, each with the factor (height, width) by which its map is inflated."""
-    if isinstance(module, ReceptiveFieldRegulator):
-        # A snapped regulator has handed its factor to the dilations inside.
-        height, width = (
-            1.0 if module.snapped else base / realised
-            for base, realised in zip(module.base_dilation, module.realised_dilation, strict=True)
-        )
-        yield from _steps(module.module, (factor[0] * height, factor[1] * width))
-    elif isinstance(module, nn.Sequential):
-        for child in module:
-            yield from _steps(child, factor)
-    elif getattr(module, "receptive_field", None) is not None:
-        yield module, factor
-    elif callable(chain := getattr(module, "chain", None)):
-        for child in chain():
-            yield from _steps(child, factor)
-    else:
-        yield module, factor
 
 
 def _known_field(layer: nn.Module) -> tuple[tuple[float, float], float] | None:

@@ -3,11 +3,14 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
+import rfield
 from rfield.layers import ReceptiveFieldRegulator
 from rfield.models import MultiPathHead, ParsingNetwork, Paths, SinglePathHead, aspp_head, small_cnn_backbone
-from rfield.receptive_field import theoretical_receptive_field
+from rfield.receptive_field import probe_receptive_field, receptive_field_px, theoretical_receptive_field
 from rfield.search import learned_layers
+from rfield.training.module import present_fields
 
 
 def make(**options: object) -> MultiPathHead:
@@ -83,6 +86,36 @@ def test_receptive_field_is_that_of_the_path_that_sees_farthest() -> None:
     network.head.paths[1].factor_layer.set_factor(0.5)
     assert theoretical_receptive_field(network) == pytest.approx((15 + 8 * 8, 15 + 8 * 8))
     assert head.effective_dilation == (8.0, 8.0)
+
+
+def test_the_field_of_rectangular_paths_is_the_largest_along_each_axis() -> None:
+    head = make(dilation=6, rectangular=True, norm=False)
+    for path, factor in zip(head.heads(), [(1.0, 6.0), (1.2, 0.75)], strict=True):
+        path.factor_layer.set_factor(factor)
+    # Dilations (6, 1) and (5, 8): fields of (13, 3) and (11, 17) feature px.
+    assert theoretical_receptive_field(head) == pytest.approx((13, 17))
+    assert head.effective_dilation == pytest.approx((6, 8))
+    network = ParsingNetwork(small_cnn_backbone(), MultiPathHead(32, 5, 6, head_channels=8, rectangular=True))
+    for path, factor in zip(network.head.heads(), [(1.0, 6.0), (1.2, 0.75)], strict=True):
+        path.factor_layer.set_factor(factor)
+    assert receptive_field_px(network) == pytest.approx((15 + 8 * 6, 15 + 8 * 8))
+    assert [(field.path, field.axis, round(field.receptive_field_px)) for field in present_fields(network)] == [
+        (0, 0, 15 + 8 * 6),
+        (0, 1, 15 + 8 * 1),
+        (1, 0, 15 + 8 * 5),
+        (1, 1, 15 + 8 * 8),
+    ]
+    assert fields_of(rfield.fuse(with_whole_dilations(head))) == (13, 17)
+
+
+def fields_of(head: nn.Module) -> tuple[float, float]:
+    return probe_receptive_field(head, channels=6)
+
+
+def with_whole_dilations(head: MultiPathHead) -> MultiPathHead:
+    for path in head.heads():
+        path.factor_layer.snap()
+    return head
 
 
 @pytest.mark.parametrize("weight", [1.0, 5.0])

@@ -1,6 +1,7 @@
 """A convolution whose dilation is learned: the drop-in for a dilated `nn.Conv2d`."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -160,7 +161,7 @@ def why_not_adaptive(conv: nn.Module) -> str | None:
         return f"it pads with padding_mode={conv.padding_mode!r}, and not with zeros"
     if isinstance(conv, nn.modules.lazy.LazyModuleMixin) and conv.has_uninitialized_params():
         return "its weight has no shape yet: run the model once"
-    if conv._forward_hooks or conv._forward_pre_hooks or conv._backward_hooks or conv._backward_pre_hooks:
+    if has_hooks(conv):
         return "it has hooks (an old weight or spectral norm, or pruning), which would be lost"
     beside = {*conv._parameters, *conv._buffers, *conv._modules} - {"weight", "bias", "parametrizations"}
     if beside:
@@ -168,14 +169,47 @@ def why_not_adaptive(conv: nn.Module) -> str | None:
     return None
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something else runs when a module does, or when it is saved or loaded."""
+    names = (
+        *("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks"),
+        *("_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
+    )
+    return any(getattr(module, name, None) for name in names)
+
+
+@contextmanager
+def unchanged(module: nn.Module) -> Iterator[None]:
+    """While it runs, a module is in eval mode; its flags and buffers are afterwards what they were.
+
+    To read a parametrised weight runs the parametrization, which may take a step: a spectral norm in training does.
+    """
+    flags = {part: part.training for part in module.modules()}
+    buffers = [
+        (part, name, buffer, buffer.clone())
+        for part in flags
+        for name, buffer in part._buffers.items()
+        if buffer is not None
+    ]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in flags.items():
+            part.training = training
+        with torch.no_grad():
+            for part, name, buffer, value in buffers:
+                part._buffers[name] = buffer.copy_(value)
+
+
 def carry_parametrizations(source: nn.Module, target: nn.Module) -> None:
     """Gives `target` the parametrizations of `source`, such as a weight norm, with the very same parameters."""
     if not parametrize.is_parametrized(source):
         return
-    was_training = {part: part.training for part in source.modules()}
-    # The transfer runs the parametrizations, of either module; a spectral norm would take a step if it were training.
-    source.eval()
     target.eval()
-    parametrize.transfer_parametrizations_and_params(source, target)
-    for part in (*source.modules(), *target.modules()):
-        part.training = was_training.get(part, source.training)
+    with unchanged(source):
+        parametrize.transfer_parametrizations_and_params(source, target)
+    carried = set(source.modules())
+    for part in target.modules():
+        if part not in carried:
+            part.training = source.training

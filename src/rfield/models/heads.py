@@ -116,8 +116,12 @@ class SinglePathHead(nn.Module):
 
     def _fixed_dilation(self) -> tuple[float, float]:
         fc6 = self.layers.get_submodule("fc6")
-        assert isinstance(fc6, nn.Conv2d)
-        return float(fc6.dilation[0]), float(fc6.dilation[1])
+        # Of the fixed resizes that `rfield.fuse` leaves; what it makes of a cropped fc6 is no nn.Conv2d.
+        height, width = (
+            self.layers.meta.get("factor", (1.0, 1.0)) if isinstance(self.layers, fx.GraphModule) else (1, 1)
+        )
+        dilation: tuple[int, int] = fc6.dilation  # type: ignore[assignment]
+        return dilation[0] / height, dilation[1] / width
 
     def chain(self) -> list[nn.Module]:
         """The modules in their order of execution."""

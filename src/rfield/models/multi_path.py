@@ -95,9 +95,9 @@ class MultiPathHead(nn.Module):
         """The paths, typed."""
         return [path for path in self.paths if isinstance(path, SinglePathHead)]
 
-    def chain(self) -> list[nn.Module]:
-        """The path that sees farthest: the receptive field of a sum is the largest of its terms'."""
-        return [max(self.heads(), key=lambda path: path.realised_dilation)]
+    def branches(self) -> list[nn.Module]:
+        """The modules that run side by side, of which the output is the sum."""
+        return list(self.paths)
 
     def forward(
         self, features: Tensor, output_size: tuple[int, int] | None = None, mask: Tensor | None = None

@@ -384,8 +384,9 @@ def present_fields(network: ParsingNetwork) -> list[Field]:
     for index, (layer, dilation) in enumerate(zip(layers, realised, strict=True)):
         base = dilation if layer is None else layer.base_dilation
         for axis in range(1 if layer is None else layer.log_factor.numel()):
-            # The network's field is that of the path that sees farthest along the height; fc6 is 3x3.
-            field = total[axis] - 2 * network.stride * (max(realised)[axis] - dilation[axis])
+            # The network's field is that of the path that sees farthest along the axis; fc6 is 3x3.
+            farthest = max(each[axis] for each in realised)
+            field = total[axis] - 2 * network.stride * (farthest - dilation[axis])
             fields.append(Field(index, axis, base[axis] / dilation[axis], dilation[axis], field))
     return fields
 
