@@ -1,6 +1,8 @@
 """Adapted models get along with what torch offers to train them: each case learns, and ends where it should."""
 
 import copy
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,10 +19,12 @@ import rfield
 from rfield.layers import AdaptiveConv2d, LearnedFactor
 from rfield.search import GradientSearch, SampledSearch, Search, SpsaSearch, factor_parameters, learned_layers
 
+Batch = tuple[Tensor, Tensor]
 
-def batches(count: int) -> list[tuple[Tensor, Tensor]]:
+
+def batches(count: int, seed: int) -> list[Batch]:
     """Smooth noise, and what lies 5 px beside each pixel."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     images = [F.avg_pool2d(torch.randn(2, 3, 20, 20, generator=generator), 3, 1, 1) * 3 for _ in range(count)]
     return [(image, (image[:, 0].roll(-5, 2) > 0).long()) for image in images]
 
@@ -40,16 +44,28 @@ def loss_fn(model: nn.Module, batch: Any) -> Tensor:
     return F.cross_entropy(model(batch[0]), batch[1])
 
 
-def search_of(kind: str, model: nn.Module, loss: Callable[[nn.Module, Any], Tensor], steps: int) -> Search:
+def search_of(
+    kind: str,
+    model: nn.Module,
+    steps: int,
+    held_out: list[Batch],
+    loss: Callable[[nn.Module, Any], Tensor] = loss_fn,
+) -> Search:
     if kind == "sampled":
-        return SampledSearch(model, loss, steps, held_out=batches(2))
+        return SampledSearch(model, loss, steps, held_out=held_out)
     return {"gradient": GradientSearch, "spsa": SpsaSearch}[kind](model, loss, steps)
 
 
-def learn(model: nn.Module, kind: str = "spsa", loss: Callable[[nn.Module, Any], Tensor] = loss_fn) -> Search:
-    search = search_of(kind, model, loss, steps=8)
+def learn(
+    model: nn.Module,
+    kind: str,
+    data: list[Batch],
+    held_out: list[Batch],
+    loss: Callable[[nn.Module, Any], Tensor] = loss_fn,
+) -> Search:
+    search = search_of(kind, model, len(data), held_out, loss)
     optimizer = torch.optim.AdamW(rfield.parameter_groups(model, lr=1e-2, factor_lr=3e-2))
-    for batch in batches(8):
+    for batch in data:
         search.loss(batch).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -59,45 +75,59 @@ def learn(model: nn.Module, kind: str = "spsa", loss: Callable[[nn.Module, Any],
     return search
 
 
-@pytest.fixture
-def one_process(tmp_path: Path) -> Iterator[None]:
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+def learnt(model: nn.Module, kind: str = "spsa", loss: Callable[[nn.Module, Any], Tensor] = loss_fn) -> Search:
+    return learn(model, kind, batches(8, seed=0), batches(2, seed=0), loss)
 
 
 KINDS = pytest.mark.parametrize("kind", ["gradient", "spsa", "sampled"])
 
 
-@KINDS
-@pytest.mark.usefixtures("one_process")
-def test_distributed_data_parallel(kind: str) -> None:
-    alone, together = network(), network()
-    for model in (alone, together):
-        rfield.adapt(model)
-    expected = learn(alone, kind)
-    found = learn(nn.parallel.DistributedDataParallel(together, find_unused_parameters=True), kind)
-    assert found.unsnapped == expected.unsnapped
+@pytest.fixture(scope="module")
+def of_two_processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[tuple[str, str], Any]]:
+    """What each of two processes found, which train on a half of every batch."""
+    folder = tmp_path_factory.mktemp("processes")
+    worker = Path(__file__).with_name("adapt_worker.py")
+    workers = [
+        subprocess.Popen(
+            [sys.executable, worker, str(rank), folder / "store", folder / f"{rank}.pt"],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for process in workers:
+        _, errors = process.communicate(timeout=240)
+        assert process.returncode == 0, errors
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
 @KINDS
-@pytest.mark.usefixtures("one_process")
-def test_fully_sharded(kind: str) -> None:
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    alone, sharded = network(), network()
-    for model in (alone, sharded):
-        rfield.adapt(model)
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp"])
+def test_two_processes_learn_what_one_learns_from_both_halves(
+    of_two_processes: list[dict[tuple[str, str], Any]], wrapper: str, kind: str
+) -> None:
+    model = network()
+    rfield.adapt(model)
+    if wrapper == "fsdp":
         rfield.regulate(model, "0")
-    expected = learn(alone, kind)
-    mesh = init_device_mesh("cpu", (1,))
-    fully_shard(sharded[2], mesh=mesh)
-    fully_shard(sharded, mesh=mesh)
-    found = learn(sharded, kind)
-    torch.testing.assert_close(torch.tensor(found.unsnapped), torch.tensor(expected.unsnapped))
-    image = batches(1)[0][0]
-    torch.testing.assert_close(sharded(image), alone(image))
+    halves = [
+        [(torch.cat([one[0], other[0]]), torch.cat([one[1], other[1]])) for one, other in zip(*pair, strict=True)]
+        for pair in ((batches(6, 0), batches(6, 1)), (batches(2, 2), batches(2, 3)))
+    ]
+    search = learn(model, kind, *halves)
+    first, second = (found[wrapper, kind] for found in of_two_processes)
+    assert first[:2] == second[:2]
+    assert torch.equal(first[2], second[2])
+    torch.testing.assert_close(torch.tensor(first[1]), torch.tensor(search.unsnapped), rtol=1e-4, atol=0)
+    image = batches(1, seed=4)[0][0]
+    torch.testing.assert_close(first[2], model(image).detach(), rtol=1e-3, atol=1e-4)
+
+
+@pytest.fixture
+def one_process(tmp_path: Path) -> Iterator[None]:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 @pytest.mark.usefixtures("one_process")
@@ -111,7 +141,7 @@ def test_fully_sharded_factor_stays_in_its_range() -> None:
     (layer,) = (module for module in model.modules() if isinstance(module, LearnedFactor))
     search = GradientSearch(model, loss_fn, steps=3)
     for _ in range(2):
-        search.loss(batches(1)[0]).backward()
+        search.loss(batches(1, 0)[0]).backward()
         with torch.no_grad():
             layer.log_factor.fill_(7.0)  # As far as an optimizer's step could go.
         search.step()
@@ -132,7 +162,7 @@ def test_gradient_checkpointing(kind: str, reentrant: bool) -> None:
         model = network()
         rfield.adapt(model)
         rfield.regulate(model, "0")
-        search = learn(model, kind, loss)
+        search = learnt(model, kind, loss)
         results.append((search.trajectory, [parameter.detach() for parameter in model.parameters()]))
     torch.testing.assert_close(results[1], results[0])
 
@@ -143,7 +173,7 @@ def test_parametrized_weights(kind: str, norm: Callable[[nn.Module], nn.Module])
     model = network()
     norm(model[2])
     keys, parameters = list(model.state_dict()), list(model.parameters())
-    image = batches(1)[0][0]
+    image = batches(1, 0)[0][0]
     model.eval()
     before = model(image)
     (layer,) = rfield.adapt(model)
@@ -153,7 +183,7 @@ def test_parametrized_weights(kind: str, norm: Callable[[nn.Module], nn.Module])
     torch.testing.assert_close(model(image), before)
     model.train()
     originals = [parameter.detach().clone() for parameter in layer.parametrizations["weight"].parameters()]
-    learn(model, kind)
+    learnt(model, kind)
     trained = list(layer.parametrizations["weight"].parameters())
     assert all(not torch.equal(new, old) for new, old in zip(trained, originals, strict=True))
     model.eval()
@@ -169,15 +199,15 @@ def test_running_average_of_the_weights() -> None:
     model = network()
     rfield.adapt(model)
     average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5))
-    search = search_of("sampled", model, loss_fn, steps=8)
+    search = search_of("sampled", model, 8, batches(2, 0))
     optimizer = torch.optim.AdamW(rfield.parameter_groups(model, lr=1e-2, factor_lr=3e-2))
-    for batch in batches(24):
+    for batch in batches(24, 0):
         search.loss(batch).backward()
         optimizer.step()
         optimizer.zero_grad()
         search.step()
         average.update_parameters(model)
-    image = batches(1)[0][0]
+    image = batches(1, 0)[0][0]
     plain = rfield.fuse(average.module.eval())
     assert isinstance(model[2], AdaptiveConv2d)
     assert plain.get_submodule("2").dilation == pytest.approx(model[2].effective_dilation)
@@ -191,15 +221,15 @@ def test_running_average_with_a_regulator_that_is_snapped() -> None:
     regulator.set_factor(1.4)
     regulator.snap()
     average.update_parameters(model)
-    image = batches(1)[0][0]
+    image = batches(1, 0)[0][0]
     torch.testing.assert_close(average(image), model(image))
 
 
 def test_a_deep_copy_takes_no_part_in_the_search() -> None:
     model = network()
     (layer,) = rfield.adapt(model)
-    search = search_of("sampled", model, loss_fn, steps=8)
-    search.loss(batches(1)[0]).backward()
+    search = search_of("sampled", model, 8, batches(2, 0))
+    search.loss(batches(1, 0)[0]).backward()
     assert layer.held is not None
     copied = copy.deepcopy(model)
     assert [group[0].held for group in learned_layers(copied)] == [None]
@@ -213,8 +243,8 @@ def test_compiles_when_the_search_is_done() -> None:
     model = network()
     rfield.adapt(model)
     rfield.regulate(model, "0")
-    learn(model)
-    image = batches(1)[0][0]
+    learnt(model)
+    image = batches(1, 0)[0][0]
     model.eval()
     expected = model(image)
     torch.testing.assert_close(torch.compile(model, backend="aot_eager")(image), expected)

@@ -7,7 +7,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from rfield.layers import AdaptiveConv2d, LearnedFactor, ReceptiveFieldRegulator, WeightedGradient
-from rfield.layers.adaptive_conv import carry_parametrizations, has_hooks, unchanged
+from rfield.layers.adaptive_conv import carry_parametrizations, carry_state_hooks, has_hooks, unchanged
 from rfield.layers.factor import followed_padding, set_dilation, whole_dilation
 from rfield.receptive_field import copied, is_pointwise
 
@@ -250,6 +250,7 @@ def _graft(root: nn.Module, part: nn.Module) -> fx.GraphModule:
         result.register_buffer(name, buffer, persistent=name not in part._non_persistent_buffers_set)
     for name, child in part.named_children():
         result.add_module(name, child)
+    carry_state_hooks(part, result)
     return result
 
 

@@ -170,12 +170,19 @@ def why_not_adaptive(conv: nn.Module) -> str | None:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether something else runs when a module does, or when it is saved or loaded."""
-    names = (
-        *("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks"),
-        *("_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
+    """Whether something else runs when a module runs forward or backward."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
-    return any(getattr(module, name, None) for name in names)
+
+
+def carry_state_hooks(source: nn.Module, target: nn.Module) -> None:
+    """Has what runs when `source` is saved or loaded run for `target`: a weight norm so reads its older keys."""
+    for name in ("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_post_hooks"):
+        getattr(target, name).update(getattr(source, name))
+    hooks: dict[int, Any] = source._load_state_dict_pre_hooks
+    for hook in hooks.values():
+        target._register_load_state_dict_pre_hook(hook.hook, hook.with_module)  # type: ignore[no-untyped-call]
 
 
 @contextmanager
@@ -203,7 +210,11 @@ def unchanged(module: nn.Module) -> Iterator[None]:
 
 
 def carry_parametrizations(source: nn.Module, target: nn.Module) -> None:
-    """Gives `target` the parametrizations of `source`, such as a weight norm, with the very same parameters."""
+    """Gives `target` the parametrizations of `source`, such as a weight norm, with the very same parameters.
+
+    What runs when `source` is saved or loaded goes with them.
+    """
+    carry_state_hooks(source, target)
     if not parametrize.is_parametrized(source):
         return
     target.eval()

@@ -165,7 +165,8 @@ class LearnedFactor(nn.Module):
 
     def _move_factor(self, device: torch.device) -> None:
         """Brings the factor to the device of the weights."""
-        self.log_factor.data = self.log_factor.data.to(device)
+        # Made anew: a parameter cannot be moved to torch's meta device.
+        self.log_factor = nn.Parameter(self.log_factor.detach().to(device), self.log_factor.requires_grad)
         self.snapped_dilation = self.snapped_dilation.to(device)
 
     def _write(self, value: Tensor) -> None:
