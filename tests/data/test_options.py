@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from rfield.data import AugmentedDataset, check_data, load_dataset, training_transform
-from rfield.data.listing import unlisted_pairs
+from rfield.data.sides import unlisted_pairs
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)
 FORMATS = ("voc", "camvid", "helen", "cityscapes", "folder")

@@ -11,7 +11,7 @@ from rfield.data.dataset import IGNORE_INDEX, ParsingDataset, voc_palette
 from rfield.data.faces import Conversion, convert_celebamask, convert_lapa
 from rfield.data.folder import FolderDataset
 from rfield.data.helen import HELEN_CLASSES, HelenDataset
-from rfield.data.listing import MaskOptions
+from rfield.data.mask_options import MaskOptions
 from rfield.data.matching import ReorderedDataset, class_difference, match_classes
 from rfield.data.resized import ResizedDataset
 from rfield.data.skipping import SkippingDataset

@@ -4,10 +4,12 @@ import os
 from pathlib import Path
 
 from rfield.data.dataset import IGNORE_INDEX, voc_palette
-from rfield.data.files import Folders, check_files, mask_ending, read_class_names, read_lines, sample_path
+from rfield.data.files import check_files, read_class_names, read_lines
 from rfield.data.listed import ListedDataset
-from rfield.data.listing import Entry, Listing, MaskOptions, Refuse, list_entries, make_listing, raise_error
+from rfield.data.listing import Entry, Listing, Refuse, list_entries, make_listing, raise_error
+from rfield.data.mask_options import MaskOptions
 from rfield.data.masks import MaskCode, plain_labels
+from rfield.data.paths import Folders, mask_ending, sample_path
 
 CAMVID_CLASSES = (
     "sky",

@@ -12,10 +12,10 @@ import numpy.typing as npt
 import PIL.Image
 
 from rfield.data.dataset import IGNORE_INDEX
-from rfield.data.files import near_miss
 from rfield.data.images import deep_bits, deep_problem, load_named, open_image, orientation, rgb_pixels, upright_size
 from rfield.data.listing import Entry, Listing
 from rfield.data.masks import UNKNOWN, Colour, wrong_size
+from rfield.data.paths import near_miss
 
 Level = Literal["error", "warning"]
 Found = Callable[[Level, Path, str], None]

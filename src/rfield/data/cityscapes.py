@@ -7,20 +7,13 @@ import numpy as np
 from torchvision.datasets import Cityscapes
 
 from rfield.data.dataset import IGNORE_INDEX, voc_palette
-from rfield.data.files import Folders, check_files, mask_ending
+from rfield.data.files import check_files
 from rfield.data.images import image_files
 from rfield.data.listed import ListedDataset
-from rfield.data.listing import (
-    Entry,
-    Listing,
-    MaskOptions,
-    Refuse,
-    entries_inside,
-    list_entries,
-    make_listing,
-    raise_error,
-)
+from rfield.data.listing import Entry, Listing, Refuse, entries_inside, list_entries, make_listing, raise_error
+from rfield.data.mask_options import MaskOptions
 from rfield.data.masks import UNKNOWN, MaskCode, plain_labels
+from rfield.data.paths import Folders, mask_ending
 
 _SPLITS = ("train", "val", "test")
 _SCORED = sorted((entry for entry in Cityscapes.classes if not entry.ignore_in_eval), key=lambda entry: entry.train_id)

@@ -14,10 +14,11 @@ from torch import Tensor
 from torchvision.tv_tensors import Mask
 
 from rfield.data.dataset import IGNORE_INDEX, exchange_classes
-from rfield.data.files import Folders, lies_in, near_miss, read_lines
+from rfield.data.files import read_lines
 from rfield.data.helen import HELEN_CLASSES, HELEN_LISTS, HelenDataset
 from rfield.data.images import image_files, image_sizes, read_image
 from rfield.data.masks import UNKNOWN, MaskCode, plain_labels, read_mask
+from rfield.data.paths import Folders, lies_in, near_miss
 from rfield.data.resized import resize_mask
 
 # In the order in which the data set's authors paint them: where parts overlap, the later one is seen. Skin lies under

@@ -4,11 +4,13 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from rfield.data.files import mask_ending, near_miss, read_class_names
+from rfield.data.files import read_class_names
 from rfield.data.images import IMAGE_SUFFIXES, image_files
 from rfield.data.listed import ListedDataset
-from rfield.data.listing import Entry, Listing, MaskOptions, Refuse, entries_inside, make_listing, raise_error
+from rfield.data.listing import Entry, Listing, Refuse, entries_inside, make_listing, raise_error
+from rfield.data.mask_options import MaskOptions
 from rfield.data.masks import MaskCode, plain_labels
+from rfield.data.paths import mask_ending, near_miss
 
 _IMAGES = ("images", "image", "imgs", "img")
 _MASKS = ("masks", "mask", "labels", "label", "annotations", "gt")

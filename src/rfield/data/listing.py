@@ -2,8 +2,7 @@
 
 import dataclasses
 import difflib
-import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -11,8 +10,9 @@ from typing import TypeVar
 import numpy as np
 
 from rfield.data.dataset import IGNORE_INDEX
-from rfield.data.files import lies_in
+from rfield.data.mask_options import MaskOptions
 from rfield.data.masks import UNKNOWN, Colour, MaskCode
+from rfield.data.paths import lies_in
 
 Refuse = Callable[[Path, Exception], None]
 T = TypeVar("T")
@@ -25,25 +25,6 @@ class Entry:
     name: str
     image: Path
     masks: tuple[Path, ...]
-
-
-@dataclass(frozen=True)
-class MaskOptions:
-    """What a data config says of its masks.
-
-    Attributes:
-        ignore: values of the masks that have no label; colours where `colours` is set.
-        reduce_zero_label: 0 has no label, and the first class has the value 1.
-        colours: the colours of each class, by its name, where masks hold colours.
-        mask_suffix: what the name of a mask has behind that of its image.
-        mirrored: pairs of classes that a mirrored image exchanges; None for the format's own.
-    """
-
-    ignore: tuple[int | Colour, ...] = ()
-    reduce_zero_label: bool = False
-    colours: dict[str, tuple[Colour, ...]] | None = None
-    mask_suffix: str | None = None
-    mirrored: tuple[tuple[str, str], ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -143,38 +124,6 @@ def _indices(pairs: Iterable[tuple[str, str]], class_names: tuple[str, ...]) -> 
             hint = f"; did you mean {close[0]!r}?" if close else ""
             raise ValueError(f"mirrored names {name!r}, but the classes are {', '.join(class_names)}{hint}")
     return tuple((class_names.index(one), class_names.index(other)) for one, other in pairs)
-
-
-def unlisted_pairs(class_names: Sequence[str], listed: Iterable[tuple[int, int]]) -> list[tuple[str, str]]:
-    """Pairs of classes whose names say left and right (or l and r), of which none is in a listed pair.
-
-    >>> unlisted_pairs(["left_hand", "right_hand", "EyeL", "EyeR", "road"], [])
-    [('left_hand', 'right_hand'), ('EyeL', 'EyeR')]
-    """
-    known = {index for pair in listed for index in pair}
-    free = {_sided(name, swap=False): name for index, name in enumerate(class_names) if index not in known}
-    pairs = []
-    for plain, name in free.items():
-        other = free.get(_sided(name, swap=True))
-        if other is not None and _sided(name, swap=True) != plain and (other, name) not in pairs:
-            pairs.append((name, other))
-    return pairs
-
-
-def _sided(name: str, swap: bool) -> tuple[str, ...]:
-    """The words of a name in lower case, with left for right and right for left if `swap` is set."""
-    words = re.findall(r"[^\W\d_]+|\d+", re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", " ", name))
-    lower = [word.lower() for word in words]
-    return tuple(_other_side(word) for word in lower) if swap else tuple(lower)
-
-
-def _other_side(word: str) -> str:
-    for one, other in (("left", "right"), ("right", "left")):
-        if word.startswith(one):
-            return other + word.removeprefix(one)
-        if word.endswith(one):
-            return word.removesuffix(one) + other
-    return {"l": "r", "r": "l", "lt": "rt", "rt": "lt"}.get(word, word)
 
 
 def raise_error(path: Path, error: Exception) -> None:

@@ -1,0 +1,36 @@
+"""Class names that say left and right."""
+
+import re
+from collections.abc import Iterable, Sequence
+
+
+def unlisted_pairs(class_names: Sequence[str], listed: Iterable[tuple[int, int]]) -> list[tuple[str, str]]:
+    """Pairs of classes whose names say left and right (or l and r), of which none is in a listed pair.
+
+    >>> unlisted_pairs(["left_hand", "right_hand", "EyeL", "EyeR", "road"], [])
+    [('left_hand', 'right_hand'), ('EyeL', 'EyeR')]
+    """
+    known = {index for pair in listed for index in pair}
+    free = {_sided(name, swap=False): name for index, name in enumerate(class_names) if index not in known}
+    pairs = []
+    for plain, name in free.items():
+        other = free.get(_sided(name, swap=True))
+        if other is not None and _sided(name, swap=True) != plain and (other, name) not in pairs:
+            pairs.append((name, other))
+    return pairs
+
+
+def _sided(name: str, swap: bool) -> tuple[str, ...]:
+    """The words of a name in lower case, with left for right and right for left if `swap` is set."""
+    words = re.findall(r"[^\W\d_]+|\d+", re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", " ", name))
+    lower = [word.lower() for word in words]
+    return tuple(_other_side(word) for word in lower) if swap else tuple(lower)
+
+
+def _other_side(word: str) -> str:
+    for one, other in (("left", "right"), ("right", "left")):
+        if word.startswith(one):
+            return other + word.removeprefix(one)
+        if word.endswith(one):
+            return word.removesuffix(one) + other
+    return {"l": "r", "r": "l", "lt": "rt", "rt": "lt"}.get(word, word)
