@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rfield.data import load_dataset
-from rfield.losses import class_weights, cross_entropy, make_loss, median_frequency_weights
+from rfield.losses import class_weights, cross_entropy, make_loss, median_frequency_weights, norm_over_processes
 
 K = 5
 WEIGHTS = (0.5, 1.0, 2.0, 0.0, 3.0)
@@ -110,6 +110,25 @@ def test_a_batch_without_labels_is_worth_0(values: dict[str, Any]) -> None:
     assert not leaf.grad.any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("values", KINDS, ids=name_of)
+def test_half_precision_logits_have_a_float32_loss(values: dict[str, Any], mixed: bool, dtype: torch.dtype) -> None:
+    """Of more pixels than float16 can count."""
+    torch.manual_seed(0)
+    logits, mask = torch.randn(1, K, 260, 260).to(dtype), torch.randint(K - 1, (1, 260, 260))
+    loss = make_loss(num_classes=K, **values)
+    with torch.autocast("cpu", dtype, enabled=mixed):
+        halved = loss(logits, mask)
+    assert halved.dtype == torch.float32
+    torch.testing.assert_close(halved, loss(logits.float(), mask), rtol=1e-5, atol=0)
+
+
+def test_the_norm_is_a_float32() -> None:
+    assert norm_over_processes(torch.tensor([3.0, 0.0], dtype=torch.float16)).dtype == torch.float32
+    assert norm_over_processes(torch.tensor([3, 0])).tolist() == [3.0, 1.0]
+
+
 def test_labels_of_no_weight_are_worth_0() -> None:
     logits = torch.randn(1, K, 2, 2)
     assert cross_entropy(logits, torch.full((1, 2, 2), 3), WEIGHTS) == 0
@@ -153,6 +172,8 @@ def test_median_frequency() -> None:
     expected = [5 / 12 * 2, 5 / 12 * 6, 5 / 12 * 3, 5 / 12 * 2, 1.0]
     weights = median_frequency_weights(masks, K)
     assert weights == pytest.approx(expected)
+    one_pixel = [torch.tensor([[0, 255]]), torch.tensor([[1, 1], [1, 1]])]
+    assert median_frequency_weights(one_pixel, 2) == (1.0, 1.0)
     with pytest.raises(ValueError, match="no pixel of the training masks has a label"):
         median_frequency_weights([torch.full((2, 2), 255)], K)
 

@@ -33,7 +33,8 @@ def cross_entropy(
 ) -> Tensor:
     """Mean cross-entropy of the labelled pixels; 0 where there are none.
 
-    With class weights the mean is weighted too, as PyTorch has it: by the weights of the pixels' own classes.
+    With class weights the mean is weighted too, as PyTorch has it: by the weights of the pixels' own classes. It is
+    reckoned in float32 at least.
 
     Args:
         logits: Tensor[N, K, H, W].
@@ -46,6 +47,7 @@ def cross_entropy(
         >>> round(cross_entropy(torch.zeros(1, 4, 1, 3), mask).item(), 4)  # log 4
         1.3863
     """
+    logits = _precise(logits)
     weights = None if class_weights is None else logits.new_tensor(class_weights)
     total = F.cross_entropy(
         logits, mask, weights, ignore_index=IGNORE_INDEX, reduction="sum", label_smoothing=label_smoothing
@@ -54,6 +56,11 @@ def cross_entropy(
     if weights is None:
         return total / norm_over_processes(labelled.sum())
     return total / norm_over_processes((weights[mask.where(labelled, 0)] * labelled).sum())
+
+
+def _precise(logits: Tensor) -> Tensor:
+    """In float32 at least: sums over the pixels of a batch exceed float16, and bfloat16 rounds them."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def make_loss(
@@ -105,10 +112,10 @@ def make_loss(
     weights = None if class_weights is None else list(class_weights)
     if kind == "dice":
         dice: Loss = DiceLoss("multiclass", ignore_index=IGNORE_INDEX, class_weights=weights)
-        return dice
+        return lambda logits, mask: dice(_precise(logits), mask)
     # Summed there and divided here: its own mean over no labelled pixel would not be a number.
     focal = FocalLoss("multiclass", ignore_index=IGNORE_INDEX, reduction="sum", class_weights=weights)
-    return lambda logits, mask: focal(logits, mask) / norm_over_processes((mask != IGNORE_INDEX).sum())
+    return lambda logits, mask: focal(_precise(logits), mask) / norm_over_processes((mask != IGNORE_INDEX).sum())
 
 
 def median_frequency_weights(masks: Iterable[Tensor], num_classes: int) -> tuple[float, ...]:
