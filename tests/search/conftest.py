@@ -1,5 +1,7 @@
 """A cue at a known distance, which every search is to find."""
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -8,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rfield.layers import AdaptiveConv2d, ReceptiveFieldRegulator
-from rfield.search import Search, parameter_groups
+from rfield.search import Search, learned_layers, parameter_groups
 
 
 class Cues:
@@ -52,6 +54,48 @@ class Cues:
             optimizer.step()
             optimizer.zero_grad()
             search.step()
+
+
+class Toy:
+    """Convolutions whose loss is how far, in the logarithm, they run from known dilations; fast."""
+
+    image = torch.randn(1, 1, 12, 24, generator=torch.Generator().manual_seed(0))
+
+    @staticmethod
+    def layer(dilation: int, **options: Any) -> AdaptiveConv2d:
+        return AdaptiveConv2d(1, 1, 3, padding=dilation, dilation=dilation, **options)
+
+    @classmethod
+    def model(cls, *dilations: int, **options: Any) -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(*(cls.layer(dilation, **options) for dilation in dilations))
+
+    @staticmethod
+    def loss(*best: float) -> Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]]:
+        """The loss and the guides of a model of so many factors; the distance of both axes together."""
+
+        def loss_fn(model: nn.Module, image: Tensor) -> tuple[Tensor, Tensor]:
+            output = model(image)
+            realised = [group[0].realised_dilation for group in learned_layers(model)]
+            guides = [
+                sum(math.log(dilation / at) ** 2 for dilation in pair) for pair, at in zip(realised, best, strict=True)
+            ]
+            return output.square().mean(), torch.tensor(guides)
+
+        return loss_fn
+
+    @classmethod
+    def run(cls, search: Search, steps: int) -> None:
+        """Draws and readings, and no optimizer."""
+        for _ in range(steps):
+            search.loss(cls.image)
+            search.step()
+
+
+@pytest.fixture
+def toy() -> type[Toy]:
+    """Layers whose best dilation is known without training."""
+    return Toy
 
 
 @pytest.fixture
