@@ -7,18 +7,19 @@ import pytest
 
 from rfield.config import TuneConfig
 from rfield.experiments import run_tune
-from rfield.experiments.tune import common_curve, curve_at
+from rfield.experiments.tune import _headline, common_curve, curve_at
+from rfield.search import Verdict, standard_errors
 
 
-def test_the_recommendation_is_the_curve_s_minimum(tmp_path: Path, tiny: dict[str, Any]) -> None:
+def test_the_answer_is_the_curve_s_minimum_and_what_it_is_worth(tmp_path: Path, tiny: dict[str, Any]) -> None:
     out = tmp_path / "tune"
     values = {**tiny, "out": str(out), "seeds": (1, 0), "dilations": (2, 3)}
     page = run_tune(TuneConfig(**values, present_dilation=2))
     answer = json.loads((out / "answer.json").read_text())
     losses = {point["dilation"]: point["loss"] for point in answer["curve"]}
     best = min(losses, key=lambda dilation: losses[dilation])
-    assert answer["recommended_dilation"] == best
-    assert answer["recommended_receptive_field_px"] == 15 + 8 * best
+    assert answer["best_dilation"] == best
+    assert answer["best_receptive_field_px"] == 15 + 8 * best
     assert (answer["present_dilation"], answer["present_receptive_field_px"]) == (2, 31)
     assert (min(losses), max(losses)) == (1, 10), "the whole curve: from 1 to the map's size"
 
@@ -33,7 +34,18 @@ def test_the_recommendation_is_the_curve_s_minimum(tmp_path: Path, tiny: dict[st
     assert searches[0]["search"]["steps"] == 6, "all of the steps"
 
     assert (out / "answer.md").read_text().strip() in page
-    assert f"Recommended: dilation {best:.3g}, a receptive field of {15 + 8 * best:.4g} px." in page
+    # Random features, two images and six steps: nothing is recommended.
+    assert answer["recommended_dilation"] is None
+    assert answer["verdict"]["kind"] == "not reliable"
+    assert f"**Not reliable: {answer['verdict']['reason']}.**" in page
+    for reason in ("2 held-out images", "frozen at random weights", "6 steps"):
+        assert reason in page
+    assert "Recommended" not in page
+    assert f"The least loss was read at dilation {best:.3g}, a receptive field of {15 + 8 * best:.4g} px" in page
+    read = [dict(searches[seed]["search"]["losses"]) for seed in (1, 0)]
+    names = [searches[seed]["search"]["held_out"] for seed in (1, 0)]
+    errors = standard_errors(read, names)
+    assert [point["standard_error"] for point in answer["curve"]] == pytest.approx([*errors.values()])
     assert "Now: dilation 2, 31 px" in page
     assert "Verified" not in page
     assert (out / "curve.png").stat().st_size > 10_000
@@ -55,6 +67,19 @@ def test_the_recommendation_is_the_curve_s_minimum(tmp_path: Path, tiny: dict[st
     assert verified["gain_over_present"] == pytest.approx(mious[round(best)] - mious[4])
     assert f"The recommendation is {100 * verified['gap_to_best']:.2f} points from the best" in page
     assert "Now: dilation 4, 47 px" in page
+
+
+@pytest.mark.parametrize(
+    ("kind", "headline"),
+    [
+        ("clear", "**Recommended: dilation 5, a receptive field of 292 px.**\nClear: why."),
+        ("likely", "**Recommended: dilation 5, a receptive field of 292 px.**\nLikely: why."),
+        ("flat", "**Flat: why.**\nThe least loss was read at dilation 5, a receptive field of 292 px."),
+        ("at the edge", "**At the edge: why.**\nThe least loss was read at dilation 5, a receptive field of 292 px."),
+    ],
+)
+def test_only_a_clear_or_likely_answer_is_a_recommendation(kind: Any, headline: str) -> None:
+    assert _headline(Verdict(kind, "why", 5.0), 292.0) == headline
 
 
 def test_a_curve_between_and_beyond_its_points() -> None:

@@ -154,7 +154,7 @@ class TestWhatIsCompared:
         verdict = judge([[losses]], 16)
         assert verdict.kind == "clear"
         assert (verdict.standard_error or 0) < 1e-9
-        assert standard_errors(losses)[16.0] < 1e-9
+        assert standard_errors([losses])[16.0] < 1e-9
 
     def test_a_narrowed_search_is_compared_where_both_were_read(self) -> None:
         wide, narrow = reading(VALLEY), reading([0.4, 0.3, 0.4], dilations=(3.0, 4.0, 5.0))
@@ -219,11 +219,11 @@ def test_clear_is_rare_where_nothing_differs() -> None:
 class TestStandardErrors:
     def test_those_of_differences_to_the_least(self) -> None:
         losses = {1.0: [1.0, 3.0, 2.0], 2.0: [0.0, 1.0, 2.0], 4.0: [math.nan, 1.0, 1.0]}
-        errors = standard_errors(losses)
+        errors = standard_errors([losses])
         assert errors[1.0] == pytest.approx(1 / math.sqrt(3))
         assert errors[2.0] == 0
         assert math.isnan(errors[4.0])
-        assert all(math.isnan(error) for error in standard_errors({1.0: [1.0], 2.0: [2.0]}).values())
+        assert all(math.isnan(error) for error in standard_errors([{1.0: [1.0], 2.0: [2.0]}]).values())
 
 
 class TestClassShareLoss:

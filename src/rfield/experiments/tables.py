@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import inspect
 import io
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from rfield.config import Search, SweepConfig
 from rfield.experiments.trials import Trial
 from rfield.inference import build_network
+from rfield.models import find_model
 from rfield.receptive_field import receptive_field_px
 from rfield.training import write_text
 
@@ -98,12 +100,16 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def runs_of(trials: Sequence[Trial]) -> list[dict[str, Any]]:
-    """Each run in one flat row: its name, point and figures, exactly as its `metrics.json` has them."""
+    """Each run in one flat row: its name, point and figures, exactly as its `metrics.json` has them, and its verdict.
+
+    The verdict is how sure the run's search is; a run without a search has none.
+    """
     return [
         {
             "name": trial.point.name,
             **dataclasses.asdict(trial.point),
             **{name: trial.metrics[name] for name in RUN_COLUMNS},
+            "verdict": trial.metrics["search"]["verdict"]["kind"] if "search" in trial.metrics else None,
         }
         for trial in trials
     ]
@@ -125,6 +131,12 @@ def curve_of(trials: Sequence[Trial]) -> dict[str, dict[float, list[float]]]:
         name = "fixed" if trial.point.search == "none" else trial.point.search
         curves.setdefault(name, {}).setdefault(trial.point.dilation, []).append(trial.metrics["miou"])
     return curves
+
+
+def own_dilation(model: str) -> int:
+    """The dilation that a model has by itself."""
+    dilation: int = inspect.signature(find_model(model)).parameters["dilation"].default
+    return dilation
 
 
 def field_of(config: SweepConfig) -> tuple[float, float]:

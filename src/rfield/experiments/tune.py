@@ -1,7 +1,6 @@
 """What receptive field should a network have? One page of answer."""
 
 import dataclasses
-import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,19 +9,21 @@ import numpy as np
 
 from rfield import plots
 from rfield.config import TuneConfig, counted
-from rfield.experiments.tables import deviation, field_of, markdown, summarise, sweep_table
+from rfield.experiments.tables import deviation, field_of, markdown, own_dilation, summarise, sweep_table
 from rfield.experiments.trials import Point, finish_trials
 from rfield.inference import Progress
-from rfield.models import find_model
+from rfield.search import Verdict, judge, standard_errors
 from rfield.training import write_json, write_text
+from rfield.training.held_out import has_random_backbone
 
 
 def run_tune(config: TuneConfig, progress: Progress | None = None) -> str:
     """Reads the whole receptive-field curve of a network and recommends a dilation; writes the answer into `out`.
 
     For each seed one network is trained at dilations drawn at random, so that it works at all of them, and its loss
-    on held-out training images is read at each (`SampledSearch`). The answer is the least of the mean curve. It is
-    `answer.md`, `answer.json` and `curve.png`; the runs are beside them, and a further call only adds what is missing.
+    on held-out training images is read at each (`SampledSearch`). The answer is the least of the mean curve, and how
+    sure it is (`rfield.search.judge`); where it is not reliable, nothing is recommended. It is `answer.md`,
+    `answer.json` and `curve.png`; the runs are beside them, and a further call only adds what is missing.
 
     Args:
         config: what to tune.
@@ -35,20 +36,36 @@ def run_tune(config: TuneConfig, progress: Progress | None = None) -> str:
         ValueError, OSError: as in `finish_trials`.
     """
     out = Path(config.out)
-    own = _own_dilation(config.model)
+    own = own_dilation(config.model)
     present = config.present_dilation or own
     # Where a sampled search starts makes no difference: another present dilation needs no other runs.
     searches = finish_trials(config, [Point("sampled", own, seed) for seed in config.seeds], progress)
-    curves = [dict(trial.metrics["search"]["curve"]) for trial in searches]
+    found = [trial.metrics["search"] for trial in searches]
+    curves = [dict(search["curve"]) for search in found]
+    readings = [dict(search["losses"]) for search in found]
+    images = [search["held_out"] for search in found]
     losses = common_curve(curves)
     means = {dilation: float(np.mean(values)) for dilation, values in losses.items()}
-    recommended = min(means, key=lambda dilation: means[dilation])
+    chance = float(np.mean([search["class_share_loss"] for search in found]))
+    verdict = judge(
+        [[reading] for reading in readings],
+        present,
+        chance=chance,
+        steps=min(search["steps"] for search in found),
+        random_backbone=has_random_backbone(config),
+        images=images,
+    )
+    best = verdict.dilation
+    assert best is not None  # A search without a finite loss ends in an error.
+    errors = {d: None if np.isnan(error) else error for d, error in standard_errors(readings, images).items()}
     slope, offset = field_of(config)
-    gains = [curve_at(curve, present) - curve_at(curve, recommended) for curve in curves]
+    gains = [curve_at(curve, present) - curve_at(curve, best) for curve in curves]
     relative = [gain / curve_at(curve, present) for gain, curve in zip(gains, curves, strict=True)]
     answer: dict[str, Any] = {
-        "recommended_dilation": recommended,
-        "recommended_receptive_field_px": slope * recommended + offset,
+        "verdict": verdict.plain(),
+        "recommended_dilation": None if verdict.kind == "not reliable" else best,
+        "best_dilation": best,
+        "best_receptive_field_px": slope * best + offset,
         "present_dilation": present,
         "present_receptive_field_px": slope * present + offset,
         "gain": {"loss": float(np.mean(gains)), "spread": deviation(gains)},
@@ -63,18 +80,21 @@ def run_tune(config: TuneConfig, progress: Progress | None = None) -> str:
                 "receptive_field_px": slope * dilation + offset,
                 "loss": means[dilation],
                 "spread": deviation(values),
+                "standard_error": errors[dilation],
             }
             for dilation, values in losses.items()
         ],
+        "class_share_loss": chance,
         "seconds": sum(trial.metrics["train_seconds"] for trial in searches),
         "config": config.plain(),
     }
-    page = _page(config, answer)
+    page = _page(config, answer, verdict)
     if config.verify:
-        answer["verified"], section = _verify(config, max(1, round(recommended)), present, progress)
+        answer["verified"], section = _verify(config, max(1, round(best)), present, progress)
         page += section
-    marked = {"recommended": recommended, "present": present}
-    plots.save(plots.rf_curve({"held-out": losses}, "held-out loss", marked, (slope, offset)), out / "curve.png")
+    marked = {"best": best, "present": present}
+    figure = plots.rf_curve({"held-out": losses}, "held-out loss", marked, (slope, offset), errors={"held-out": errors})
+    plots.save(figure, out / "curve.png")
     write_json(out / "answer.json", answer)
     write_text(out / "answer.md", page)
     return page + f"\nthis page, answer.json and curve.png are in {out}"
@@ -96,11 +116,6 @@ def curve_at(curve: Mapping[float, float], dilation: float) -> float:
         return curve[dilation]
     places = sorted(curve)
     return float(np.interp(np.log(dilation), np.log(places), [curve[place] for place in places]))
-
-
-def _own_dilation(model: str) -> int:
-    dilation: int = inspect.signature(find_model(model)).parameters["dilation"].default
-    return dilation
 
 
 def _verify(
@@ -133,8 +148,18 @@ def _plus_minus(spread: float | None) -> str:
     return "" if spread is None else f",\nwhose own spread over the seeds is {100 * spread:.2f} points"
 
 
-def _page(config: TuneConfig, answer: dict[str, Any]) -> str:
-    recommended, present = answer["recommended_dilation"], answer["present_dilation"]
+def _headline(verdict: Verdict, field_px: float) -> str:
+    """The answer in one paragraph."""
+    name = f"{verdict.kind[0].upper()}{verdict.kind[1:]}"
+    best = f"dilation {verdict.dilation:.3g}, a receptive field of {field_px:.4g} px"
+    if verdict.kind in ("clear", "likely"):
+        return f"**Recommended: {best}.**\n{name}: {verdict.reason}."
+    nothing = "; nothing is recommended" * (verdict.kind == "not reliable")
+    return f"**{name}: {verdict.reason}.**\nThe least loss was read at {best}{nothing}."
+
+
+def _page(config: TuneConfig, answer: dict[str, Any], verdict: Verdict) -> str:
+    best, present = answer["best_dilation"], answer["present_dilation"]
     points = {point["dilation"]: point["loss"] for point in answer["curve"]}
     gain, relative, seeds = answer["gain"], answer["relative_gain"], len(config.seeds)
     spread, relative_spread = (
@@ -146,13 +171,13 @@ def _page(config: TuneConfig, answer: dict[str, Any]) -> str:
     if not min(points) <= present <= max(points):
         beyond = f" (read at the curve's nearest end: {config.model}'s map holds dilations up to {max(points):.3g})"
     table = markdown(
-        ("dilation", "RF [px]", "held-out loss", "spread"),
+        ("dilation", "RF [px]", "held-out loss", "error", "spread"),
         [
             (
-                f"**{point['dilation']:.3g}**" if point["dilation"] == recommended else f"{point['dilation']:.3g}",
+                f"**{point['dilation']:.3g}**" if point["dilation"] == best else f"{point['dilation']:.3g}",
                 f"{point['receptive_field_px']:.4g}",
                 f"{point['loss']:.4f}",
-                "-" if point["spread"] is None else f"{point['spread']:.4f}",
+                *("-" if point[key] is None else f"{point[key]:.4f}" for key in ("standard_error", "spread")),
             )
             for point in answer["curve"]
         ],
@@ -161,16 +186,18 @@ def _page(config: TuneConfig, answer: dict[str, Any]) -> str:
 
 {config.model} on {config.data}, backbone frozen, {counted(config.epochs, "epoch")}, {counted(seeds, "seed")}.
 
-**Recommended: dilation {recommended:.3g}, a receptive field of {answer["recommended_receptive_field_px"]:.4g} px.**
+{_headline(verdict, answer["best_receptive_field_px"])}
 Now: dilation {present:.3g}, {answer["present_receptive_field_px"]:.4g} px. Minima of the single seeds: {minima}.
 
-Expected gain: the held-out loss falls by {gain["loss"]:.3g}{spread}, or {100 * relative["loss"]:.3g} %\
-{relative_spread}: from {curve_at(points, present):.4g}{beyond} to {points[recommended]:.4g}.
+From the present dilation to the best the held-out loss falls by {gain["loss"]:.3g}{spread}, or \
+{100 * relative["loss"]:.3g} %{relative_spread}: from {curve_at(points, present):.4g}{beyond} to {points[best]:.4g}.
 
 What this is: for each seed one network was trained at all dilations by turns, and its loss was read at each
 dilation on training images that it had not seen: cross-entropy a pixel, where a pixel weighs by the root of one over
-its class's share. The gain is the difference between two points of that curve, averaged over the seeds; a spread is the
-standard deviation over them. Networks trained at one dilation alone have losses of their own, and the gain in mIoU is
+its class's share. Predicting the classes' shares everywhere would lose {answer["class_share_loss"]:.4g}.
+The gain is the difference between two points of that curve, averaged over the seeds. An error is the standard error of
+a point's difference to the best, over the images or over the seeds, whichever is larger; a spread is the standard
+deviation over the seeds. Networks trained at one dilation alone have losses of their own, and the gain in mIoU is
 another number: --verify measures it.
 
 {table}

@@ -115,7 +115,8 @@ def judge(
     best = chosen
     if best is None:
         best = min(grid, key=lambda dilation: (means[dilation], abs(math.log(dilation / near)), dilation))
-    best = float(round(best)) if abs(best - round(best)) < 1e-3 else best
+    elif abs(best - round(best)) < 1e-3:
+        best = float(round(best))
 
     covering = [_covering(readings, near, best) for readings in read]
     gain, error = _difference(covering, near, best, images)
@@ -165,21 +166,29 @@ def judge(
     return Verdict(kind, reason, best, present, known_gain, known_error, flat)
 
 
-def standard_errors(losses: Losses) -> dict[float, float]:
-    """For each dilation the standard error of its difference to the least of the curve: 0 there, NaN for one image.
+def standard_errors(
+    readings: Sequence[Losses], images: Sequence[Sequence[Hashable]] | None = None
+) -> dict[float, float]:
+    """For each dilation the standard error of its difference to the least of the mean curve: 0 there.
 
-    >>> standard_errors({1.0: [1.0, 3.0], 2.0: [0.0, 1.0]})
+    Args:
+        readings: one of each search.
+        images: as in `judge`.
+
+    Returns:
+        NaN where a loss is not finite, or for one image alone.
+
+    >>> standard_errors([{1.0: [1.0, 3.0], 2.0: [0.0, 1.0]}])
     {1.0: 0.5, 2.0: 0.0}
     """
-    reading = _Reading(losses)
-    if not reading.finite:
-        return dict.fromkeys(reading.losses, math.nan)
-    best = min(reading.finite, key=lambda dilation: _mean([reading.at(dilation)]))
-    return {
-        dilation: (error if math.isfinite(error) else math.nan)
-        for dilation in reading.losses
-        for _, error in [_difference([reading], dilation, best)]
-    }
+    read = [_Reading(losses) for losses in readings]
+    grid = sorted({dilation for reading in read for dilation in reading.losses})
+    if not all(reading.finite for reading in read):
+        return dict.fromkeys(grid, math.nan)
+    means = {dilation: _mean([reading.at(dilation) for reading in read]) for dilation in grid}
+    best = min((dilation for dilation in grid if math.isfinite(means[dilation])), key=lambda dilation: means[dilation])
+    errors = {dilation: _difference(read, dilation, best, images)[1] for dilation in grid}
+    return {dilation: error if math.isfinite(error) else math.nan for dilation, error in errors.items()}
 
 
 def class_share_loss(counts: Tensor, class_weights: Tensor | None = None) -> float:

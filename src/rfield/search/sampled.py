@@ -141,7 +141,7 @@ class SampledSearch(Search):
         """The standard errors of `curve`: of each loss's difference to the least of its reading, over the batches."""
         merged: dict[float, float] = {}
         for _, losses in self.losses[index, axis]:
-            merged |= standard_errors(losses)
+            merged |= standard_errors([losses])
         return dict(sorted(merged.items()))
 
     def verdict(

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 from rfield.config import TrainConfig, counted
 from rfield.data import IGNORE_INDEX, ParsingDataset, evaluation_transform
 from rfield.data.cache import CachedFeatures
+from rfield.models import default_weights
 from rfield.search import Verdict, judge, standard_errors
 from rfield.search.certainty import LEAST_IMAGES
 from rfield.training.module import Field
@@ -168,7 +169,13 @@ def describe_search(
             ]
             last = {key: readings[-1][key] for key in ("curve", "errors")}
             losses = {"losses": [list(point) for point in found[-1][1].items()]}
-            own = {**last, "verdict": verdict.plain(), "readings": readings, **losses}
+            own = {
+                **last,
+                "class_share_loss": chances[path],
+                "verdict": verdict.plain(),
+                "readings": readings,
+                **losses,
+            }
             factors.append({"path": path, "axis": _AXES[axis], **own})
         first = {key: value for key, value in factors[0].items() if key not in ("path", "axis")}
         return {
@@ -191,9 +198,9 @@ def describe_search(
 
 def has_random_backbone(config: TrainConfig) -> bool:
     """Whether a run's backbone stays as it was drawn."""
-    return config.freeze_backbone and config.weights in (None, "random")
+    return config.freeze_backbone and (config.weights or default_weights(config.model)) in (None, "random")
 
 
 def plain_errors(losses: Any) -> list[tuple[float, float | None]]:
     """`standard_errors` for a JSON file: None where there is none."""
-    return [(dilation, error if error == error else None) for dilation, error in standard_errors(losses).items()]
+    return [(dilation, error if error == error else None) for dilation, error in standard_errors([losses]).items()]

@@ -280,6 +280,7 @@ def _finish(
         **_describe_paths(out, config, fields),
         **({"search": describe_search(config, saved["search"], fields, *held_out)} if "search" in saved else {}),
         **count_skipped(train_set, val_set),
+        "val_images": len(val_set),
         "train_seconds": seconds,
         "seed": config.seed,
         "versions": {
