@@ -1,7 +1,10 @@
 """The effective receptive field against closed forms."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rfield.effective_field import contribution_squares, effective_receptive_field, random_images
@@ -28,9 +31,54 @@ def test_nonlinearities_count_as_they_are_and_images_are_averaged() -> None:
     nn.init.ones_(layers[0].weight)
     dark, light = -torch.ones(1, 5, 5), torch.ones(1, 5, 5)
     field = effective_receptive_field(layers, [dark, light, light])
-    assert field[1:4, 1:4].flatten().tolist() == pytest.approx([2 / 3] * 9)
+    expected = torch.zeros(5, 5)
+    expected[1:4, 1:4] = 2 / 3
+    torch.testing.assert_close(field, expected)
+    # Signs count for nothing: the values are absolute.
+    nn.init.constant_(layers[0].weight, -1.0)
+    torch.testing.assert_close(effective_receptive_field(layers, [dark, dark, light]), expected)
+    nn.init.ones_(layers[0].weight)
     with pytest.raises(ValueError, match="no finite gradient"):
         effective_receptive_field(layers, [dark])
+
+
+class Ending(nn.Module):
+    def __init__(self, ending: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.conv, self.ending = nn.Conv2d(3, 7, 3, padding=1), ending
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.ending(self.conv(image))
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.float64])
+def test_a_sum_over_channels_that_never_changes_is_an_error(precision: torch.dtype) -> None:
+    endings: dict[str, Callable[[Tensor], Tensor]] = {
+        "softmax": lambda logits: logits.softmax(1),
+        "sharp": lambda logits: (logits * 10).softmax(1),
+        "centred": lambda logits: logits - logits.mean(1, keepdim=True),
+        "layer norm": lambda logits: F.layer_norm(logits.movedim(1, 3), (7,)).movedim(3, 1),
+    }
+    for seed in range(3):
+        torch.manual_seed(seed)
+        image = torch.randn(1, 3, 9, 9)
+        for ending in endings.values():
+            with pytest.raises(ValueError, match="always have the same sum, as after a softmax"):
+                effective_receptive_field(Ending(ending).to(precision), image)
+        field = effective_receptive_field(Ending(lambda logits: logits.log_softmax(1)).to(precision), image)
+        assert int((field > 0).sum()) == 9
+
+
+def test_the_model_runs_in_eval_mode() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5))
+    model[1].running_mean.fill_(3.0)
+    model[1].running_var.fill_(9.0)
+    image = torch.randn(1, 1, 7, 7)
+    kernel = (model[0].weight / (9.0 + 1e-5) ** 0.5).sum(0)[0].abs().detach()
+    for mode in (True, False):
+        torch.testing.assert_close(effective_receptive_field(model.train(mode), image)[2:5, 2:5], kernel)
+        assert model[1].training is model[2].training is mode
 
 
 def test_the_model_stays_as_it_was() -> None:

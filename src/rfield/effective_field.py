@@ -29,7 +29,8 @@ def effective_receptive_field(model: nn.Module, images: Iterable[Tensor], measur
         Tensor[H, W], not below 0, in units of the output.
 
     Raises:
-        ValueError: no images, images of two sizes, or no gradient that reaches them.
+        ValueError: no images, images of two sizes, no gradient that reaches them, or channels that always have the same
+            sum, as after a softmax: their gradients cancel each other but for rounding.
 
     Example:
         >>> mean = nn.AvgPool2d(3, stride=1)
@@ -41,12 +42,15 @@ def effective_receptive_field(model: nn.Module, images: Iterable[Tensor], measur
     total: Tensor | None = None
     count = 0
     for image in images:
-        leaf = image[None].to(weight).requires_grad_()
-        with torch.enable_grad():
-            # Not the leaf itself: a model may change its input in place.
-            output = output_map(probe(leaf.clone()))
-            centre = output[0, :, output.shape[2] // 2, output.shape[3] // 2]
-            value = (centre.relu() if measure == "replknet" else centre).sum()
+        centre, leaf = _central(probe, image.to(weight))
+        # Rounding is a small share; where one image leaves doubt, twice the precision decides.
+        doubtful = measure == "luo" and count == 0 and _share_of_sum(centre, leaf) < 0.05
+        if doubtful and _share_of_sum(*_central(copied(probe).double(), image.double().to(weight.device))) < 1e-6:
+            raise ValueError(
+                "the output's channels always have the same sum, as after a softmax, so that its gradient is rounding "
+                "alone: measure what goes into the last layer"
+            )
+        value = (centre.relu() if measure == "replknet" else centre).sum()
         if not value.requires_grad:
             break
         (grad,) = torch.autograd.grad(value, leaf, allow_unused=True)
@@ -60,6 +64,28 @@ def effective_receptive_field(model: nn.Module, images: Iterable[Tensor], measur
     if total is None or not 0 < total.sum() < torch.inf:
         raise ValueError("no finite gradient reaches the images: there is no effective receptive field to measure")
     return total / count
+
+
+def _central(probe: nn.Module, image: Tensor) -> tuple[Tensor, Tensor]:
+    """The channels of the central output pixel, Tensor[C], and the image of one, Tensor[1, C, H, W], before them."""
+    leaf = image.detach()[None].requires_grad_()
+    with torch.enable_grad():
+        # Not the leaf itself: a model may change its input in place.
+        output = output_map(probe(leaf.clone()))
+        return output[0, :, output.shape[2] // 2, output.shape[3] // 2], leaf
+
+
+def _share_of_sum(centre: Tensor, leaf: Tensor) -> float:
+    """The gradient of the sum over channels, as a share of that of a sum whose weights differ."""
+    if not centre.requires_grad:
+        return 1.0
+    weights = torch.ones_like(centre)
+    weights[::2] = 1.5
+    sums: list[float] = []
+    for grad in (torch.ones_like(centre), weights):
+        (found,) = torch.autograd.grad(centre, leaf, grad, retain_graph=True, allow_unused=True)
+        sums.append(0.0 if found is None else float(found.abs().sum()))
+    return sums[0] / sums[1] if sums[1] > 0 else 1.0
 
 
 def random_images(size: tuple[int, int], count: int, channels: int = 3, seed: int = 0) -> Iterable[Tensor]:
