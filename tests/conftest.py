@@ -1,6 +1,9 @@
 """Fixtures for every test: tiny runs, and the real photographs and weights, where they are at hand."""
 
+import multiprocessing
+import runpy
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +14,11 @@ if TYPE_CHECKING:
     from rfield.config import TrainConfig
 
 SHARED = Path(__file__).parents[1] / ".." / "shared"
+
+
+# Its server has everything imported, and forks: a process of its own then costs a test next to nothing.
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["rfield.cli", "rfield.training", "rfield.data.check", "rfield.experiments"])
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -70,3 +78,30 @@ def make(tmp_path: Path) -> "Callable[..., TrainConfig]":
         return TrainConfig(**tiny | values)
 
     return make_config
+
+
+# Before the code that a process of its own runs.
+_FORKED = """
+import os, sys
+for number, suffix in ((1, "out"), (2, "err")):
+    os.dup2(os.open(f"{{{out!r}}}.{{suffix}}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+sys.argv = {words!r}
+{code}
+"""
+
+
+@pytest.fixture
+def forked(tmp_path: Path) -> "Callable[..., subprocess.CompletedProcess[str]]":
+    """Runs Python code in a process of its own, with `sys.argv` given: `subprocess.run` without the imports."""
+
+    def run(code: str, *words: str) -> "subprocess.CompletedProcess[str]":
+        script = tmp_path / "forked.py"
+        out = str(tmp_path / "forked")
+        script.write_text(_FORKED.format(out=out, words=["rfield", *words], code=code))
+        process = SERVER.Process(target=runpy.run_path, args=(str(script),))
+        process.start()
+        process.join(300)
+        said, errors = (Path(f"{out}.{suffix}").read_text() for suffix in ("out", "err"))
+        return subprocess.CompletedProcess(words, 1 if process.exitcode is None else process.exitcode, said, errors)
+
+    return run

@@ -20,9 +20,7 @@ from rfield.training import read_factor_csv, train
 from rfield.training.processes import _SumOverProcesses, join, machines, share_statistics
 
 Make = Callable[..., TrainConfig]
-# Its server has everything imported, and forks.
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["rfield.cli", "rfield.training", "rfield.data.check"])
+SERVER = multiprocessing.get_context("forkserver")  # conftest.py says what it has imported.
 # What torchrun sets and a process is, and where it speaks to.
 PROCESS = """
 import os, sys

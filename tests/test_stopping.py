@@ -170,15 +170,15 @@ main(sys.argv[1:])
 
 
 def test_the_command_ends_with_one_line(
-    make: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    make: Make, forked: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = make()
     path = Path(config.out).with_suffix(".yaml")
     path.write_text(yaml.safe_dump(config.plain()))
-    done = subprocess.run([sys.executable, "-c", STOPPED, "train", "--config", str(path)], capture_output=True)
+    done = forked(STOPPED, "train", "--config", str(path))
     assert done.returncode == 143
     said = "rfield train: stopped by {}; {} steps are saved, --resume goes on from there\n"
-    assert done.stderr.decode() == said.format("SIGTERM", 5)
+    assert done.stderr == said.format("SIGTERM", 5)
     before_step(monkeypatch, 8, lambda module: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(SystemExit) as stopped:
         main(["train", "--config", str(path), "--resume"])

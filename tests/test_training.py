@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from rfield.training import FACTOR_COLUMNS, ParsingModule, read_factor_csv, trai
 
 STEPS_AN_EPOCH = 3
 Make = Callable[..., TrainConfig]
+Forked = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture(autouse=True)
@@ -200,13 +200,12 @@ main(sys.argv[1:])
 """
 
 
-def test_a_killed_run_goes_on_exactly(make: Make) -> None:
+def test_a_killed_run_goes_on_exactly(make: Make, forked: Forked) -> None:
     whole, cut = make("whole", dropout=0.5), make("cut", dropout=0.5, workers=1)
     train(whole)
     config = Path(cut.out).with_suffix(".yaml")
     config.write_text(yaml.safe_dump(cut.plain()))
-    killed = subprocess.run([sys.executable, "-c", KILLED, "train", "--config", str(config)], capture_output=True)
-    assert killed.returncode == -signal.SIGKILL
+    assert forked(KILLED, "train", "--config", str(config)).returncode == -signal.SIGKILL
     main(["train", "--config", str(config), "--resume"])
     assert_same_run(whole, cut)
 
@@ -442,7 +441,8 @@ def test_runs_repeat_themselves_and_seeds_differ(make: Make) -> None:
     assert rows_of(one) != rows_of(other)
 
 
-def test_two_processes_are_one_run(make: Make) -> None:
+def test_two_processes_are_one_run(make: Make, forked: Forked) -> None:
+    """Lightning starts the second, as the command line has started the first."""
     values: dict[str, Any] = {
         "dropout": 0.0,
         "scale_range": (1, 1),
@@ -455,8 +455,8 @@ def test_two_processes_are_one_run(make: Make) -> None:
     train(alone)
     config = Path(both.out).with_suffix(".yaml")
     config.write_text(yaml.safe_dump(both.plain()))
-    command = [sys.executable, "-m", "rfield", "train", "--config", str(config)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    code = "import runpy; runpy.run_module('rfield', run_name='__main__', alter_sys=True)"
+    done = forked(code, "train", "--config", str(config))
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout.count("mIoU") == 1, "the first process alone reports"

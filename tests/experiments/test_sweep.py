@@ -4,8 +4,6 @@ import csv
 import dataclasses
 import json
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -142,10 +140,9 @@ main(sys.argv[1:])
 """
 
 
-def test_a_killed_trial_is_run_again_and_no_other(make: Make, trained: list[str]) -> None:
+def test_a_killed_trial_is_run_again_and_no_other(make: Make, forked: Any, trained: list[str]) -> None:
     config = make(seeds=(0,), dilations=(2, 5, 3))
-    command = [sys.executable, "-c", KILLED, "sweep", "--config", write_yaml(config)]
-    assert subprocess.run(command, capture_output=True).returncode == -signal.SIGKILL
+    assert forked(KILLED, "sweep", "--config", write_yaml(config)).returncode == -signal.SIGKILL
     study = study_of(config)
     assert names_in(study, TrialState.COMPLETE) == ["d02-seed0"]
     assert names_in(study, TrialState.RUNNING) == ["d05-seed0"]
@@ -238,13 +235,12 @@ def test_a_database_is_shared_by_machines_with_folders_of_their_own(
 
 
 def test_a_silent_worker_s_trial_is_taken_up(
-    make: Make, tmp_path: Path, trained: list[str], monkeypatch: pytest.MonkeyPatch
+    make: Make, forked: Any, tmp_path: Path, trained: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url = f"sqlite:///{tmp_path}/sweep.db"
     one, two = (make(storage=url, seeds=(0,), out=str(tmp_path / machine / "sweep")) for machine in ("one", "two"))
     Path(one.out).parent.mkdir()
-    command = [sys.executable, "-c", KILLED, "sweep", "--config", write_yaml(one)]
-    assert subprocess.run(command, capture_output=True).returncode == -signal.SIGKILL
+    assert forked(KILLED, "sweep", "--config", write_yaml(one)).returncode == -signal.SIGKILL
     study = optuna.load_study(study_name="sweep", storage=RDBStorage(url))
     assert names_in(study, TrialState.RUNNING) == ["d05-seed0"]
 
