@@ -13,8 +13,9 @@ from rfield.data import SkippingDataset, SyntheticCues
 from rfield.losses import make_loss, norm_over_processes
 from rfield.search.factors import mean_over_processes
 from rfield.training.bad_samples import share_skipped
+from rfield.training.held_out import HeldOut
 from rfield.training.processes import first_does, is_first, rank_and_processes, refuse_unequal, share_statistics
-from rfield.training.run import _HeldOut, _Loaders
+from rfield.training.run import _Loaders
 
 # Of five images the first process has three. None of these numbers is special.
 SHARES = ([0, 1, 2], [3, 4])
@@ -101,7 +102,7 @@ def meet(rank: int) -> dict[str, Any]:
     met["skipped"] = dataset.skipped()
 
     samples: Any = [(torch.tensor([float(index)]), torch.tensor([index])) for index in range(5)]
-    met["held out"] = [mask.tolist() for _, mask in _HeldOut(samples, [4, 2, 0])]
+    met["held out"] = [mask.tolist() for _, mask in HeldOut(samples, [4, 2, 0])]
     config = TrainConfig(data="synthetic", out="x", batch_size=4, workers=0, devices=2, seed=3)
     for count in (1, 2, 5):
         loaders = _Loaders(samples, samples[:count], config, (0, 0), frozenset())
