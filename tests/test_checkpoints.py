@@ -138,6 +138,21 @@ def test_a_torn_one_is_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture
     assert find_checkpoint(tmp_path, "best") == tmp_path / "best.ckpt"
 
 
+def test_of_two_torn_ones_the_last_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    last, previous = tmp_path / "last.ckpt", tmp_path / "previous.ckpt"
+    for epoch in range(2):
+        save(last, epoch)
+    for path in (last, previous):
+        os.truncate(path, path.stat().st_size // 2)
+    assert find_checkpoint(tmp_path) == last
+    assert settle_checkpoints(tmp_path) == last
+    assert names(tmp_path) == ["last.ckpt", "previous.ckpt"]
+    last.unlink()
+    assert find_checkpoint(tmp_path) == last
+    assert settle_checkpoints(tmp_path) is None
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_full_disk_leaves_the_old_checkpoint(tmp_path: Path) -> None:
     path = tmp_path / "last.ckpt"

@@ -1,5 +1,6 @@
 """The feature cache: the same numbers as fresh features, whatever happened to its files."""
 
+import fcntl
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -300,3 +301,60 @@ def test_default_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     assert default_cache_folder() == Path("/somewhere/rfield")
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert default_cache_folder() == Path.home() / ".cache/rfield"
+
+
+def test_one_process_computes_at_a_time(tmp_path: Path, dataset: VOCDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lock is held from before a cache is looked for until it is whole, and goes then."""
+    looked: list[bool] = []
+    (is_whole, compute) = cache_module._is_whole, cache_module._compute
+
+    def is_free() -> bool:
+        (path,) = tmp_path.glob("*.lock")
+        with path.open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+            return True
+
+    def watched(call: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args: (looked.append(is_free()), call(*args), looked.append(is_free()))[1]
+
+    monkeypatch.setattr(cache_module, "_is_whole", watched(is_whole))
+    monkeypatch.setattr(cache_module, "_compute", watched(compute))
+    cache_features(make_network(), dataset, tmp_path)
+    assert looked == [False] * 4
+    assert is_free()
+
+
+def test_features_are_on_the_disk_before_they_are_called_done(
+    tmp_path: Path, dataset: VOCDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+    flush, write_text, rename = np.memmap.flush, Path.write_text, Path.rename
+
+    def flushed(array: Any) -> None:
+        events.append(f"flush {Path(array.filename).name}")
+        flush(array)
+
+    def written(path: Path, text: str, *args: Any, **options: Any) -> int:
+        events.append(f"write {path.name} {text}" if path.name == "done" else f"write {path.name}")
+        return write_text(path, text, *args, **options)
+
+    def renamed(path: Path, target: Path) -> Path:
+        events.append("rename")
+        return rename(path, target)
+
+    monkeypatch.setattr(np.memmap, "flush", flushed)
+    monkeypatch.setattr(Path, "write_text", written)
+    monkeypatch.setattr(Path, "rename", renamed)
+    monkeypatch.setattr(cache_module, "_FLUSH_EVERY", 3)
+    cache_features(make_network(), dataset, tmp_path)
+    flushes = ["flush features.npy", "flush masks.npy", "flush sizes.npy"]
+    assert events[:5] == [*flushes, "write meta.json", "write done 3"]
+    assert [event for event in events[5:] if not event.startswith("flush")] == [
+        "write meta.json",
+        "write checksums.json",
+        "rename",
+    ]
+    assert events[5:8] == flushes

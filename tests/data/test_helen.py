@@ -95,6 +95,19 @@ def test_list_entries_may_not_leave_the_root(root: Path, line: str) -> None:
         HelenDataset(root)
 
 
+@pytest.mark.parametrize("label", [0, 1, 5, 10])
+def test_no_map_may_be_a_link_out_of_the_root(root: Path, label: int) -> None:
+    path = root / f"labels/b/b_lbl{label:02d}.png"
+    path.rename(root.parent / "outside.png")
+    path.symlink_to(root.parent / "outside.png")
+    with pytest.raises(ValueError, match=r"exemplars.txt names 'b.*', a file outside .*helen; remove that line"):
+        HelenDataset(root)
+    path.unlink()
+    (root.parent / "outside.png").rename(root / "labels/inside.png")
+    path.symlink_to(root / "labels/inside.png")
+    assert len(HelenDataset(root)) == 2  # within the root a link may lead anywhere
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -1,5 +1,7 @@
+import colorsys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader
@@ -102,11 +104,54 @@ def test_scale_is_drawn_within_its_range() -> None:
 
 
 def test_colour_jitter_changes_colours_alone() -> None:
-    sample = position_sample(40, 60)
+    """The mask and the places of the pixels stay: equal pixels are equal afterwards, others are not."""
+    rows = torch.arange(40)[:, None].expand(40, 60)
+    sample = Image(torch.stack([60 + 2 * rows, 90 + rows, 150 - rows]).to(torch.uint8)), Mask(rows.to(torch.uint8))
     plain, plain_mask = training_transform((40, 60), (1, 1), flip=False)(*sample)
     image, mask = training_transform((40, 60), (1, 1), flip=False, colour_jitter=0.5)(*sample)
     assert torch.equal(mask, plain_mask)
     assert not torch.equal(image, plain)
+    assert torch.equal(image, image[:, :, :1].expand_as(image))
+    assert len(image[:, :, 0].unique(dim=1).T) > 20
+    for _ in range(3):  # 0 changes nothing
+        assert torch.equal(training_transform((40, 60), (1, 1), flip=False, colour_jitter=0.0)(*sample)[0], plain)
+
+
+def jittered(colours: list[tuple[int, int, int]], jitter: float, draws: int = 150) -> np.ndarray:
+    """The colours of an image of two halves after each draw, 0..255: [draws, halves, 3]."""
+    transform = training_transform((1, 2), (1, 1), flip=False, colour_jitter=jitter)
+    image = Image(torch.tensor(colours, dtype=torch.uint8).T[:, None])
+    return np.stack(
+        [pixels(transform(image, Mask(torch.zeros(1, 2, dtype=torch.uint8)))[0])[:, 0].T.numpy() for _ in range(draws)]
+    )
+
+
+def test_jitter_turns_the_hue_by_a_quarter_of_it() -> None:
+    start = colorsys.rgb_to_hsv(110, 80, 60)[0]
+    seen = jittered([(110, 80, 60)] * 2, 0.4)[:, 0]
+    turns = np.array([(colorsys.rgb_to_hsv(*colour)[0] - start + 0.5) % 1 - 0.5 for colour in seen])
+    assert -0.12 < turns.min() < -0.08
+    assert 0.08 < turns.max() < 0.12
+
+
+def test_jitter_changes_brightness_contrast_and_saturation() -> None:
+    grey = jittered([(100, 100, 100)] * 2, 0.4)[..., 0]
+    assert 59 < grey.min() < 66
+    assert 134 < grey.max() < 141
+    halves = jittered([(80, 80, 80), (120, 120, 120)], 0.4)[..., 0]
+    spread = (halves[:, 1] - halves[:, 0]) / halves.mean(1) / 0.4  # brightness leaves it
+    assert 0.55 < spread.min() < 0.67
+    assert 1.33 < spread.max() < 1.45
+    colours = jittered([(110, 80, 60)] * 2, 0.4)[:, 0]
+    chroma = (colours.max(1) - colours.min(1)) / colours.mean(1)
+    assert chroma.min() / chroma.max() < 0.4  # contrast alone: 0.6 / 1.4
+
+
+@pytest.mark.parametrize("size", [(1, 40), (40, 1), (1, 1), (3, 40), (40, 3)])
+def test_a_scaled_image_keeps_a_pixel(size: tuple[int, int]) -> None:
+    image, mask = training_transform((5, 5), scale_range=(0.1, 0.1))(*position_sample(*size))
+    assert (image.shape, mask.shape) == ((3, 5, 5), (5, 5))
+    assert (mask != 255).any()
 
 
 def test_evaluation_transform_only_normalises() -> None:
@@ -205,3 +250,31 @@ def test_held_out_samples_are_replaced_and_come_back() -> None:
     assert all(new == old for new, old in zip(part, whole, strict=True) if old[1] not in {1, 4})
     sampler.held_out = frozenset()
     assert list(sampler) == whole
+
+
+def test_other_samples_stand_in_at_other_epochs() -> None:
+    """So that no sample is seen twice as often as others over a training."""
+    sampler = EpochSampler(range(6), shuffle=False)
+    sampler.held_out = frozenset({2, 5})
+    stand_ins = []
+    for epoch in range(4):
+        sampler.set_epoch(epoch)
+        order = [index for _, index in sampler]
+        assert [order[index] for index in (0, 1, 3, 4)] == [0, 1, 3, 4]
+        stand_ins.append((order[2], order[5]))
+    assert stand_ins == [(3, 1), (4, 3), (0, 4), (1, 0)]  # seen are 0, 1, 3, 4: numbers 2, 3, 0, 1 and 1, 2, 3, 0
+
+
+def test_what_was_seen_of_an_epoch_is_left_out_of_it_alone() -> None:
+    sampler = EpochSampler(range(5), seed=2)
+    whole = list(sampler)
+    sampler.seen = (0, 2)
+    assert list(sampler) == whole[2:]
+    sampler.set_epoch(1)
+    assert len(list(sampler)) == 5
+
+
+def test_seeds_give_other_orders_and_draws() -> None:
+    orders = {tuple(index for _, index in EpochSampler(range(12), seed=seed)) for seed in range(4)}
+    assert len(orders) == 4
+    assert [index for _, index in EpochSampler(range(4), shuffle=False)] == [0, 1, 2, 3]

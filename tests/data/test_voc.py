@@ -1,9 +1,12 @@
+import contextlib
 import os
 import re
 import struct
+import tarfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -12,6 +15,7 @@ import torch
 from scipy.io import savemat
 
 from rfield.data import VOCDataset, convert_sbd, download_voc2012, voc_palette
+from rfield.data.voc import unpacking_inside
 
 MakeDevkit = Callable[..., Path]
 
@@ -246,7 +250,8 @@ def test_download_is_torchvisions(make_devkit: MakeDevkit, tmp_path: Path, monke
 
     def fetch_sbd(root: Path, download: bool) -> None:
         calls.append(("sbd", download))
-        assert not (root / "cls").exists(), "torchvision cannot move onto what an interrupted run has left"
+        for name in ("cls", "img", "inst", "benchmark_RELEASE", "train.txt", "val.txt"):
+            assert not (root / name).exists(), "torchvision cannot move onto what an interrupted run has left"
         write_sbd_mask(root / "cls/new.mat", np.full((12, 16), 4, np.uint8))
         (root / "train.txt").write_text("new\n")
         (root / "val.txt").write_text("c\n")
@@ -258,7 +263,9 @@ def test_download_is_torchvisions(make_devkit: MakeDevkit, tmp_path: Path, monke
     (root / "VOCdevkit").mkdir(parents=True)
     made.rename(root / "VOCdevkit/VOC2012")
     (made_list := root / "VOCdevkit/VOC2012/SegmentationClass/new.png").unlink()
-    (root / "sbd/cls").mkdir(parents=True)
+    for name in ("cls", "img", "inst", "benchmark_RELEASE"):
+        (root / "sbd" / name).mkdir(parents=True)
+    (root / "sbd/train.txt").write_text("stale\n")
 
     devkit = download_voc2012(root)
     assert calls == [("voc", "2012", True)]
@@ -267,6 +274,18 @@ def test_download_is_torchvisions(make_devkit: MakeDevkit, tmp_path: Path, monke
     assert calls.count(("sbd", True)) == 1
     assert not made_list.exists()
     assert VOCDataset(devkit, "train_aug").ids == ["a", "new"]
+
+
+@pytest.mark.parametrize("before", [None, staticmethod(tarfile.fully_trusted_filter)])
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_filter_of_archives_is_as_before(monkeypatch: pytest.MonkeyPatch, before: Any, fails: bool) -> None:
+    monkeypatch.setattr(tarfile.TarFile, "extraction_filter", before)
+    was = tarfile.TarFile.extraction_filter
+    with contextlib.suppress(OSError), unpacking_inside():
+        assert tarfile.TarFile.extraction_filter is tarfile.data_filter
+        if fails:
+            raise OSError("no network")
+    assert tarfile.TarFile.extraction_filter is was
 
 
 @pytest.mark.shared
