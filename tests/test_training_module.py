@@ -34,7 +34,7 @@ def module_of(config: TrainConfig, **values: Any) -> ParsingModule:
     groups = values.get("class_groups")
     network = build_network(config, len(CLASSES), class_groups=groups)
     torch.nn.init.normal_(next(m for n, m in network.named_parameters() if n.endswith("fc8.weight")), std=1.0)
-    return ParsingModule(network, config, CLASSES, **values)
+    return ParsingModule(network, config, CLASSES, **{"held_out": [None], **values})
 
 
 class Trainer(SimpleNamespace):
