@@ -22,8 +22,9 @@ def adapt(
     """Makes the dilation of convolutions learnable, in place; before the optimizer is made and the model is wrapped.
 
     Each chosen `nn.Conv2d` becomes an `AdaptiveConv2d` with the very same parameters under the same state-dict keys,
-    and one key more, `log_factor`. Until the factor moves, the model computes what it did. Train with any search of
-    `rfield`, and bring the model back to plain convolutions with `rfield.fuse`.
+    and one key more, `log_factor` (two once a search has ended: `snapped`, the whole dilation). Until the factor moves,
+    the model computes what it did. Train with any search of `rfield`, and bring the model back to plain convolutions
+    with `rfield.fuse`.
 
     Args:
         model: any module that holds `nn.Conv2d`s.

@@ -187,3 +187,13 @@ def learn_toy(toy: Any, kind: str, model: nn.Module, best: float = 7) -> Search:
         search = {"gradient": GradientSearch, "spsa": SpsaSearch}[kind](model, loss_fn, 6)
     toy.run(search, 6)
     return search
+
+
+def test_the_parameter_stands_for_the_first_layer_s_dilation(toy: Any) -> None:
+    """For those who read it alone; of a layer that shares nothing, that is all there is to know."""
+    model = toy.model(2, 3)
+    model[1].share_factor(model[0])
+    search = SampledSearch(model, lambda m, x: toy.loss(7.4)(m, x)[1].sum() + 0 * m(x).sum(), 3, [toy.image])
+    toy.run(search, 3)
+    assert [layer.effective_dilation[0] for layer in model] == [7, 11]
+    assert model[0].log_factor.exp().item() == pytest.approx(2 / 7)

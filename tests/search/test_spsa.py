@@ -36,6 +36,17 @@ class TestSpsa:
         assert above.item() != below.item()
         assert loss.item() == pytest.approx((above.item() + below.item()) / 2)
 
+    def test_the_trajectory_is_that_of_the_last_forward_pass(self, cues: Any) -> None:
+        """The backward passes go through both in the other order."""
+        model = cues.model(9)
+        search = SpsaSearch(model, cues.loss, 10)
+        loss = search.loss(cues.batches(1)[0])
+        realised = model[0].realised_dilation[0]
+        loss.backward()
+        assert model[0].realised_dilation[0] != realised
+        search.step()
+        assert search.trajectory == [(1, [realised])]
+
     def test_draws_another_dilation_each_step_and_with_each_seed(self, toy: Any) -> None:
         def drawn(seed: int) -> list[float]:
             search = SpsaSearch(toy.model(6), toy.loss(6.0), 30, seed)

@@ -191,6 +191,15 @@ class LearnedFactor(nn.Module):
             self._snap_at(self.nearest_dilation(self.effective_dilation))
         self.freeze_factor()
 
+    @torch.no_grad()
+    def settle_factor(self) -> None:
+        """Brings the parameter to what a snapped layer runs at, for those who read it alone.
+
+        Of layers that share it, this is the parameter of all, so snap them first.
+        """
+        present = _whole(self.log_factor)
+        self._write(present.new_tensor(self.factor.tolist()[: present.numel()]).log())
+
     def _snap_at(self, dilation: tuple[int, int]) -> None:
         """Snaps the layer to a dilation, or with zeros has it follow its factor."""
         self.snapped_dilation.copy_(torch.tensor(dilation))

@@ -214,6 +214,7 @@ class Search:
             self.unsnapped.append(list(group[0].effective_dilation[:axes]))
             for layer in group:
                 layer.snap()
+            group[0].settle_factor()
         self.done = True
 
     def _random(self, *key: object) -> random.Random:

@@ -91,9 +91,12 @@ class SampledSearch(Search):
         if self.done:
             return self._losses(batch)[0]
         if not self._windows:
+            for group in self.groups:  # Held, a regulator keeps to its memory budget.
+                hold_dilation(group, group[0].effective_dilation[: group[0].log_factor.numel()])
             with torch.no_grad():
                 self._losses(batch)  # Shows the layers how large their maps are.
             reshard(self.model)
+            self._release()
             self._check_layers()
             self._ranges = [dilation_range(group) for group in self.groups]
             self._windows = {key: self._ranges[key[0]] for key in self.readings}
