@@ -33,6 +33,7 @@ ROOMS: dict[str, set[str]] = {
     "losses": {"torch", "segmentation_models_pytorch"},
     "metrics": {"torch", "torchmetrics"},
     "plots": {"numpy", "matplotlib"},
+    "tiling": {"torch"},
     "inference": {"torch", "torchvision", "numpy", "PIL", "yaml"},
     "plain_run": {"torch", "safetensors", "yaml"},
     "sharing": set(),

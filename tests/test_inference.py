@@ -18,6 +18,7 @@ from rfield.cli import main
 from rfield.config import TrainConfig
 from rfield.data import HelenDataset, ParsingDataset, ResizedDataset, SyntheticCues, evaluation_transform, voc_palette
 from rfield.data.cache import cache_features
+from rfield.exporting import export_run
 from rfield.inference import (
     build_network,
     evaluate,
@@ -28,6 +29,7 @@ from rfield.inference import (
     predict_logits,
     predict_run,
 )
+from rfield.tiling import Tiler
 
 CLASSES = ("sky", "sea", "land")
 PALETTE = [(9, 8, 7), *voc_palette()[1:]]
@@ -286,6 +288,70 @@ def test_the_command(make_run: MakeRun, photos: Path, tmp_path: Path, capsys: py
         main(["predict", str(tmp_path / "run"), str(photos / "grey.png"), "--out", str(out)])
     assert exit_.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("kind", ["run", "onnx"])
+def test_an_image_that_cannot_be_read_is_passed_over_and_named(
+    make_run: MakeRun, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    model = make_run()
+    if kind == "onnx":
+        pytest.importorskip("onnxruntime")
+        model = export_run(load_run(model), tmp_path / "model.onnx").path
+    (photos / "clear.png").write_bytes(b"no image")
+    (photos / "odd.jpg").write_bytes((photos / "odd.jpg").read_bytes()[:300])
+    out = tmp_path / "out"
+    with pytest.raises(SystemExit) as exit_:
+        main(["predict", str(model), str(photos), "--out", str(out)])
+    assert exit_.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith(
+        f"rfield predict: 2 of 5 images are not labelled, the others are in {out}: {photos}/clear.png"
+    )
+    assert "odd.jpg cannot be read as an image" in error
+    assert error.count("\n") == 1
+    assert sorted(path.stem for path in out.glob("*.png")) == ["dot", "grey", "palette"]
+
+
+def test_a_full_disk_ends_the_labelling(
+    make_run: MakeRun, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr("rfield.inference._save", full)
+    with pytest.raises(OSError, match="no space left"):
+        list(predict_run(load_run(make_run()), find_images(str(photos)), tmp_path / "out"))
+
+
+@pytest.mark.parametrize("size", [None, [90, 130]])
+def test_a_small_memory_budget_changes_no_label(
+    make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: list[int] | None
+) -> None:
+    runs: list[tuple[int, ...]] = []
+    real = Tiler._logits
+    monkeypatch.setattr(Tiler, "_logits", lambda self, part: runs.append(part.shape) or real(self, part))
+    folder = make_run(dilation=2)
+    classes = json.loads((folder / "classes.json").read_text())
+    (folder / "classes.json").write_text(json.dumps(classes | {"size": size}))
+    PIL.Image.effect_noise((151, 120), 80).convert("RGB").save(tmp_path / "large.png")
+    for out, words in (("whole", []), ("tiles", ["--memory-budget", "0.0003"])):
+        main(["predict", str(folder), str(tmp_path / "large.png"), "--out", str(tmp_path / out), *words])
+    assert len(runs) > 3
+    with PIL.Image.open(tmp_path / "whole/large.png") as one, PIL.Image.open(tmp_path / "tiles/large.png") as other:
+        assert len(np.unique(np.array(one))) > 1
+        assert (np.array(one) == np.array(other)).mean() > 0.9999
+
+
+@pytest.mark.parametrize(
+    ("run", "budget", "message"), [("x.onnx", "1", "for run folders"), ("x", "0", "must be positive, got 0")]
+)
+def test_a_budget_that_means_nothing_is_refused(
+    run: str, budget: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["predict", run, "image.png", "--memory-budget", budget])
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("size", [None, (12, 9)])

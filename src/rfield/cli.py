@@ -118,8 +118,9 @@ def evaluate(config: EvaluateConfig) -> None:
 
 
 def predict(config: PredictConfig) -> None:
-    """Label photographs: a palette-PNG mask and a coloured overlay of each."""
+    """Label images: a palette-PNG mask and a coloured overlay of each."""
     from rfield.inference import find_images, load_run, predict_run
+    from rfield.tiling import DEFAULT_BUDGET
 
     if config.run.endswith(".onnx"):
         from rfield.deployed import load_onnx, predict_onnx
@@ -130,7 +131,8 @@ def predict(config: PredictConfig) -> None:
     else:
         run = load_run(config.run, config.checkpoint)
         images = find_images(config.images)
-        masks = predict_run(run, images, Path(config.out))
+        budget = 2**30 * config.memory_budget if config.memory_budget else DEFAULT_BUDGET
+        masks = predict_run(run, images, Path(config.out), budget)
     with show_progress("labelling") as progress:
         for done, _ in enumerate(masks, start=1):
             progress(done, len(images))

@@ -4,11 +4,12 @@ import dataclasses
 import glob
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import PIL.Image
 import torch
 import torch.nn.functional as F
@@ -28,6 +29,7 @@ from rfield.models import ParsingNetwork, Paths, find_model
 from rfield.models.hub import find_folder, hub_hint
 from rfield.models.weights import read_weights
 from rfield.reading import read_json, read_yaml
+from rfield.tiling import DEFAULT_BUDGET, Tile, Tiler, join_tiles
 
 # What a config's YAML may hold for the fields that are not parsed: whole numbers do for others.
 _KINDS: dict[Any, Any] = {
@@ -356,26 +358,27 @@ def find_images(pattern: str) -> list[Path]:
     return images
 
 
-def predict_run(run: Run, images: Sequence[Path], out: Path) -> Iterator[Path]:
-    """Labels photographs with a run's network, see `label_images`."""
-    network = run.network.to(compute_device())
-    frozen = run.config.freeze_backbone
-    yield from label_images(lambda image: predict_logits(network, image, frozen), run.palette, run.size, images, out)
+def predict_run(run: Run, images: Sequence[Path], out: Path, memory_budget: float = DEFAULT_BUDGET) -> Iterator[Path]:
+    """Labels images with a run's network, see `label_images` and, for those above `memory_budget` bytes, `Tiler`."""
+    tiler = Tiler(run.network.to(compute_device()), run.config.freeze_backbone, memory_budget)
+    yield from label_images(tiler, run.palette, run.size, images, out)
 
 
 def label_images(
-    logits_of: Callable[[Tensor], Tensor],
+    logits_of: Callable[[Tensor], Tensor | Iterable[Tile]],
     colours: list[tuple[int, int, int]],
     size: tuple[int, int] | None,
     images: Sequence[Path],
     out: Path,
 ) -> Iterator[Path]:
-    """Labels photographs: a palette PNG of each at its own size, `NAME.png`, and an overlay, `NAME_overlay.jpg`.
+    """Labels images: a palette PNG of each at its own size, `NAME.png`, and an overlay, `NAME_overlay.jpg`.
+
+    An image that cannot be read or labelled is passed over, and named at the end.
 
     Args:
-        logits_of: maps a normalised image Tensor[3, H, W] to logits Tensor[K, H, W].
+        logits_of: maps a normalised image Tensor[3, H, W] to logits Tensor[K, H, W], or to tiles of them.
         colours: red, green and blue of each class, 0..255.
-        size: (height, width) in px that photographs are brought to before; None leaves them as they are.
+        size: (height, width) in px that images are brought to before; None leaves them as they are.
         images: files to label.
         out: folder for the results; made if it is missing.
 
@@ -383,8 +386,8 @@ def label_images(
         The mask's path, after each image.
 
     Raises:
-        ValueError: if a file is not an image that can be read or labelled, or if two images would give one result;
-            before anything is written for it.
+        ValueError: if two images would give one result, before anything is written; after the last image, if any could
+            not be read or labelled.
     """
     stems = Counter(image.stem for image in images)
     for image in images:
@@ -395,16 +398,20 @@ def label_images(
     out.mkdir(parents=True, exist_ok=True)
     transform = evaluation_transform()
     palette = np.array(colours, dtype=np.uint8)
+    failed: list[str] = []
     for path in images:
-        whole = read_single_image(path)
+        try:
+            whole = read_single_image(path)
+        except ValueError as error:
+            failed.append(str(error))
+            continue
         image = transform(whole if size is None else TF.resize(whole, list(size), antialias=True))
         try:
-            logits = logits_of(image)
+            own = None if size is None else (whole.shape[1], whole.shape[2])
+            labels = _labels(logits_of(image), (image.shape[1], image.shape[2]), own)
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
-        if size is not None:
-            logits = F.interpolate(logits[None], whole.shape[-2:], mode="bilinear")[0]
-        labels = logits.argmax(0).to(torch.uint8).cpu().numpy()
+            failed.append(f"{path}: {error}")
+            continue
         mask = PIL.Image.fromarray(labels)
         mask.putpalette(palette.tobytes())
         target = out / f"{path.stem}.png"
@@ -412,6 +419,33 @@ def label_images(
         overlay = plots.overlay(whole.permute(1, 2, 0).numpy(), labels, palette)
         _save(PIL.Image.fromarray(overlay), out / f"{path.stem}_overlay.jpg")
         yield target
+    if failed:
+        reasons = "; ".join(failed)
+        if len(images) == 1:
+            raise ValueError(reasons)
+        raise ValueError(f"{len(failed)} of {len(images)} images are not labelled, the others are in {out}: {reasons}")
+
+
+def _labels(
+    found: Tensor | Iterable[Tile], size: tuple[int, int], wanted: tuple[int, int] | None
+) -> npt.NDArray[np.uint8]:
+    """The class of each pixel of an image of `size` = (H, W), or of that image resized to `wanted`."""
+    tiles = [(0, 0, found)] if isinstance(found, Tensor) else found
+    if wanted is None:
+        labels = torch.empty(size, dtype=torch.uint8)
+        for top, left, logits in tiles:
+            part = logits.argmax(0).to(torch.uint8)
+            labels[top : top + part.shape[0], left : left + part.shape[1]] = part
+        return labels.numpy()
+    # Class by class: resized all at once they would take as much memory as the whole image's.
+    best: Tensor | None = None
+    labels = torch.zeros(wanted, dtype=torch.uint8)
+    for index, logits in enumerate(join_tiles(tiles, size)):
+        resized = F.interpolate(logits[None, None], wanted, mode="bilinear")[0, 0].cpu()
+        if best is not None:
+            labels[resized > best] = index
+        best = resized if best is None else torch.maximum(best, resized)
+    return labels.numpy()
 
 
 def _save(image: PIL.Image.Image, path: Path) -> None:

@@ -38,6 +38,15 @@ class PredictConfig:
     """Folder for the masks and overlays."""
     checkpoint: Literal["last", "best"] = "last"
     """Which of the run's checkpoints."""
+    memory_budget: float | None = None
+    """GiB that the maps of one image may take; a larger image is labelled in tiles, with the same result. Default: 2.
+    An .onnx file labels whole images."""
+
+    def __post_init__(self) -> None:
+        if self.memory_budget is not None and not self.memory_budget > 0:
+            raise ValueError(f"memory_budget must be positive, got {self.memory_budget}")
+        if self.memory_budget is not None and self.run.endswith(".onnx"):
+            raise ValueError(f"memory_budget is for run folders: {self.run} labels whole images")
 
 
 @dataclasses.dataclass
