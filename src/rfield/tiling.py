@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from rfield.effective_field import contribution_squares, effective_receptive_field, random_images
 from rfield.layers import ReceptiveFieldRegulator
-from rfield.models import MultiPathHead, ParsingNetwork
+from rfield.models import ParsingNetwork
 from rfield.receptive_field import theoretical_receptive_field
 
 Tile = tuple[int, int, Tensor]
@@ -238,27 +238,19 @@ def _resizes(network: ParsingNetwork) -> bool:
 
 def _field(part: nn.Module) -> float:
     """The larger side of the receptive field in px; infinite for the whole image."""
-    stride: float = getattr(part, "stride", 1)
     try:
-        field = theoretical_receptive_field(part)
+        return max(theoretical_receptive_field(part))
     except ValueError:
         if not isinstance(part, ParsingNetwork):
             raise
-        # What `fuse` leaves of a resize has no rule: its convolutions see 1 / factor as far.
-        reaches = [
-            sum(max(conv.dilation) * (max(conv.kernel_size) - 1) for conv in _convs(module))
-            / min(module.meta["factor"])
-            for module in part.modules()
-            if isinstance(module, fx.GraphModule) and "factor" in module.meta
-        ]
-        decoder = sum(max(conv.kernel_size) - 1 for conv in _convs(part.decoder or nn.Identity()))
-        return _field(part.backbone) + stride * (max(reaches, default=0) + decoder)
-    heads = [head for head in part.modules() if isinstance(head, MultiPathHead)]
-    dilations = [path.realised_dilation for head in heads for path in head.heads()]
-    # Of paths with rectangles the field is that of one; another may see farther along the other axis.
-    beyond = [max(column) - max(dilations)[axis] for axis, column in enumerate(zip(*dilations, strict=True))] or [0, 0]
-    height, width = (float(extent + 2 * stride * more) for extent, more in zip(field, beyond, strict=True))
-    return max(height, width)
+    # What `fuse` leaves of a resize has no rule: its convolutions see 1 / factor as far.
+    reaches = [
+        sum(max(conv.dilation) * (max(conv.kernel_size) - 1) for conv in _convs(module)) / min(module.meta["factor"])
+        for module in part.modules()
+        if isinstance(module, fx.GraphModule) and "factor" in module.meta
+    ]
+    decoder = sum(max(conv.kernel_size) - 1 for conv in _convs(part.decoder or nn.Identity()))
+    return _field(part.backbone) + part.stride * (max(reaches, default=0.0) + decoder)
 
 
 def _convs(part: nn.Module) -> list[nn.Conv2d]:
