@@ -36,9 +36,10 @@ class Map:
 
     def update(self, trees: list[Path]) -> Iterator[str]:
         """Measures what is new or has changed, and yields a line about each file."""
-        for left in {each.name for each in self._folder.glob("*.json")} - {_file_name(each) for each in self._files()}:
+        files = self._files()
+        for left in {each.name for each in self._folder.glob("*.json")} - {_file_name(each) for each in files}:
             (self._folder / left).unlink()
-        stale = [each for each in self._files() if self._is_stale(each)]
+        stale = {name: paths for name, paths in files.items() if self._is_stale(name, paths)}
         sources = {}
         for path in (self._root / "src").rglob("*.py"):
             sources[str(path.relative_to(self._root))] = digest = _digest(path)
@@ -46,32 +47,37 @@ class Map:
         for left in self._folder.glob("*.coverage*"):
             left.unlink()
         jobs = {}
-        for each in stale:
-            file = self._folder / f"{_file_name(each)}.coverage"
-            jobs[each] = Job([each], stop_at_failure=False, coverage_file=file, limit=1200)
+        for name, paths in stale.items():
+            file = self._folder / f"{_file_name(name)}.coverage"
+            jobs[name] = Job(paths, stop_at_failure=False, coverage_file=file, limit=1200)
         names = {id(job): name for name, job in jobs.items()}
         for number, job in enumerate(run_jobs(iter(jobs.values()), trees), 1):
             name = names[id(job)]
             if job.status not in (0, 1, 5):
                 said = (trees[0].parent / "log.txt").read_text()[-2000:]
                 raise RuntimeError(f"{name} cannot be measured: status {job.status}, late: {job.timed_out}\n{said}")
-            self._keep(name, job, sources)
+            self._keep(name, stale[name], job, sources)
             failed = [each["test"] for each in job.results if each["outcome"] == "failed"]
             passed = sum(each["outcome"] == "passed" for each in job.results)
             yield f"{number}/{len(jobs)} {name}: {passed} tests, {job.seconds:.0f} s" + "".join(
                 f"\n  fails: {each}" for each in failed
             )
 
-    def _files(self) -> list[str]:
-        tests = sorted((self._root / "tests").rglob("test_*.py"))
-        doctests = [each for each in sorted((self._root / "src").rglob("*.py")) if ">>>" in each.read_text()]
-        return [str(each.relative_to(self._root)) for each in (*tests, *doctests)]
+    def _files(self) -> dict[str, list[str]]:
+        """The test files, and all doctests as one."""
+        tests = [str(each.relative_to(self._root)) for each in sorted((self._root / "tests").rglob("test_*.py"))]
+        sources = [each for each in sorted((self._root / "src").rglob("*.py")) if ">>>" in each.read_text()]
+        doctests = {"doctests": [str(each.relative_to(self._root)) for each in sources]} if sources else {}
+        return {each: [each] for each in tests} | doctests
 
-    def _is_stale(self, name: str) -> bool:
+    def _is_stale(self, name: str, paths: list[str]) -> bool:
         kept = self._folder / _file_name(name)
-        return not kept.exists() or json.loads(kept.read_text())["digest"] != _digest(self._root / name)
+        return not kept.exists() or json.loads(kept.read_text())["digest"] != self._digest(paths)
 
-    def _keep(self, name: str, job: Job, sources: dict[str, str]) -> None:
+    def _digest(self, paths: list[str]) -> str:
+        return hashlib.sha256("".join(_digest(self._root / each) for each in paths).encode()).hexdigest()[:16]
+
+    def _keep(self, name: str, paths: list[str], job: Job, sources: dict[str, str]) -> None:
         tests = [each for each in job.results if each["outcome"] == "passed"]
         index = {each["test"]: i for i, each in enumerate(tests)}
         lines: dict[str, dict[int, set[int]]] = {}
@@ -85,7 +91,7 @@ class Map:
                         own.setdefault(line, set()).update(index[each] for each in contexts if each in index)
             file.unlink()
         kept = {
-            "digest": _digest(self._root / name),
+            "digest": self._digest(paths),
             "tests": [[each["test"], each["cpu"], each["wall"], each["apart"]] for each in tests],
             "sources": {path: sources[path] for path in lines if path in sources},
             "lines": {
