@@ -1,13 +1,15 @@
 """Files that survive a kill, a full disk and damage."""
 
 import contextlib
+import errno
 import os
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
-from rfield.checkpoints import damage, find_checkpoint, settle_checkpoints, written_whole
+from rfield.checkpoints import damage, find_checkpoint, settle_checkpoints, write_error, written_whole
 
 STATE = {"state_dict": {"weight": torch.arange(1000.0)}, "epoch": 3}
 
@@ -151,6 +153,61 @@ def test_of_two_torn_ones_the_last_is_named(tmp_path: Path, capsys: pytest.Captu
     assert find_checkpoint(tmp_path) == last
     assert settle_checkpoints(tmp_path) is None
     assert capsys.readouterr().err == ""
+
+
+def test_where_both_are_torn_the_last_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    last, previous = tmp_path / "last.ckpt", tmp_path / "previous.ckpt"
+    save(last, 0)
+    save(last, 1)
+    for path in (last, previous):
+        os.truncate(path, path.stat().st_size // 2)
+    assert find_checkpoint(tmp_path) == last
+    assert settle_checkpoints(tmp_path) == last
+    assert names(tmp_path) == ["last.ckpt", "previous.ckpt"]
+    assert capsys.readouterr().err == "", "nothing is said of a checkpoint that is not used"
+    last.unlink()
+    assert find_checkpoint(tmp_path) == last
+    assert settle_checkpoints(tmp_path) is None
+
+
+def test_a_torn_previous_is_no_help_and_no_harm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    last, previous = tmp_path / "last.ckpt", tmp_path / "previous.ckpt"
+    save(last, 0)
+    previous.write_bytes(b"torn")
+    assert find_checkpoint(tmp_path) == last
+    assert find_checkpoint(tmp_path, "best") == tmp_path / "best.ckpt"
+    assert capsys.readouterr().err == ""
+
+
+def write_half(path: Path) -> None:
+    with written_whole(path) as file:
+        file.write(b"half")
+        raise KeyboardInterrupt
+
+
+def test_an_interruption_leaves_nothing_half_written(tmp_path: Path) -> None:
+    path = tmp_path / "last.ckpt"
+    save(path, 0)
+    with pytest.raises(KeyboardInterrupt):
+        write_half(path)
+    assert names(tmp_path) == ["last.ckpt"]
+    assert epoch_of(path) == 0
+
+
+@pytest.mark.parametrize(
+    ("number", "name", "end"),
+    [
+        (errno.ENOSPC, "last.ckpt", r": make room on the disk, then go on with --resume$"),
+        (errno.EDQUOT, "factor.csv", r": make room on the disk, then go on with --resume$"),
+        (errno.EFBIG, "metrics.json", r": make room on the disk$"),
+        (errno.EACCES, "last.ckpt", r"; as it was$"),
+    ],
+)
+def test_what_to_do_about_a_file_that_cannot_be_written(number: int, name: str, end: str) -> None:
+    error = write_error(Path(name), OSError(number, os.strerror(number)), "as it was")
+    with pytest.raises(OSError, match=rf"^{name} cannot be written: {os.strerror(number)}; as it was"):
+        raise error
+    assert re.search(end, str(error))
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")

@@ -13,6 +13,7 @@ import pytest
 from rfield.cli import COMMANDS, main
 from rfield.config import DemoConfig
 from rfield.console import print_scores, show_progress
+from rfield.experiments import trials
 from rfield.training.callbacks import BarProgress, LineProgress
 
 SCORES = {"miou": 0.5, "per_class": {"Straße": 0.5, "дом": None, "家": 1.0}, "pixel_accuracy": 0.9}
@@ -89,6 +90,14 @@ def test_names_that_the_console_cannot_show_fail_nothing(monkeypatch: pytest.Mon
     assert ("Straße" if encoding != "ascii" else r"Stra\xdfe") in shown
     assert "mIoU 0.5000" in shown
     assert err.getvalue().decode(encoding) == f"rfield demo: {house} \\udcff is no folder\n"
+
+
+def test_workers_of_a_sweep_show_such_names_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    out, _ = console(monkeypatch, "ascii")
+    monkeypatch.setattr(trials, "_work", lambda config: print("see runs/дом/train.log"))
+    config: Any = None
+    trials._worker(config, 1)
+    assert out.getvalue() == rb"see runs/\u0434\u043e\u043c/train.log" + b"\n"
 
 
 def test_a_mistyped_word_that_the_console_cannot_show(monkeypatch: pytest.MonkeyPatch) -> None:

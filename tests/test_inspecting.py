@@ -156,6 +156,17 @@ def test_the_theoretical_field_alone(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert network["whole_image_by"] == ["classifier.3"]
 
 
+def test_without_a_folder_nothing_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    main(["inspect", "torchvision:squeezenet1_1", "--size", "64", "--count", "1"])
+    shown = capsys.readouterr().out
+    assert "of the contributions come from" in shown
+    assert "written" not in shown
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -25,6 +25,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
 from rfield.config import Search, SweepConfig, TrainConfig, differences, without_password
+from rfield.console import escape_what_cannot_be_shown
 from rfield.data import class_difference, load_dataset
 from rfield.inference import Progress, load_config
 from rfield.reading import read_json
@@ -342,6 +343,7 @@ def _work_in_processes(config: SweepConfig, jobs: int) -> None:
 def _worker(config: SweepConfig, threads: int) -> None:
     """One of several processes; a failure is told by the trial that failed."""
     torch.set_num_threads(threads)
+    escape_what_cannot_be_shown()
     try:
         _work(config)
     except (ValueError, OSError):
