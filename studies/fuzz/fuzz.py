@@ -44,7 +44,7 @@ from rfield import cli, sharing
 from rfield.config import TrainConfig, parse_groups
 from rfield.data import FolderDataset, SyntheticCues, check_data, faces, load_dataset
 from rfield.data.class_groups import class_groups
-from rfield.data.files import lies_in
+from rfield.data.paths import lies_in
 from rfield.deployed import load_onnx
 from rfield.inference import build_network, load_config, load_run, read_classes
 from rfield.models.weights import read_weights

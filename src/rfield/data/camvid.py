@@ -120,7 +120,7 @@ def list_camvid(root: Path, split: str, options: MaskOptions, refuse: Refuse = r
             )
         image = _find(root, names[0], source, folders)
         mask = _find(root, names[1], source, folders, options.mask_suffix)
-        if image == mask:
+        if image == mask and image.is_file():
             raise ValueError(f"{source} has the line {line!r}, but there is one file {image} for both; add the mask")
         return Entry(image.stem, image, (mask,))
 
