@@ -17,7 +17,7 @@ from torch import nn
 
 from rfield.config import TrainConfig
 from rfield.training import read_factor_csv, train
-from rfield.training.processes import _SumOverProcesses, join, machines, share_statistics
+from rfield.training.processes import _SumOverProcesses, is_first, join, launcher, machines, share_statistics
 
 Make = Callable[..., TrainConfig]
 SERVER = multiprocessing.get_context("forkserver")  # conftest.py says what it has imported.
@@ -277,6 +277,34 @@ def test_images_are_dealt_to_processes(met: list[dict[str, Any]]) -> None:
         orders += order
     assert orders[0] != orders[1]
     assert all(epoch == 2 and index != 1 for epoch, index in orders)
+
+
+@pytest.mark.parametrize(("processes", "here", "found"), [(1, 1, 1), (4, 2, 2), (4, 4, 1), (6, 2, 3)])
+def test_what_torchrun_says(make: Make, processes: int, here: int, found: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": here, "RANK": 1, "LOCAL_RANK": 1, "GROUP_RANK": 0}
+    for name, value in {**names, "TORCHELASTIC_RUN_ID": "here", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    assert machines() == found
+    if processes == 1:
+        assert launcher() is None
+        assert join(make()) == make()
+        return
+    environment = launcher()
+    assert environment is not None
+    assert (environment.world_size(), environment.global_rank(), is_first()) == (processes, 1, False)
+    # As many GPUs as processes on this machine.
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.set_device", lambda rank: None)
+    joined: list[Any] = []
+    monkeypatch.setattr("torch.distributed.init_process_group", lambda *args, **values: joined.append((args, values)))
+    monkeypatch.setattr("torch.cuda.device_count", lambda: here - 1)
+    config = make(batch_size=12)
+    with pytest.raises(ValueError, match=f"{here} processes on this machine need as many GPUs, but it has {here - 1}"):
+        join(config)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: here)
+    assert join(config) == dataclasses.replace(config, devices=processes)
+    ((backend,), values), *others = joined
+    assert (backend, values["rank"], values["world_size"], others) == ("nccl", 1, processes, [])
 
 
 @pytest.fixture

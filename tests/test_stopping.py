@@ -48,6 +48,15 @@ def results(config: TrainConfig) -> tuple[Any, ...]:
     return metrics, rows, weights
 
 
+def logged(config: TrainConfig) -> dict[int, float]:
+    """The scores in a run's logs, by the step that these count; a resumed run goes on in another file."""
+    scores = {}
+    for log in sorted((Path(config.out) / "logs/csv").glob("*/metrics.csv")):
+        with log.open(newline="") as file:
+            scores |= {int(row["step"]): float(row["miou"]) for row in csv.DictReader(file) if row.get("miou")}
+    return scores
+
+
 def before_step(patch: pytest.MonkeyPatch, step: int, act: Callable[[ParsingModule], Any]) -> None:
     """Has something happen once in a step, counted from 1."""
     real = ParsingModule.training_step
@@ -93,6 +102,7 @@ def test_a_signal_saves_the_step_and_the_run_goes_on_exactly(
     assert not (Path(cut.out) / "metrics.json").exists()
     assert load_run(cut.out).network is not None
     train(dataclasses.replace(cut, resume=True))
+    assert logged(cut) == logged(whole)
     assert results(cut) == results(whole)
 
 
@@ -210,6 +220,8 @@ def test_a_loss_that_is_no_number_ends_the_run(
     # Where the cause is gone, the run goes on as if nothing had been.
     train(dataclasses.replace(bad, resume=True))
     assert results(bad) == results(whole)
+    assert list(logged(bad)) == [2, 5, 8]
+    assert logged(bad) == logged(whole)
 
 
 def test_the_files_of_a_bad_batch_are_its_own(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:

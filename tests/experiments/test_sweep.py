@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import multiprocessing
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -194,7 +195,11 @@ def test_two_workers_share_a_journal(make: Make, capfd: pytest.CaptureFixture[st
     assert metrics_of(one, "d05-seed0")["miou"] == metrics_of(config, "d05-seed0")["miou"]
 
 
-def test_a_worker_s_failure_is_one_line(make: Make, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_worker_s_failure_is_one_line(
+    make: Make, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = multiprocessing.get_context("forkserver")  # Spares the workers their imports.
+    monkeypatch.setattr("rfield.experiments.trials.multiprocessing.get_context", lambda kind: server)
     config = make(jobs=2)
     other = dataclasses.replace(config.run_config(f"{config.out}/d05-seed1", 5, 1, "none"), epochs=1, resume=False)
     train(other)
