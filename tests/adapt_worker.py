@@ -1,13 +1,16 @@
-"""One of two processes that train adapted models together: adapt_worker.py RANK STORE OUT."""
+"""One of two processes that train adapted models together. Run with `rank`, `store` and `out` given."""
 
-import sys
+import runpy
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 import rfield
-from test_adapt_with_torch import batches, learn, network
+
+_tested = runpy.run_path(str(Path(__file__).with_name("test_adapt_with_torch.py")))
+batches, learn, network = (_tested[name] for name in ("batches", "learn", "network"))
 
 
 def wrapped(wrapper: str) -> nn.Module:
@@ -40,4 +43,4 @@ def main(rank: int, store: str, out: str) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), *sys.argv[2:])
+    main(*(globals()[name] for name in ("rank", "store", "out")))

@@ -80,6 +80,23 @@ def make(tmp_path: Path) -> "Callable[..., TrainConfig]":
     return make_config
 
 
+@pytest.fixture(scope="session")
+def in_processes() -> "Callable[..., None]":
+    """Runs a file in several processes at once, each with its own global names; all must end well."""
+
+    def run(worker: Path, *names: dict[str, Any]) -> None:
+        processes = [SERVER.Process(target=runpy.run_path, args=(str(worker), each, "__main__")) for each in names]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(240)
+        for process in processes:
+            process.kill()
+        assert [process.exitcode for process in processes] == [0] * len(names)
+
+    return run
+
+
 # Before the code that a process of its own runs.
 _FORKED = """
 import os, sys

@@ -1,8 +1,6 @@
 """Adapted models get along with what torch offers to train them: each case learns, and ends where it should."""
 
 import copy
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -83,21 +81,11 @@ KINDS = pytest.mark.parametrize("kind", ["gradient", "spsa", "sampled"])
 
 
 @pytest.fixture(scope="module")
-def of_two_processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[tuple[str, str], Any]]:
+def of_two_processes(tmp_path_factory: pytest.TempPathFactory, in_processes: Any) -> list[dict[tuple[str, str], Any]]:
     """What each of two processes found, which train on a half of every batch."""
     folder = tmp_path_factory.mktemp("processes")
-    worker = Path(__file__).with_name("adapt_worker.py")
-    workers = [
-        subprocess.Popen(
-            [sys.executable, worker, str(rank), folder / "store", folder / f"{rank}.pt"],
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    for process in workers:
-        _, errors = process.communicate(timeout=240)
-        assert process.returncode == 0, errors
+    own = [{"rank": rank, "store": str(folder / "store"), "out": str(folder / f"{rank}.pt")} for rank in range(2)]
+    in_processes(Path(__file__).with_name("adapt_worker.py"), *own)
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 

@@ -197,17 +197,11 @@ def test_what_a_launcher_says(make: Make, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.fixture(scope="module")
-def met(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def met(tmp_path_factory: pytest.TempPathFactory, in_processes: Any) -> list[dict[str, Any]]:
     """What each of two processes has done and met, see two_processes.py."""
     folder = tmp_path_factory.mktemp("two")
-    worker = str(Path(__file__).with_name("two_processes.py"))
     values = [{"rank": rank, "store": f"{folder}/store", "out": f"{folder}/{rank}.pt"} for rank in range(2)]
-    processes = [SERVER.Process(target=runpy.run_path, args=(worker, each, "__main__")) for each in values]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(300)
-    assert [process.exitcode for process in processes] == [0, 0]
+    in_processes(Path(__file__).with_name("two_processes.py"), *values)
     return [torch.load(each["out"], weights_only=True) for each in values]
 
 

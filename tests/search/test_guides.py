@@ -1,8 +1,6 @@
 """Factors that are learned by losses of their own, and by several processes."""
 
 import math
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +15,11 @@ from rfield.search import GradientSearch, SampledSearch, SpsaSearch, factor_para
 
 class TestGuides:
     @pytest.mark.parametrize("kind", ["spsa", "sampled"])
-    def test_two_processes_have_one_factor(self, kind: str, tmp_path: Path) -> None:
+    def test_two_processes_have_one_factor(self, kind: str, tmp_path: Path, in_processes: Any) -> None:
         """They see other images, and so have other losses; what they decide is the same."""
-        worker = Path(__file__).with_name("worker.py")
-        store, outs = tmp_path / "store", [tmp_path / f"{rank}.pt" for rank in range(2)]
-        workers = [
-            subprocess.Popen([sys.executable, worker, kind, str(rank), store, out], stderr=subprocess.PIPE, text=True)
-            for rank, out in enumerate(outs)
-        ]
-        for process in workers:
-            _, errors = process.communicate(timeout=120)
-            assert process.returncode == 0, errors
+        store, outs = str(tmp_path / "store"), [str(tmp_path / f"{rank}.pt") for rank in range(2)]
+        own = [{"kind": kind, "rank": rank, "store": store, "out": out} for rank, out in enumerate(outs)]
+        in_processes(Path(__file__).with_name("worker.py"), *own)
         one, two = (torch.load(out, weights_only=True) for out in outs)
         assert one["losses"] != two["losses"]
         for key in ("trajectory", "unsnapped", "readings"):

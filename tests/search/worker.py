@@ -1,6 +1,5 @@
-"""One of two processes that learn a receptive field together: worker.py KIND RANK STORE OUT."""
+"""One of two processes that learn a receptive field together. Run with `kind`, `rank`, `store` and `out` given."""
 
-import sys
 from typing import Any
 
 import torch
@@ -65,4 +64,4 @@ def main(kind: str, rank: int, store: str, out: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4])
+    main(*(globals()[name] for name in ("kind", "rank", "store", "out")))
