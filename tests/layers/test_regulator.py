@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 from rfield.layers import Inflation2d, Interpolation2d, ReceptiveFieldRegulator
 from rfield.ops import reference
+from rfield.search import SampledSearch, SpsaSearch
+from rfield.search.base import Search
 
 
 def dilated(channels: int = 3, classes: int = 2, dilation: int = 2) -> nn.Sequential:
@@ -170,6 +172,64 @@ class TestFactor:
         inflated = Inflation2d()(features(1, 3, 8, 8), regulator.factor)
         assert inflated.numel() * 4 <= budget
         assert inflated.shape[2] >= 10
+
+    @pytest.mark.parametrize("training", [True, False])
+    @pytest.mark.parametrize("frozen", [True, False])
+    def test_memory_budget_holds_what_a_search_asks_for(self, training: bool, frozen: bool) -> None:
+        budget = 3 * 12 * 12 * 4
+        regulator = ReceptiveFieldRegulator(dilated(dilation=8), 1.0, memory_budget=budget).train(training)
+        regulator.freeze_factor(frozen)
+        regulator.held = (2.0, 2.0)
+        seen = []
+        regulator.module.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].shape))
+        with pytest.warns(UserWarning, match=r"over the budget of .*held at"):
+            regulator(features(1, 3, 8, 8))
+        assert 3 * 10 * 10 * 4 <= seen[0].numel() * 4 <= budget
+        assert regulator.factor.item() == 1.0
+        regulator.held = None
+        regulator.in_search = True  # Between steps it may be set to such a dilation.
+        regulator.set_factor(4.0)
+        regulator(features(1, 3, 8, 8))
+        assert 3 * 10 * 10 * 4 <= seen[1].numel() * 4 <= budget
+        assert regulator.factor.item() == (4.0 if frozen or not training else pytest.approx(4.0 * 11 / 28))
+
+    @pytest.mark.filterwarnings("ignore:inflating .* over the budget")
+    @pytest.mark.parametrize("kind", ["sampled", "spsa"])
+    def test_memory_budget_ends_no_search(self, kind: str) -> None:
+        regulator = ReceptiveFieldRegulator(dilated(dilation=8), 1.0, memory_budget=3 * 12 * 12 * 4)
+        seen = []
+        regulator.module.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].numel()))
+
+        def loss(model: nn.Module, batch: Tensor) -> Tensor:
+            return model(batch).square().mean() * model.realised_dilation[0]  # A small dilation, and so a large map.
+
+        search: Search
+        if kind == "sampled":
+            search = SampledSearch(regulator, loss, 12, held_out=[features(1, 3, 8, 8)])
+        else:
+            search = SpsaSearch(regulator, loss, 12, lr=1.0)
+        while not search.done:
+            search.loss(features(1, 3, 8, 8)).backward()
+            search.step()
+        assert regulator._told_of_budget
+        assert max(seen) <= 3 * 12 * 12
+
+    @pytest.mark.parametrize("size", [(1, 16), (16, 1)])
+    def test_memory_budget_holds_narrow_maps(self, size: tuple[int, int]) -> None:
+        regulator = ReceptiveFieldRegulator(dilated(dilation=8), 4.0, memory_budget=3 * 48 * 4)
+        seen = []
+        regulator.module.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].numel()))
+        with pytest.warns(UserWarning, match="over the budget"):
+            regulator(features(1, 3, *size))
+        assert 3 * 35 <= seen[0] <= 3 * 48
+
+    def test_no_factor_fits_the_budget(self) -> None:
+        regulator = ReceptiveFieldRegulator(dilated(dilation=8), 4.0, memory_budget=3 * 4)
+        for size in ((8, 8), (1, 8)):
+            with pytest.raises(ValueError, match="no factor fits it"):
+                regulator(features(2, 3, *size))
+        with pytest.raises(ValueError, match="no factor fits it"):
+            regulator(features(2, 3, 1, 1))
 
     def test_memory_budget_is_an_error_in_eval(self) -> None:
         regulator = ReceptiveFieldRegulator(dilated(), 4.0, memory_budget=1000).eval()

@@ -4,11 +4,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.func import grad, hessian, jacrev, jvp, vmap
+from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 
-from rfield.layers import weight_gradient
+from rfield.layers import AdaptiveConv2d, LearnedFactor, ReceptiveFieldRegulator, weight_gradient
 from rfield.ops import fractional_conv2d, resize_bilinear
 
 
@@ -119,6 +119,28 @@ def test_convolution_of_no_image(dilation: float) -> None:
     gradients = torch.autograd.grad(output.sum(), [input, *leaves])
     assert [each.shape for each in gradients] == [input.shape, *(each.shape for each in leaves)]
     assert all(each.eq(0).all() for each in gradients)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("factor", [1.0, 1.3])
+@pytest.mark.parametrize("make", [AdaptiveConv2d.from_conv, ReceptiveFieldRegulator])
+def test_layers(make: Callable[..., LearnedFactor], factor: float, training: bool) -> None:
+    layer = make(nn.Conv2d(3, 2, 3, padding=2, dilation=2), factor).double().train(training)
+    parameters, image = dict(layer.named_parameters()), random(2, 3, 6, 5)
+
+    def loss(parameters: dict[str, Tensor], image: Tensor) -> Tensor:
+        return functional_call(layer, parameters, (image,)).pow(3).sum()
+
+    expected = torch.autograd.grad(loss(parameters, image), list(parameters.values()))
+    fixed = {name: parameter.detach() for name, parameter in parameters.items()}
+    for transform in (grad, jacrev, jacfwd):
+        found = transform(loss)(fixed, image)
+        for name, value in zip(parameters, expected, strict=True):
+            torch.testing.assert_close(found[name], value)
+    each = vmap(grad(loss), in_dims=(None, 0))(fixed, image[:, None])
+    torch.testing.assert_close(each["log_factor"].sum(0), expected[list(parameters).index("log_factor")])
+    with pytest.raises(ValueError, match="must have values that can be read"):
+        vmap(loss)({name: torch.stack([value] * 2) for name, value in fixed.items()}, image[:, None])
 
 
 def test_weight_gradient() -> None:

@@ -8,11 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from rfield.layers.factor import LearnedFactor, padding_of
+from rfield.layers.factor import LearnedFactor, padding_of, without_noise_of
 from rfield.ops import fractional_conv2d
-
-# exp(log(f)) is not f to the last bit: a dilation this near to an integer, relatively, is one.
-_INTEGER_SLACK = 1e-5
 
 
 class AdaptiveConv2d(LearnedFactor):
@@ -125,17 +122,18 @@ class AdaptiveConv2d(LearnedFactor):
     def _present_dilation(self) -> Tensor:
         if self.held is not None:
             return self.log_factor.new_tensor(self.held)
-        dilation = self.log_factor.new_tensor(self.base_dilation) / self.log_factor.exp()
-        if self.log_factor.requires_grad and torch.is_grad_enabled() and not self.snapped:
-            return dilation
-        nearest = dilation.detach().round().clamp(min=1)
-        dilation = torch.where((dilation - nearest).abs() <= _INTEGER_SLACK * nearest, nearest, dilation.detach())
+        dilation = without_noise_of(self.log_factor.new_tensor(self.base_dilation) / self.log_factor.exp())
+        if self.log_factor.requires_grad and torch.is_grad_enabled():
+            if not self.snapped:
+                return dilation
+            dilation = dilation.detach()
         # Without a question to the device.
         return torch.where(self.snapped_dilation > 0, self.snapped_dilation.to(dilation.dtype), dilation)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if f"{prefix}log_factor" not in state_dict:
-            state_dict[f"{prefix}log_factor"] = self.log_factor.detach()
+            start = torch.tensor(self._start).log().expand_as(self.log_factor)
+            state_dict[f"{prefix}log_factor"] = start if self.log_factor.is_meta else self.log_factor.detach()
             if self.snapped:
                 state_dict[f"{prefix}snapped"] = self.snapped_dilation
         super()._load_from_state_dict(state_dict, prefix, *args)

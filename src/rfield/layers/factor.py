@@ -2,11 +2,13 @@
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from rfield.ops.sampling import read_values
 
 Pair = tuple[float, float]
 
@@ -20,6 +22,10 @@ class LearnedFactor(nn.Module):
     The parameter is `log_factor`, so the factor is positive by construction. In training it is clamped to its range
     before each forward, which leaves the optimizer's state alone. Keep it out of weight decay:
     `rfield.parameter_groups` does.
+
+    `log_factor` has float32 at least: `half()`, `bfloat16()` and `to(dtype)` cast the other parameters and leave it at
+    that, since a step of bfloat16 is 0.4 % of a dilation; `double()` raises it. Layers that share it go on sharing it
+    whatever they are cast, moved or loaded to, also by `load_state_dict(assign=True)` and `to_empty`.
 
     Args:
         dilation: (height, width) at factor 1, in px of the layer's input map.
@@ -98,8 +104,9 @@ class LearnedFactor(nn.Module):
         if self.snapped:
             height, width = self.snapped_dilation.tolist()
             return float(height), float(width)
-        factor = self.factor.tolist()
-        return self.base_dilation[0] / factor[0], self.base_dilation[1] / factor[-1]
+        factor = read_values("factor", self.factor)
+        height, width = self.base_dilation
+        return without_noise(height / factor[0]), without_noise(width / factor[-1])
 
     @property
     def realised_dilation(self) -> Pair:
@@ -204,6 +211,43 @@ class LearnedFactor(nn.Module):
         """Snaps the layer to a dilation, or with zeros has it follow its factor."""
         self.snapped_dilation.copy_(torch.tensor(dilation))
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LearnedFactor":
+        own, gradient = self.log_factor, self.log_factor.grad
+        no_value, no_snap = own.is_meta, self.snapped_dilation.is_meta
+
+        def keep_precision(tensor: Tensor) -> Tensor:
+            applied = fn(tensor)
+            if tensor is not own and tensor is not gradient:
+                return applied
+            dtype = _at_least_float32(applied.dtype)
+            if dtype != applied.dtype:
+                return tensor.to(applied.device, dtype)
+            # The first of several layers may have moved it; what `to_empty` gives to the next one has no value.
+            return tensor if (applied.device, dtype) == (tensor.device, tensor.dtype) else applied
+
+        super()._apply(keep_precision, recurse)  # type: ignore[no-untyped-call]
+        self._keep_parameter(own)
+        if no_value and not own.is_meta:
+            with torch.no_grad():
+                self._write(own.new_tensor(self._start).log().expand_as(own))
+        if no_snap and not self.snapped_dilation.is_meta:
+            self.snapped_dilation.zero_()
+        return self
+
+    def _keep_parameter(self, own: nn.Parameter) -> None:
+        """Gives the factor's own parameter, which others hold too, the value of what has taken its place."""
+        taken = self.log_factor
+        if taken is own and own.dtype == _at_least_float32(own.dtype):
+            return
+        value = taken.detach().to(_at_least_float32(taken.dtype)).clone()
+        if value.device != own.device:
+            own.grad = None
+        if hasattr(own, "full_tensor") or own.is_meta != value.is_meta:
+            torch.utils.swap_tensors(own, nn.Parameter(value, own.requires_grad))  # type: ignore[no-untyped-call]
+        else:
+            own.data = value
+        self.log_factor = own
+
     def freeze_factor(self, frozen: bool = True) -> None:
         """Stops (or with `frozen=False` resumes) the factor's learning; a snapped layer resumes where it is."""
         if not frozen and self.snapped:
@@ -229,7 +273,9 @@ class LearnedFactor(nn.Module):
             destination[f"{prefix}snapped"] = dilation if keep_vars else dilation.detach().clone()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        dilation = state_dict.pop(f"{prefix}snapped", None)
+        own, dilation = self.log_factor, state_dict.pop(f"{prefix}snapped", None)
+        if f"{prefix}log_factor" in state_dict and self.snapped_dilation.is_meta:
+            self.snapped_dilation = torch.zeros(2, dtype=torch.int64, device=state_dict[f"{prefix}log_factor"].device)
         if dilation is None:
             if self.snapped and f"{prefix}log_factor" in state_dict:
                 self._snap_at((0, 0))
@@ -239,9 +285,11 @@ class LearnedFactor(nn.Module):
         else:
             self._snap_at((int(dilation[0]), int(dilation[1])))
         super()._load_from_state_dict(state_dict, prefix, *args)
+        self._keep_parameter(own)
 
     def extra_repr(self) -> str:
-        factor = ", ".join(f"{value:.4g}" for value in self.factor.tolist())
+        values = [] if self.log_factor.is_meta else self.factor.tolist()
+        factor = ", ".join(f"{value:.4g}" for value in values) or "?"
         return f"factor=({factor}), min_factor={self.min_factor}, max_factor={self.max_factor}"
 
     def _see(self, map_size: tuple[int, int]) -> None:
@@ -249,6 +297,23 @@ class LearnedFactor(nn.Module):
         self.map_size = map_size
         if self.training and self.log_factor.requires_grad:
             self.clamp_factor_(map_size)
+
+
+def without_noise(dilation: float) -> float:
+    """The dilation itself, or the whole one that it misses by what exp(log(f)) is off.
+
+    >>> without_noise(10.9999993), without_noise(10.9993)
+    (11.0, 10.9993)
+    """
+    nearest = max(1, round(dilation))
+    return float(nearest) if abs(dilation - nearest) <= _SLACK * nearest else dilation
+
+
+def without_noise_of(dilation: Tensor) -> Tensor:
+    """`without_noise` of a tensor, whose gradient stays."""
+    fixed = dilation.detach()
+    nearest = fixed.round().clamp(min=1)
+    return dilation + torch.where((fixed - nearest).abs() <= _SLACK * nearest, nearest - fixed, 0)
 
 
 def whole_dilation(dilation: float) -> int:
@@ -268,6 +333,10 @@ def whole_range(least: float, greatest: float) -> tuple[int, int] | None:
     """
     low, high = max(1, math.ceil(least * (1 - _SLACK))), math.floor(greatest * (1 + _SLACK))
     return (low, high) if low <= high else None
+
+
+def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32) if dtype.is_floating_point else dtype
 
 
 def _whole(value: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from rfield.layers.factor import LearnedFactor, Pair, set_dilation, whole_dilation
 from rfield.layers.resize import Inflation2d, Interpolation2d, inflated_size
+from rfield.ops.sampling import read_values
 
 
 class ReceptiveFieldRegulator(LearnedFactor):
@@ -22,8 +23,8 @@ class ReceptiveFieldRegulator(LearnedFactor):
         factor: where the factor starts: a number, or (height, width) for one factor an axis.
         min_factor: lower bound. Default: what keeps `effective_dilation` at or below the map's size.
         max_factor: upper bound. Default: what keeps `effective_dilation` at or above 1.
-        memory_budget: bytes that the inflated map may take. In training the factor is held below it, with a warning;
-            elsewhere a larger map is an error.
+        memory_budget: bytes that the inflated map may take. In training and in a search the factor is held below it,
+            with a warning; elsewhere a larger map is an error.
 
     Attributes:
         base_dilation: (height, width), the largest dilation inside `module`.
@@ -83,20 +84,22 @@ class ReceptiveFieldRegulator(LearnedFactor):
         if snapped:
             # Copied from another regulator, as a running average of the weights is, the buffer may have come alone.
             self.realise_snap()
-        factor = self._present_factor(input)
+        # The size on the meta device does not depend on the factor, which has no value there.
+        resizes = not snapped and not input.is_meta
+        factor = self._present_factor(input) if resizes else torch.ones_like(self.log_factor)
         for_inflation = for_interpolation = factor
         if self.record_gradients and factor.requires_grad:
             for_inflation, for_interpolation = factor.clone(), factor.clone()
             for_inflation.register_hook(self._add_grad_inflation)  # type: ignore[no-untyped-call]
             for_interpolation.register_hook(self._add_grad_interpolation)  # type: ignore[no-untyped-call]
-        inflated = input if snapped else self.inflation(input, for_inflation)
+        inflated = self.inflation(input, for_inflation) if resizes else input
         output: Tensor = self.module(inflated)
         if output.shape[2:] != inflated.shape[2:]:
             raise ValueError(
                 f"the regulated module must keep the map's size, but turned {tuple(inflated.shape)} into "
                 f"{tuple(output.shape)}: give its convolutions stride 1 and padding = dilation * (kernel - 1) / 2"
             )
-        if snapped and output_size in (None, grid_size):
+        if not resizes and output_size in (None, grid_size):
             return output
         resized: Tensor = self.interpolation(output, for_interpolation, grid_size, output_size or grid_size)
         return resized
@@ -156,21 +159,23 @@ class ReceptiveFieldRegulator(LearnedFactor):
 
     def _present_factor(self, input: Tensor) -> Tensor:
         """The factor to inflate by, Tensor[1] or Tensor[2], within the memory budget."""
-        if self.snapped:
-            return torch.ones_like(self.log_factor)
         if self.held is not None:
             held = [base / dilation for base, dilation in zip(self.base_dilation, self.held, strict=True)]
             factor = self.log_factor.new_tensor(held)
         else:
             factor = self.log_factor.exp()
-        shrink = self._within_budget(input, factor.tolist())
+        shrink = self._within_budget(input, read_values("factor", factor))
         if shrink == 1.0:
             return factor
-        if self.held is not None:
+        if self.held is not None or not self._learns:
             return factor * shrink
         with torch.no_grad():
             self.log_factor.add_(math.log(shrink))
         return self.log_factor.exp()
+
+    @property
+    def _learns(self) -> bool:
+        return self.training and self.log_factor.requires_grad
 
     def _within_budget(self, input: Tensor, factor: list[float]) -> float:
         """What to multiply the factor by to keep the inflated map within `memory_budget`."""
@@ -185,10 +190,11 @@ class ReceptiveFieldRegulator(LearnedFactor):
             f"inflating {tuple(input.shape)} by {[round(value, 3) for value in factor]} takes "
             f"{needed / 2**20:.0f} MiB, over the budget of {self.memory_budget / 2**20:.0f} MiB"
         )
-        if not (self.training and self.log_factor.requires_grad):
+        if not (self._learns or self.in_search or self.held is not None):
             raise ValueError(f"{message}: raise memory_budget, or use a smaller batch, map or factor")
-        side = math.sqrt(self.memory_budget / needed)
-        shrink = min((math.floor(size * side) - 1) / (size - 1) for size in (height, width) if size > 1)
+        sizes = [size for size in (height, width) if size > 1]  # An axis of one pixel stays one.
+        side = (self.memory_budget / needed) ** (1 / max(1, len(sizes)))
+        shrink = min(((math.floor(size * side) - 1) / (size - 1) for size in sizes), default=0)
         if shrink <= 0:
             raise ValueError(f"{message}, and no factor fits it: raise memory_budget or use a smaller batch")
         if not self._told_of_budget:  # Once: a factor that wants to grow meets its bound at every step.
