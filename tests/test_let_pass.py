@@ -152,9 +152,23 @@ class Fixed(nn.Module):
         return F.conv2d(input, self.kernel, groups=3)  # type: ignore[arg-type]
 
 
+class Opposite(nn.Module):
+    """Two kernels of which one is the other's negative, with zeros in them or without."""
+
+    def __init__(self, kernel: list[list[float]]) -> None:
+        super().__init__()
+        one = torch.tensor(kernel).expand(1, 3, -1, -1)
+        self.register_buffer("kernels", torch.cat([one, -one]))
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.conv2d(input, self.kernels)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("model", "field"),
     [
+        (Opposite([[1.0, 2.0, 3.0]]), (1, 3)),
+        (Opposite([[1.0, 0.0, 3.0]]), (1, 3)),
         (Standardised(3, 4, 3), (3, 3)),
         (nn.Sequential(Standardised(3, 4, 3), nn.Softmax(1), Standardised(4, 4, (1, 5))), (3, 7)),
         (Masked(3, 4, 3), (1, 2)),

@@ -242,7 +242,6 @@ def _graft(root: nn.Module, part: nn.Module) -> fx.GraphModule:
         if node.op in ("call_module", "get_attr"):
             node.target = node.target.removeprefix("part.")
     result = fx.GraphModule(part, graph, class_name=parametrize.type_before_parametrizations(part).__name__)
-    result.training = part.training
     # Also what the forward does not use, so that no key is lost.
     for name, parameter in part.named_parameters(recurse=False):
         result.register_parameter(name, parameter)
