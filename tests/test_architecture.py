@@ -23,6 +23,7 @@ ROOMS: dict[str, set[str]] = {
     "layers": {"torch"},
     "adapting": {"torch"},
     "search": {"torch"},
+    "absolute_gradient": {"torch"},
     "let_pass": {"torch"},
     "receptive_field": {"torch"},
     "layer_fields": {"torch"},

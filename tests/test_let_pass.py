@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
+from rfield.absolute_gradient import UnknownFieldError
 from rfield.layer_fields import layer_receptive_fields
-from rfield.let_pass import UnknownFieldError
 from rfield.receptive_field import probe_receptive_field, probe_window, theoretical_receptive_field
 
 INF = math.inf

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from rfield.absolute_gradient import UnknownFieldError
 from rfield.layers import AdaptiveConv2d, ReceptiveFieldRegulator
-from rfield.let_pass import LetPass, UnknownFieldError
+from rfield.let_pass import LetPass
 from rfield.receptive_field import NO_GRADIENT, extent, output_map, probe_copy
 
 Pair = tuple[float, float]

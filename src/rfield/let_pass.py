@@ -1,6 +1,5 @@
 """Run a model so that gradients tell where it looks: no path from the image to an output can cancel another."""
 
-import dataclasses
 import math
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
@@ -10,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
+
+from rfield.absolute_gradient import UnknownFieldError, is_path, shares_memory, without_cancellation
 
 
 def _names(text: str) -> frozenset[str]:
@@ -64,17 +65,13 @@ _CHOOSING: dict[str, tuple[int, int | None]] = {
 _READING = {"grid_sample": 1, "grid_sampler": 1, "grid_sampler_2d": 1, "deform_conv2d": 2}
 
 
-class UnknownFieldError(ValueError):
-    """A layer whose receptive field cannot be measured by gradients."""
-
-
 class LetPass(TorchFunctionMode):
     """Runs a model of `rfield.receptive_field.probe_copy` so that its gradients tell where it looks.
 
     The gradient of an output pixel is a sum over all paths from the image. Here no term of it is negative, so that
     none cancels another: activations let everything pass, differences and products are sums, max pools average, and
     any operation without a rule of its own has the absolute values of its gradient at random numbers
-    (`_Absolute`). Softmax, norms, differences of branches, and kernels of either sign are so seen through.
+    (`rfield.absolute_gradient`). Softmax, norms, differences of branches, and kernels of either sign are so seen through.
     """
 
     def __init__(self, axis: int) -> None:
@@ -95,7 +92,7 @@ class LetPass(TorchFunctionMode):
             for key in ("input", "query"):
                 if key in kwargs:
                     args = (kwargs.pop(key),)
-        paths = [part for part in pytree.tree_leaves((args, kwargs)) if _is_path(part)]
+        paths = [part for part in pytree.tree_leaves((args, kwargs)) if is_path(part)]
         if not paths:
             return _of_weights(func, args, kwargs)
         name, in_place = _plain_name(getattr(func, "__name__", ""))
@@ -145,7 +142,7 @@ class LetPass(TorchFunctionMode):
             # Kept in float64: deep networks have gradients below float32's least number.
             lowered = first.requires_grad and result.is_floating_point() and result.dtype != first.dtype
             return first if lowered else result
-        return _without_cancellation(func, args, kwargs, result)
+        return without_cancellation(func, args, kwargs, result)
 
     def _norm(self, name: str, first: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         if name == "batch_norm":
@@ -171,7 +168,7 @@ class LetPass(TorchFunctionMode):
     ) -> Any:
         weight: Tensor = kwargs["weight"] if "weight" in kwargs else args[1]
         if paths[0] is not args[0] or len(paths) > 1:  # a kernel that depends on the image
-            return _without_cancellation(func, args, kwargs, func(*args, **kwargs))
+            return without_cancellation(func, args, kwargs, func(*args, **kwargs))
         if not _is_uniform(weight):
             weight = weight.detach().abs()
         args = (args[0], weight, None, *args[3:])
@@ -213,10 +210,6 @@ def _plain_name(name: str) -> tuple[str, bool]:
     return name.strip("_"), name.endswith("_")
 
 
-def _is_path(part: Any) -> bool:
-    return isinstance(part, Tensor) and part.requires_grad
-
-
 def _is_uniform(weight: Tensor) -> bool:
     """Whether a weight is one number of `probe_copy`."""
     return not any(weight.stride())
@@ -250,11 +243,7 @@ def _of_weights(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
     except RuntimeError:  # torch refuses to write into, or to reinterpret, what is expanded
         return varied()
     made = [part for part in pytree.tree_leaves(result) if isinstance(part, Tensor) and part.is_floating_point()]
-    return varied() if made and not any(_shares(part, weight) for part in made for weight in uniform) else result
-
-
-def _shares(one: Tensor, other: Tensor) -> bool:
-    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+    return varied() if made and not any(shares_memory(part, weight) for part in made for weight in uniform) else result
 
 
 def _mixed(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], paths: list[Tensor]) -> Tensor:
@@ -278,74 +267,11 @@ def _is_in_place(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bo
 def _refuse(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     if name.startswith("fractional_max_pool"):
         raise UnknownFieldError(f"{name} reads places drawn at random: its receptive field cannot be probed")
-    if name in _READING and _is_path([*args, *kwargs.values()][_READING[name]]):
+    if name in _READING and is_path([*args, *kwargs.values()][_READING[name]]):
         raise UnknownFieldError(
             f"where {name} reads depends on the image: its receptive field is another for every image and cannot be "
             "probed"
         )
-
-
-def _without_cancellation(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
-    """What `func` gave, with the gradient of `_Absolute` instead of its own."""
-    leaves, spec = pytree.tree_flatten((args, kwargs))
-    outputs = [part for part in pytree.tree_leaves(result) if _is_path(part)]
-    paths = [part for part in leaves if _is_path(part)]
-    if not outputs or any(_shares(output, path) for output in outputs for path in paths):
-        return result  # no gradient, or a view, into which a model may write
-    spots = [_Spot(part.shape, part.dtype) if _is_path(part) else part for part in leaves]
-    absolute = iter(_Absolute.apply(func, spec, spots, [part.detach() for part in outputs], *paths))
-    return pytree.tree_map(lambda part: next(absolute) if _is_path(part) else part, result)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Spot:
-    """Stands for a tensor that depends on the image."""
-
-    shape: torch.Size
-    dtype: torch.dtype
-
-
-# (middle, half width) of the random numbers that an operation is differentiated at; the first that it is defined for.
-_RANGES = ((0.5, 0.005), (0.5, 0.25), (1.5, 0.25))
-
-
-class _Absolute(torch.autograd.Function):
-    """Gives the absolute values of an operation's gradient at random numbers.
-
-    Numbers of no pattern leave no gradient 0 but where there is no path, such as that of a softmax's sum.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, func: Callable[..., Any], spec: Any, spots: list[Any], outputs: list[Tensor], *paths: Tensor
-    ) -> tuple[Tensor, ...]:
-        ctx.call = func, spec, spots
-        return tuple(outputs)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        func, spec, spots = ctx.call
-        for middle, half in _RANGES:
-            generator = torch.Generator().manual_seed(0)
-
-            def near(spot: Any, middle: float, half: float, generator: torch.Generator = generator) -> Tensor:
-                return middle + half * (2 * torch.rand(spot.shape, dtype=spot.dtype, generator=generator) - 1)
-
-            inputs = [near(spot, middle, half).requires_grad_() for spot in spots if isinstance(spot, _Spot)]
-            given = iter(inputs)
-            leaves = [next(given) if isinstance(spot, _Spot) else spot for spot in spots]
-            args, kwargs = pytree.tree_unflatten(leaves, spec)
-            with torch.enable_grad():
-                outputs = [part for part in pytree.tree_leaves(func(*args, **kwargs)) if _is_path(part)]
-            scaled = [grad * near(grad, 1.0, 0.005) for grad in grads]
-            found = torch.autograd.grad(outputs, inputs, scaled, allow_unused=True)
-            if all(grad is None or bool(grad.isfinite().all()) for grad in found):
-                return (None,) * 4 + tuple(
-                    None if grad is None else grad.abs().to(leaf.dtype)
-                    for grad, leaf in zip(found, inputs, strict=True)
-                )
-        name = getattr(func, "__name__", repr(func))
-        raise UnknownFieldError(f"{name} has no finite gradient: its receptive field cannot be probed")
 
 
 def _max_pool(
@@ -453,7 +379,7 @@ def _convolve(
         input, padding = _pad(axis, input, pads), 0
     if not dense:
         return F.conv2d(input, weight, None, stride, padding, dilation, groups)
-    kernel = weight.unflatten(0, (groups, -1)).mean((1, 2)).unsqueeze(1) * weight.shape[1]
+    kernel = weight.reshape(groups, -1, *weight.shape[2:]).mean(1, keepdim=True) * weight.shape[1]
     output = F.conv2d(input, kernel, None, stride, padding, dilation, groups).unsqueeze(-3)
     output = output.expand(*output.shape[:-3], len(weight) // groups, *output.shape[-2:])
     return output.flatten(-4, -3).contiguous()  # Models add to their maps in place.
