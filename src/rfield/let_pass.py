@@ -71,7 +71,7 @@ class LetPass(TorchFunctionMode):
     The gradient of an output pixel is a sum over all paths from the image. Here no term of it is negative, so that
     none cancels another: activations let everything pass, differences and products are sums, max pools average, and
     any operation without a rule of its own has the absolute values of its gradient at random numbers
-    (`rfield.absolute_gradient`). Softmax, norms, differences of branches, and kernels of either sign are so seen through.
+    (`rfield.absolute_gradient`). Softmax, norms, differences of branches, kernels of either sign are seen through so.
     """
 
     def __init__(self, axis: int) -> None:
