@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from rfield.layers import AdaptiveConv2d
 from rfield.search import SampledSearch, class_share_loss, judge, standard_errors
-from rfield.search.certainty import Losses
+from rfield.search.paired import Losses
 
 DILATIONS = (1.0, 2.0, 4.0, 8.0, 16.0)
 
@@ -127,6 +127,8 @@ class TestNotReliable:
         assert "the loss at dilation 2 or at the present 8 is not finite" in verdict.reason
         assert (verdict.gain, verdict.standard_error) == (None, None)
         assert judge([[losses]], present=1, chosen=4).kind == "not reliable"
+        verdict = judge([[losses], [{**reading(VALLEY), 2.0: [math.nan] * 32}]], present=16)
+        assert (verdict.kind, verdict.dilation) == ("at the edge", 16.0), "of what both have read"
         verdict = judge([[{1.0: [math.nan] * 16, 2.0: [math.inf] * 16}]], present=1)
         assert str(verdict) == "not reliable: no held-out loss is finite"
 

@@ -15,9 +15,10 @@ none yet, so that it may be validated and saved there. A search runs eager; comp
 """
 
 from rfield.search.base import Search
-from rfield.search.certainty import Verdict, class_share_loss, judge, standard_errors
+from rfield.search.certainty import Verdict, judge
 from rfield.search.factors import factor_parameters, learned_layers, parameter_groups
 from rfield.search.gradient import GradientSearch
+from rfield.search.paired import class_share_loss, standard_errors
 from rfield.search.sampled import NARROWINGS, SampledSearch, curve_minimum, dilation_grid
 from rfield.search.spsa import SpsaSearch
 

@@ -5,13 +5,9 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
-from torch import Tensor
+from rfield.search.paired import Losses, Reading, common_grid, covering, difference, mean_loss
 
 Kind = Literal["not reliable", "at the edge", "clear", "flat", "likely"]
-Losses = Mapping[float, Sequence[float]]
-"""One reading: {dilation: its losses, one a held-out image}; the images are the same at every dilation."""
-
 LEAST_IMAGES = 16
 # After 100 steps less than 5 % of the running average of the weights is the start, and each of ten dilations has been
 # drawn ten times.
@@ -98,32 +94,32 @@ def judge(
         >>> print(judge([[{1: flat, 2: [x - 0.3 for x in flat], 4: flat}]], present=4))
         clear: dilation 2 beats the present 4 by 0.3 ± 0
     """
-    read = [[_Reading(losses) for losses in readings] for readings in searches]
+    read = [[Reading(losses) for losses in readings] for readings in searches]
     if not read or not all(read):
         raise ValueError("a verdict needs a reading of every search, but there is none")
     last = [readings[-1] for readings in read]
     for search, own in enumerate(images or ()):
         if len(own) != last[search].count:
             raise ValueError(f"search {search} has losses of {last[search].count} images, but {len(own)} names")
-    grid = sorted({dilation for reading in last for dilation in reading.finite})
-    if not all(reading.finite for reading in last):
+    grid = common_grid(last)
+    if not grid:
         return Verdict("not reliable", "no held-out loss is finite", present=present)
     low = min(reading.ends[0] for readings in read for reading in readings)
     high = max(reading.ends[1] for readings in read for reading in readings)
     near = min(max(present, low), high)
-    means = {dilation: _mean([reading.at(dilation) for reading in last]) for dilation in grid}
+    means = {dilation: mean_loss([reading.at(dilation) for reading in last]) for dilation in grid}
     best = chosen
     if best is None:
         best = min(grid, key=lambda dilation: (means[dilation], abs(math.log(dilation / near)), dilation))
     elif abs(best - round(best)) < 1e-3:
         best = float(round(best))
 
-    covering = [_covering(readings, near, best) for readings in read]
-    gain, error = _difference(covering, near, best, images)
+    both = [covering(readings, near, best) for readings in read]
+    gain, error = difference(both, near, best, images)
     alike = {}
     for dilation in grid:
-        difference, own_error = _difference(last, dilation, best, images)
-        alike[dilation] = abs(difference) <= own_error
+        worse, own_error = difference(last, dilation, best, images)
+        alike[dilation] = abs(worse) <= own_error
     below = [dilation for dilation in reversed(grid) if dilation <= best]
     above = [dilation for dilation in grid if dilation >= best]
     flat = _reach(below, alike, best), _reach(above, alike, best)
@@ -164,116 +160,6 @@ def judge(
         kind, reason = "likely", compared
     known_gain, known_error = (value if math.isfinite(value) else None for value in (gain, error))
     return Verdict(kind, reason, best, present, known_gain, known_error, flat)
-
-
-def standard_errors(
-    readings: Sequence[Losses], images: Sequence[Sequence[Hashable]] | None = None
-) -> dict[float, float]:
-    """For each dilation the standard error of its difference to the least of the mean curve: 0 there.
-
-    Args:
-        readings: one of each search.
-        images: as in `judge`.
-
-    Returns:
-        NaN where a loss is not finite, or for one image alone.
-
-    >>> standard_errors([{1.0: [1.0, 3.0], 2.0: [0.0, 1.0]}])
-    {1.0: 0.5, 2.0: 0.0}
-    """
-    read = [_Reading(losses) for losses in readings]
-    grid = sorted({dilation for reading in read for dilation in reading.losses})
-    if not all(reading.finite for reading in read):
-        return dict.fromkeys(grid, math.nan)
-    means = {dilation: _mean([reading.at(dilation) for reading in read]) for dilation in grid}
-    best = min((dilation for dilation in grid if math.isfinite(means[dilation])), key=lambda dilation: means[dilation])
-    errors = {dilation: _difference(read, dilation, best, images)[1] for dilation in grid}
-    return {dilation: error if math.isfinite(error) else math.nan for dilation, error in errors.items()}
-
-
-def class_share_loss(counts: Tensor, class_weights: Tensor | None = None) -> float:
-    """The least cross-entropy of a prediction that does not look at the image: the classes' weighted shares.
-
-    Args:
-        counts: labelled pixels of each class in each image, Tensor[N, K]; images without any are left out.
-        class_weights: how much each class counts, Tensor[K]. Default: all 1.
-
-    Returns:
-        The mean over the images of the weighted sum over an image's pixels, divided by their number.
-
-    Raises:
-        ValueError: if no pixel has a label.
-
-    Example:
-        >>> round(class_share_loss(torch.tensor([[1, 0], [0, 1]])), 4)  # log 2
-        0.6931
-    """
-    counts = counts.double().cpu()
-    counts = counts[counts.sum(1) > 0]
-    if not len(counts):
-        raise ValueError("no pixel has a label, so that the classes have no shares")
-    shares = (counts / counts.sum(1, keepdim=True)).mean(0)
-    if class_weights is not None:
-        shares = shares * class_weights.double().cpu()
-    return float(-torch.xlogy(shares, shares / shares.sum()).sum())
-
-
-class _Reading:
-    """The losses of one reading, and which of its dilations have finite ones."""
-
-    def __init__(self, losses: Losses) -> None:
-        self.losses = {float(d): torch.tensor([*each], dtype=torch.float64) for d, each in sorted(losses.items())}
-        if not all(0 < dilation < math.inf for dilation in self.losses):
-            raise ValueError(f"dilations must be above 0 and finite, got {[*self.losses]}")
-        counts = {len(each) for each in self.losses.values()}
-        if len(counts) != 1 or counts == {0}:
-            raise ValueError(f"a reading has the same images at every dilation, one or more, got {sorted(counts)}")
-        self.count = counts.pop()
-        self.finite = [dilation for dilation, each in self.losses.items() if bool(each.isfinite().all())]
-        self.ends = min(self.losses), max(self.losses)
-
-    def at(self, dilation: float) -> Tensor:
-        """Each image's loss: linear in the logarithm of the dilation between those read, constant beyond the ends."""
-        if dilation in self.losses:
-            return self.losses[dilation]
-        below = max((d for d in self.finite if d <= dilation), default=self.finite[0])
-        above = min((d for d in self.finite if d >= dilation), default=self.finite[-1])
-        if below == above:
-            return self.losses[below]
-        share = math.log(dilation / below) / math.log(above / below)
-        return self.losses[below].lerp(self.losses[above], share)
-
-
-def _covering(readings: Sequence[_Reading], *dilations: float) -> _Reading:
-    """The last reading whose range holds the dilations; the widest if none does."""
-    for reading in reversed(readings):
-        if reading.finite and reading.ends[0] <= min(dilations) and max(dilations) <= reading.ends[1]:
-            return reading
-    return max((r for r in readings if r.finite), key=lambda reading: reading.ends[1] / reading.ends[0])
-
-
-def _mean(columns: Sequence[Tensor]) -> float:
-    return sum(float(column.mean()) for column in columns) / len(columns)
-
-
-def _difference(
-    readings: Sequence[_Reading], one: float, other: float, images: Sequence[Sequence[Hashable]] | None = None
-) -> tuple[float, float]:
-    """By how much the loss at one dilation exceeds that at another, and the standard error of that."""
-    columns = [reading.at(one) - reading.at(other) for reading in readings]
-    mean = _mean(columns)
-    moves: dict[Hashable, float] = {}
-    for search, column in enumerate(columns):
-        names = images[search] if images else [(search, place) for place in range(len(column))]
-        for name, move in zip(names, ((column - column.mean()) / len(column) / len(columns)).tolist(), strict=True):
-            moves[name] = moves.get(name, 0.0) + move
-    if len(moves) < 2:
-        return mean, math.inf
-    error = math.sqrt(len(moves) / (len(moves) - 1) * sum(move**2 for move in moves.values()))
-    if len(columns) > 1:
-        means = torch.stack([column.mean() for column in columns])
-        error = max(error, float(means.std()) / math.sqrt(len(means)))
-    return mean, error
 
 
 def _reach(dilations: Sequence[float], alike: Mapping[float, bool], best: float) -> float:

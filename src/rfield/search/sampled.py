@@ -12,7 +12,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from rfield.layers.factor import whole_dilation, whole_range
 from rfield.search.base import LossFunction, Search
-from rfield.search.certainty import Verdict, judge, standard_errors
+from rfield.search.certainty import Verdict, judge
 from rfield.search.factors import (
     all_round,
     dilation_range,
@@ -22,6 +22,7 @@ from rfield.search.factors import (
     reshard,
     set_dilation,
 )
+from rfield.search.paired import standard_errors
 
 # Of the running average of the weights: about the last 33 steps.
 _DECAY = 0.97
