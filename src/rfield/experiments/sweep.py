@@ -13,7 +13,7 @@ from rfield.inference import Progress
 from rfield.search import Verdict, judge, standard_errors
 from rfield.search.certainty import LEAST_IMAGES
 from rfield.training import write_json, write_text
-from rfield.training.held_out import has_random_backbone
+from rfield.training.search_report import has_random_backbone
 
 # Two differences hardly tell their own spread.
 _LEAST_SEEDS = 3

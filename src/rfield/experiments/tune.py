@@ -14,7 +14,7 @@ from rfield.experiments.trials import Point, finish_trials
 from rfield.inference import Progress
 from rfield.search import Verdict, judge, standard_errors
 from rfield.training import write_json, write_text
-from rfield.training.held_out import has_random_backbone
+from rfield.training.search_report import has_random_backbone
 
 
 def run_tune(config: TuneConfig, progress: Progress | None = None) -> str:

@@ -39,9 +39,10 @@ from rfield.models import ParsingNetwork, default_weights
 from rfield.reading import read_json
 from rfield.training.bad_samples import count_skipped, share_skipped, worker_message
 from rfield.training.callbacks import read_factor_csv, read_paths_csv
-from rfield.training.held_out import HeldOut, WholeImages, describe_search, draw_held_out, tell_of_few
+from rfield.training.held_out import HeldOut, WholeImages, draw_held_out, tell_of_few
 from rfield.training.module import Field, ParsingModule, present_fields
 from rfield.training.processes import first_does, is_first, join, rank_and_processes, share_statistics
+from rfield.training.search_report import describe_search
 from rfield.training.stopping import LossGuard, StopOnSignal, leave_signals
 from rfield.training.trainer import make_trainer, quiet
 
