@@ -122,6 +122,8 @@ def test_fast_tests_of_the_module_come_first_and_time_is_bounded(tools: SimpleNa
     mutant = next(m for m in tools.mutants.find_mutants("src/area.py", CODE.encode()) if m.line == 21)
     chosen = tools.study.choose(mutant, {21: {slow, own, other, shared}}, 10.0)
     assert chosen == ([other, own], 2)
+    beside = test("tests/test_area.py::test_beside", 0.3, 0.3, False)
+    assert tools.study.choose(mutant, {21: {other}, 5: {beside, slow}}, 10.0) == ([beside, other], 0)
     assert tools.study.choose(mutant, {21: {shared}}, 10.0) == ([shared], 0)
     assert tools.study.choose(mutant, {}, 10.0) == ([], 0)
 

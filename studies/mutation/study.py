@@ -77,7 +77,8 @@ def choose(mutant: Mutant, covering: dict[int, set[Test]], seconds: float) -> tu
     """The tests to run, the fast first, and how many more cover the line.
 
     Those of the module's own test file come before others, and may take half of the time. What is marked `slow` or
-    `shared` is run only where nothing else covers the line.
+    `shared` is run only where nothing else covers the line. Own tests of other lines come last: what the line gave to
+    an earlier test may have been kept for them, in a cache of the module.
     """
     every = set().union(*(covering.get(line, ()) for line in mutant.lines))
     tests = [each for each in every if not each.apart] or [*every]
@@ -86,14 +87,15 @@ def choose(mutant: Mutant, covering: dict[int, set[Test]], seconds: float) -> tu
         file, module = Path(test.name.partition("::")[0]), Path(mutant.path)
         return file == module or module.stem in file.stem or file.stem.removeprefix("test_") in module.stem
 
+    near = [each for each in set().union(*covering.values()) if own(each) and not each.apart]
     chosen: list[Test] = []
-    for some, share in ((sorted(filter(own, tests), key=_speed), seconds / 2), (sorted(tests, key=_speed), seconds)):
-        for each in some:
+    for some, share in ((filter(own, tests), seconds / 2), (tests, seconds), (near if tests else [], seconds)):
+        for each in sorted(some, key=_speed):
             if each not in chosen and (sum(test.cpu for test in chosen) + each.cpu <= share or not chosen):
                 chosen.append(each)
     steps = (0.1, 0.5, 2, 8)
     chosen.sort(key=lambda test: (sum(test.cpu > step for step in steps), not own(test), test.name))
-    return chosen, len(every) - len(chosen)
+    return chosen, len(every.difference(chosen))
 
 
 def _speed(test: Test) -> tuple[float, str]:
