@@ -1,10 +1,14 @@
 """The learned factors of a model: found, grouped, held."""
 
+from typing import Any
+
+import pytest
 import torch
 from torch import nn
 
-from rfield.layers import ReceptiveFieldRegulator
+from rfield.layers import AdaptiveConv2d, ReceptiveFieldRegulator
 from rfield.search import factor_parameters, learned_layers, parameter_groups
+from rfield.search.factors import dilation_range
 
 
 class TestParameterGroups:
@@ -25,3 +29,23 @@ class TestParameterGroups:
         model[1].freeze_factor()
         assert len(factor_parameters(model)) == 1
         assert [len(group["params"]) for group in parameter_groups(model, lr=0.1, factor_lr=0.01)] == [2]
+
+
+class TestDilationRange:
+    """What a search may try with one number for both axes: the tighter of each side, of 12 x 24 px."""
+
+    @pytest.mark.parametrize(
+        ("dilation", "options", "expected"),
+        [
+            ((4, 4), {}, (1, 12)),
+            ((2, 6), {"max_factor": 2.0}, (3, 12)),
+            ((2, 6), {"min_factor": 0.5}, (1, 4)),
+            ((4, 4), {"factor": 8.0}, (0.5, 12)),
+            ((4, 4), {"factor": 0.2}, (1, 20)),
+        ],
+    )
+    def test_of_a_layer(self, dilation: tuple[int, int], options: dict[str, float], expected: Any) -> None:
+        layer = AdaptiveConv2d(1, 1, 3, padding=dilation, dilation=dilation, **options)
+        assert dilation_range([layer]) == (1.0, 32.0)
+        layer(torch.zeros(1, 1, 12, 24))
+        assert dilation_range([layer]) == pytest.approx(expected)

@@ -137,6 +137,17 @@ class TestSecondSearch:
         assert regulator.module.dilation == (3, 3)
         assert not regulator.log_factor.requires_grad
 
+    def test_a_layer_that_was_loaded_snapped_stays(self, toy: Any) -> None:
+        """Whether its factor is frozen is in no state dict."""
+        source, model = toy.model(3, 5), toy.model(3, 5)
+        source[0].set_factor(0.6)
+        source[0].snap()
+        model.load_state_dict(source.state_dict())
+        assert model[0].log_factor.requires_grad
+        search = learn_toy(toy, "sampled", model)
+        assert search.groups == [[model[1]]]
+        assert model[0].effective_dilation == (5, 5)
+
     def test_nothing_to_search(self, toy: Any) -> None:
         model = toy.model(3, 5)
         model[0].freeze_factor()

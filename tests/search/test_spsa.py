@@ -51,14 +51,15 @@ class TestSpsa:
         def drawn(seed: int) -> list[float]:
             search = SpsaSearch(toy.model(6), toy.loss(6.0), 30, seed)
             draws = []
-            for _ in range(5):
+            for _ in range(12):
                 draws.append(search._epsilon(0, search._log_dilation[0]).item())
                 toy.run(search, 1)
             return draws
 
-        assert len(set(drawn(0))) == 5
+        assert len(set(drawn(0))) == 12
+        assert {draw > 0 for draw in drawn(0)} == {True, False}
         assert drawn(0) == drawn(0)
-        assert not set(drawn(0)) & set(drawn(1))
+        assert drawn(0) != drawn(1)
 
     @pytest.mark.parametrize(("best", "bound"), [(0.01, 1.0), (900.0, 12.0)])
     def test_stays_within_the_tighter_axis(self, toy: Any, best: float, bound: float) -> None:
