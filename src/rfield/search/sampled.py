@@ -193,9 +193,7 @@ class SampledSearch(Search):
             self.readings[key].append((self.step_index, curve))
             self.losses[key].append((self.step_index, losses[key]))
             low, high = self._ranges[key[0]]
-            # A whole dilation may lie a hair beyond the range, and a window must not end before it begins.
-            best = min(max(curve_minimum(curve), low), high)
-            reach = self.narrowings.get(self.step_index, 1.0)
+            best, reach = curve_minimum(curve), self.narrowings.get(self.step_index, 1.0)
             self._windows[key] = max(low, best / reach), min(high, best * reach)
 
     def _minimum(self, index: int, axis: int, curve: dict[float, float]) -> float:
@@ -259,6 +257,7 @@ class SampledSearch(Search):
         low, high = self._windows[index, axis]
         count = max(7 if self.step_index >= self.steps else 4, self._count(index, low, high))
         grid = dilation_grid(low, high, count, all_round(group))
+        # Rounded, its ends may have left the range, and the next window would end before it begins.
         if all_round(group) and (whole := whole_range(*self._ranges[index])):
             grid = sorted({float(min(max(dilation, whole[0]), whole[1])) for dilation in grid})
         return self._read_at(index, axis, grid)
