@@ -66,6 +66,8 @@ class Tiler:
         # Bytes a px of the backbone's maps and of the others; px of margin. Known once they are needed.
         self._cost: tuple[float, float] | None = None
         self._margin: int | None = None
+        # Why tiles are not as the whole image, and what has been said.
+        self._reasons: dict[str, None] = {}
         self._told: set[str] = set()
 
     @torch.inference_mode()
@@ -83,7 +85,7 @@ class Tiler:
             yield 0, 0, self._head_whole(padded, backbone)[0, :, :height, :width]
             return
         if resizes:
-            self._tell("the regulator's resizes depend on the image's size")
+            self._reasons["the regulator's resizes depend on the image's size"] = None
         for rows, columns in self._tiles(padded, max(backbone, rest), self._network_margin(padded), (height, width)):
             logits = self._logits(padded[:, :, rows.start : rows.stop, columns.start : columns.stop])[0]
             kept = logits[
@@ -132,7 +134,7 @@ class Tiler:
         features = tuple(each.contiguous(memory_format=torch.channels_last) for each in whole)
         return self._logits_of(features, (padded.shape[2], padded.shape[3]))
 
-    def _tiles(self, padded: Tensor, cost: float, margin: int, size: tuple[int, int]) -> Iterator[tuple[_Span, _Span]]:
+    def _tiles(self, padded: Tensor, cost: float, margin: int, size: tuple[int, int]) -> list[tuple[_Span, _Span]]:
         """The tiles that cover the first rows and columns of a padded image, row by row."""
         room = self.memory_budget / cost
         least = 2 * margin + max(margin, 4 * self._stride) + 1
@@ -142,10 +144,17 @@ class Tiler:
         if height * width > room:
             takes, given = height * width * cost / 2**30, self.memory_budget / 2**30
             text = f"tiles of {height}x{width} px, the least for what the network sees, take some {takes:.2g} GiB"
-            self._tell(f"{text}, more than the memory budget of {given:.2g}", approximate=False)
-        for rows in _spans(padded.shape[2], height, margin, self._stride, size[0]):
-            for columns in _spans(padded.shape[3], width, margin, self._stride, size[1]):
-                yield rows, columns
+            self._tell(f"{text}, more than the memory budget of {given:.2g}")
+        tiles = [
+            (rows, columns)
+            for rows in _spans(padded.shape[2], height, margin, self._stride, size[0])
+            for columns in _spans(padded.shape[3], width, margin, self._stride, size[1])
+        ]
+        for reason in self._reasons if len(tiles) > 1 else ():
+            self._tell(
+                f"{reason}: an image above the memory budget is labelled in tiles, and the result is approximate"
+            )
+        return tiles
 
     def _network_margin(self, padded: Tensor) -> int:
         if self._margin is None:
@@ -156,7 +165,9 @@ class Tiler:
         """px by which tiles reach beyond what is kept of them, a multiple of the stride."""
         field = _field(part)
         if math.isinf(field):
-            self._tell("the network sees the whole image, through global pooling, squeeze-excite or attention")
+            self._reasons["the network sees the whole image, through global pooling, squeeze-excite or attention"] = (
+                None
+            )
             field = _effective_field(runs, padded, self._stride)
         # Two strides more: for what the resizes to px and fractional dilations reach beside their px.
         return (math.ceil(field / 2 / self._stride) + 2) * self._stride
@@ -174,12 +185,11 @@ class Tiler:
             self._cost = backbone / pixels, (rest + held + _COPIES * _bytes(logits)) / pixels
         return self._cost
 
-    def _tell(self, reason: str, approximate: bool = True) -> None:
-        """Says on stderr, once, what tiles cannot do."""
-        if reason not in self._told:
-            self._told.add(reason)
-            end = ": an image above the memory budget is labelled in tiles, and the result is approximate"
-            print(f"note: {reason}{end if approximate else ''}", file=sys.stderr)
+    def _tell(self, text: str) -> None:
+        """Says something on stderr, once."""
+        if text not in self._told:
+            self._told.add(text)
+            print(f"note: {text}", file=sys.stderr)
 
 
 def join_tiles(tiles: Iterable[Tile], size: tuple[int, int]) -> Tensor:
