@@ -32,6 +32,13 @@ class TestForward:
         expected = F.interpolate(module(input), size=(33, 41), mode="bilinear", align_corners=True)
         torch.testing.assert_close(ReceptiveFieldRegulator(module)(input, output_size=(33, 41)), expected)
 
+    def test_snapped_one_to_label_resolution_is_the_dilated_module_interpolated(self) -> None:
+        regulator, input = ReceptiveFieldRegulator(dilated(), 1.8), features(1, 3, 5, 6)
+        regulator.snap()
+        expected = F.interpolate(dilated(dilation=1)(input), size=(33, 41), mode="bilinear", align_corners=True)
+        torch.testing.assert_close(regulator(input, output_size=(33, 41)), expected)
+        assert torch.equal(regulator(input, output_size=(5, 6)), dilated(dilation=1)(input))
+
     @pytest.mark.parametrize("factor", [0.6, 1.0, 1.7, (0.8, 1.5)])
     @pytest.mark.parametrize("output_size", [None, (25, 17)])
     def test_equals_the_two_layers_by_hand(

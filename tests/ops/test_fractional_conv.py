@@ -24,6 +24,23 @@ class TestIntegerDilation:
         expected = F.conv2d(input, weight, bias, (2, 1), dilation, dilation, groups=2)
         assert torch.equal(actual, expected)
 
+    @pytest.mark.parametrize("dilation", [(2.0,), (1.0, 3.0)])
+    def test_a_learned_one_is_too_where_no_gradient_is_wanted(self, dilation: tuple[float, ...]) -> None:
+        input, weight, bias = random_tensor(2, 4, 11, 9).float(), random_tensor(6, 4, 3, 3).float(), torch.rand(6)
+        real = torch.tensor(dilation, requires_grad=True)
+        with torch.no_grad():
+            actual = fractional_conv2d(input, weight, bias, real, padding=(1, 1))
+        whole = (round(dilation[0]), round(dilation[-1]))
+        assert torch.equal(actual, F.conv2d(input, weight, bias, padding=whole, dilation=whole))
+        assert fractional_conv2d(input, weight, bias, real, padding=(1, 1)).requires_grad
+
+    @pytest.mark.parametrize("dilation", [(1.0, 4.0), (4.0, 1.0), (2.0, 7.0), (5.0, 3.0)])
+    def test_each_axis_is_cropped_and_padded_by_itself(self, dilation: tuple[float, float]) -> None:
+        input, weight, real = random_tensor(1, 2, 13, 12), random_tensor(2, 2, 3, 3), torch.tensor(dilation)
+        actual = fractional_conv2d(input, weight, None, real, (1, 2), (1, 0), (4, 3))
+        expected = reference.fractional_conv2d(input, weight, None, real, (1, 2), (1, 0), (4, 3))
+        torch.testing.assert_close(actual, expected)
+
     def test_unpadded_convolution_keeps_its_size_and_centres(self) -> None:
         """With padding 0 a smaller dilation reads inside: the padding would be negative."""
         input, weight = random_tensor(1, 1, 12, 12), random_tensor(1, 1, 3, 3)
@@ -114,19 +131,21 @@ class TestGradients:
         assert torch.autograd.gradgradcheck(cubed, leaves)
 
     @pytest.mark.parametrize("groups", [1, 2])
-    def test_bfloat16_sums_in_float32(self, groups: int) -> None:
-        input, weight, real = random_tensor(2, 8, 9, 7), random_tensor(4, 8 // groups, 3, 3), torch.tensor([1.7])
-        lower = [each.to(torch.bfloat16).requires_grad_() for each in (input, weight)]
-        exact = [each.detach().float().requires_grad_() for each in lower]
+    @pytest.mark.parametrize(("images", "rows"), [(400, 3), (1, 401)])
+    def test_bfloat16_sums_in_float32(self, images: int, rows: int, groups: int) -> None:
+        """Many ones, one by one: a sum of bfloat16 stays at 256. Over images, and over the rows of a kernel."""
+        input, weight, bias = torch.ones(images, 2, 5, 1), torch.ones(2, 2 // groups, rows, 1), torch.ones(2)
+        lower = [each.bfloat16().requires_grad_() for each in (input, weight, bias)]
+        exact = [each.requires_grad_() for each in (input, weight, bias)]
+        found = []
         for leaves in (lower, exact):
-            fractional_conv2d(*leaves, None, real, padding=(1, 1), groups=groups).float().pow(2).sum().backward()
-        for actual, expected in zip(lower, exact, strict=True):
-            assert actual.grad is not None
-            assert expected.grad is not None
-            assert actual.grad.dtype == torch.bfloat16
-            torch.testing.assert_close(
-                actual.grad.float(), expected.grad, rtol=0.02, atol=0.02 * float(expected.grad.abs().max())
-            )
+            real = torch.tensor([1.5 / rows], requires_grad=True)
+            output = fractional_conv2d(*leaves, real, padding=(rows // 2, 0), groups=groups)
+            found.append([output, *torch.autograd.grad(output.sum(), [*leaves, real])])
+        assert found[1][0].max() > 400 or found[1][2].max() > 400
+        for actual, expected in zip(*found, strict=True):
+            torch.testing.assert_close(actual.float(), expected, rtol=0.01, atol=0.01 * expected.abs().max().item())
+        assert [each.dtype for each in found[0]] == [torch.bfloat16] * 4 + [torch.float32]
 
     def test_autocast_lowers_it_as_the_plain_convolution(self) -> None:
         input, weight, real = random_tensor(1, 4, 9, 7).float(), random_tensor(4, 4, 3, 3).float(), torch.tensor([1.7])
@@ -185,8 +204,11 @@ class TestBadInput:
         with pytest.raises(TypeError, match="floating-point tensors of one dtype"):
             fractional_conv2d(input, weight, torch.ones(4, dtype=torch.float64), real, groups=2)
 
-    def test_map_smaller_than_the_reach(self) -> None:
-        with pytest.raises(ValueError, match="smaller than the kernel's reach of 8 px"):
-            fractional_conv2d(
-                torch.rand(1, 1, 5, 9), torch.rand(1, 1, 3, 3), None, torch.tensor([1.5]), base_dilation=(4, 4)
-            )
+    @pytest.mark.parametrize("size", [(5, 9), (8, 9), (9, 8)])
+    @pytest.mark.parametrize("stride", [1, 2])
+    def test_map_smaller_than_the_reach(self, size: tuple[int, int], stride: int) -> None:
+        """The reach is of 8 px beside the centre's own: a map as long as that holds no kernel."""
+        rest = (torch.rand(1, 1, 3, 3), None, torch.tensor([1.5]), (stride, stride))
+        with pytest.raises(ValueError, match=f"a map of {min(size)} px, .* smaller than the kernel's reach of 8 px"):
+            fractional_conv2d(torch.rand(1, 1, *size), *rest, base_dilation=(4, 4))
+        assert fractional_conv2d(torch.rand(1, 1, 9, 9), *rest, base_dilation=(4, 4)).shape == (1, 1, 1, 1)

@@ -154,14 +154,31 @@ class TestGradients:
         scale = torch.tensor([1.3], dtype=torch.float64)
         assert torch.autograd.gradgradcheck(lambda x: resize_bilinear(x, scale, (5, 5)).pow(3), (input,))
 
-    def test_mixed_second_derivative(self) -> None:
-        input = random_map(1, 1, 4, 4).requires_grad_()
-        scale = torch.tensor([1.3], dtype=torch.float64, requires_grad=True)
+    @pytest.mark.parametrize(("factor", "size"), [(1.3, 5), (1.0, 5), (0.5, 3)])
+    def test_mixed_second_derivative(self, factor: float, size: int) -> None:
+        """Also where the resize is a copy of pixels."""
+        input = random_map(1, 1, 5, 5).requires_grad_()
+        scale = torch.tensor([factor], dtype=torch.float64, requires_grad=True)
 
         def grad_factor(x: Tensor) -> Tensor:
-            return torch.autograd.grad(resize_bilinear(x, scale, (5, 5)).pow(2).sum(), scale, create_graph=True)[0]
+            output = resize_bilinear(x, scale, (size, size))
+            return torch.autograd.grad(output.pow(2).sum(), scale, create_graph=True)[0]
 
         assert torch.autograd.gradcheck(grad_factor, (input,))
+
+    @pytest.mark.parametrize(("factor", "size"), [(1.0, (5, 4)), (0.5, (3, 3))])
+    def test_second_derivatives_of_a_copy(self, factor: float, size: tuple[int, int]) -> None:
+        """All four, against those of the matrices."""
+        input = random_map(2, 2, 5, size[1] if factor == 1 else 5).requires_grad_()
+        scale = torch.tensor([factor], dtype=torch.float64, requires_grad=True)
+        found = []
+        for output in (resize_bilinear(input, scale, size), resize._sampled(input, scale, size, plain=True)):
+            first = torch.autograd.grad(output.pow(3).sum(), (input, scale), create_graph=True)
+            second = torch.autograd.grad(sum(each.pow(2).sum() for each in first), (input, scale), retain_graph=True)
+            only_input = torch.autograd.grad(output.pow(3).sum(), input, create_graph=True)[0]
+            found.append([*first, *second, *torch.autograd.grad(only_input.pow(2).sum(), input)])
+        for one, other in zip(*found, strict=True):
+            torch.testing.assert_close(one, other)
 
     def test_an_axis_of_one_pixel_adds_nothing(self) -> None:
         scale = torch.tensor([1.3, 0.8], dtype=torch.float64, requires_grad=True)
