@@ -173,6 +173,14 @@ def test_a_mask_of_the_stored_pixels_is_refused(root: Path, orientation: int) ->
     assert f"turned by its EXIF orientation {orientation}" in finding.text
 
 
+@pytest.mark.parametrize("orientation", [1, 3])
+def test_a_turned_mask_of_another_image_is_no_matter_of_exif(root: Path, orientation: int) -> None:
+    save_turned(root / "train/images/a.png", COLOURS, orientation)
+    PIL.Image.fromarray(COLOURS[..., 0].T.copy() % 2).save(root / "train/masks/a.png")
+    with pytest.raises(ValueError, match=r"a.png is 16x12 px .* is 12x16; both must have one size$"):
+        FolderDataset(root)[0]
+
+
 @pytest.mark.parametrize("marked", [False, True])
 def test_a_mask_of_the_turned_image_fits(root: Path, marked: bool) -> None:
     """Its pixels turned, or with the same orientation in its own EXIF data."""

@@ -296,6 +296,8 @@ def test_palettes_that_contradict_each_other(tmp_path: Path) -> None:
         image.save(folder / f"masks/{name}.png")
 
     black, red, green = (0, 0, 0), (255, 0, 0), (0, 255, 0)
+    write("a", columns(0, 1, 2, 255), black, red, red)  # two values of one colour in one file
+    assert check_data(str(config), ["train"]) == []
     write("a", columns(0, 1, 2, 255), black, red, green)
     write("b", columns(0, 1, 1, 255), black, red, black, red)  # what no pixel has may be of any colour
     assert check_data(str(config), ["train"]) == []
