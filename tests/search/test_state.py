@@ -171,6 +171,21 @@ class TestWrappedModels:
         assert search.done
         assert states[1][1]["step_index"] == 6
 
+    def test_parameters_that_are_exchanged_under_the_search(self, toy: Any) -> None:
+        """By a load that assigns, or by a sharding."""
+        model = nn.Sequential(toy.layer(3), nn.Conv2d(1, 1, 1))
+        search = make("sampled", model, mean, [toy.image], steps=4)
+        toy.run(search, 1)
+        state = copy.deepcopy(model.state_dict())
+        state["1.weight"] += 1
+        before = search.state_dict()["average"]["1.weight"].item()
+        model.load_state_dict(state, assign=True)
+        toy.run(search, 1)
+        assert search.state_dict()["average"]["1.weight"].item() == pytest.approx(before + 0.03)
+        toy.run(search, 2)
+        assert search.done
+        assert model[0].snapped
+
     def test_names_are_those_without_wrappers(self) -> None:
         plain = nn.Sequential(nn.Conv2d(1, 1, 1), nn.Sequential(nn.Conv2d(1, 1, 1)))
         plain.add_module("module", nn.Conv2d(1, 1, 1))

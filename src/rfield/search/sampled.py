@@ -18,6 +18,7 @@ from rfield.search.factors import (
     dilation_range,
     gather_rows,
     hold_dilation,
+    names_of,
     present_dilation,
     reshard,
     set_dilation,
@@ -204,8 +205,9 @@ class SampledSearch(Search):
             raise ValueError(f"step {self.step_index}, {self._name(self.groups[index])}, {side}: {error}") from error
 
     def _named_weights(self) -> list[tuple[str, nn.Parameter]]:
-        """The names are those of the model without its wrappers."""
-        return [(self._names[id(weight)], weight) for weight in self.model.parameters()]
+        """The names are those of the model without its wrappers, which may have come after the search."""
+        names = names_of(self.model)
+        return [(names[id(weight)], weight) for weight in self.model.parameters()]
 
     @torch.no_grad()
     def _update_ema(self) -> None:
