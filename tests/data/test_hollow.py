@@ -95,6 +95,8 @@ def test_one_class_of_three_that_255_may_stand_for(tmp_path: Path) -> None:
     told = [f.text for f in check_data(write(tmp_path / "own", "a\nb\nc\n", (0, 1, 255, 255)))]
     assert len(told) == 2
     assert all(t.endswith("(255 means no label; if it stands for 'c', save 2 instead)") for t in told)
+    told = [f.text for f in check_data(write(tmp_path / "own", "a\nb\nc\n", (0, 1)))]
+    assert [t.endswith("classes: c; they are neither learned nor scored there") for t in told] == [True, True]
 
 
 def test_masks_that_cannot_be_read_are_not_called_empty(tmp_path: Path) -> None:
