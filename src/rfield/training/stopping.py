@@ -198,8 +198,7 @@ class LossGuard(Callback):
         state = [value for value in module.state_dict().values() if value.is_floating_point()]
         good = all(bool(torch.isfinite(value).all()) for value in state)
         if trainer.strategy.reduce_boolean_decision(good, all=True):
-            # To the loops, the step has begun. A resumed run is to repeat it, not to take it for an epoch's end.
-            trainer.fit_loop.epoch_loop.batch_progress.is_last_batch = False
+            # Lightning counts a step's log when it is resumed, and this one is to be repeated.
             trainer.fit_loop.epoch_loop._batches_that_stepped -= 1
             trainer.save_checkpoint(self.checkpoint)
             return f"The state before this step is in {self.checkpoint}"
