@@ -65,7 +65,7 @@ def loss_fn(model: nn.Module, batch: Any) -> Tensor:
 
 def batches(count: int) -> list[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(0)
-    images = [torch.randn(2, 3, 64, 64, generator=generator) for _ in range(count)]
+    images = [torch.randn(2, 3, 32, 32, generator=generator) for _ in range(count)]
     return [(image, (image[:, 0] > 0).long()) for image in images]
 
 

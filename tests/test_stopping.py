@@ -125,15 +125,24 @@ def test_a_signal_at_a_step_limit_and_a_second_one(make: Make, monkeypatch: pyte
         before_step(patch, 4, lambda module: os.kill(os.getpid(), signal.SIGTERM))
         with pytest.raises(Interrupted, match="4 steps are saved"):
             train(cut)
+    assert logged(cut) == logged(whole) != {}, "what ends the run comes first"
     train(dataclasses.replace(cut, resume=True))
     assert results(cut) == results(whole)
-    assert logged(cut) == logged(whole) != {}
+    assert logged(cut) == logged(whole)
 
     def twice(module: ParsingModule) -> None:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
 
-    impatient = make("impatient")
+    def again(module: ParsingModule) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    patient, impatient = make("patient", search="none", epochs=1), make("impatient")
+    with monkeypatch.context() as patch:
+        before_step(patch, 2, again)
+        with pytest.raises(Interrupted, match="stopped by SIGTERM; 2 steps are saved"):
+            train(patient)
     before_step(monkeypatch, 2, twice)
     with pytest.raises(KeyboardInterrupt) as stopped:
         train(impatient)
