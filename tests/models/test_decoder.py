@@ -70,6 +70,37 @@ def test_logits_lie_on_the_finer_grid(name: str, fine_stride: int) -> None:
     assert network(torch.randn(2, 3, 20, 30)).shape == (2, 3, 20, 30)
 
 
+def test_a_decoder_is_deeplabs() -> None:
+    """A reduction to 48 channels, of which alone a batch norm takes the mean, and two 3x3 convolutions of 256."""
+    torch.manual_seed(0)
+    channels, decoder = output_layers(small_cnn_backbone(8), 5, decoder=True)
+    assert decoder is not None
+    assert (channels, decoder.ratio) == (256, 2)
+    fine, context = torch.randn(2, 8, 9, 7) + 3, torch.randn(2, 256, 9, 7)
+    reduction, norm, _ = decoder.reduce
+    first, _, second, _, last = decoder.join
+    assert reduction.bias is None
+    assert [conv.out_channels for conv in (reduction, first, second, last)] == [48, 256, 256, 5]
+    assert [module for module in decoder.modules() if isinstance(module, nn.BatchNorm2d)] == [norm]
+    for conv in (first, second, last):
+        nn.init.normal_(conv.bias)
+    reduced = nn.functional.batch_norm(reduction(fine), None, None, training=True).relu()
+    expected = last(second(first(torch.cat([context.relu(), reduced], 1)).relu()).relu())
+    torch.testing.assert_close(decoder(fine, context), expected)
+    torch.testing.assert_close(decoder(fine, context, (17, 13))[..., ::2, ::2], expected)
+
+
+def test_a_decoder_starts_for_relus_and_with_small_logits() -> None:
+    torch.manual_seed(0)
+    decoder = Decoder(16, 64, 300, ratio=2)
+    convolutions = [module for module in decoder.modules() if isinstance(module, nn.Conv2d)]
+    assert not any(conv.bias.any() for conv in convolutions[1:])
+    fans = [64, (16 + 48) * 9, 256 * 9]
+    for conv, fan in zip(convolutions, fans, strict=False):
+        assert conv.weight.std().item() == pytest.approx((2 / fan) ** 0.5, rel=0.05)
+    assert convolutions[-1].weight.std().item() == pytest.approx(0.01, rel=0.05)
+
+
 @pytest.mark.parametrize("regulate", [False, True])
 @pytest.mark.parametrize("name", ["small_cnn", "largefov_vgg16"])
 def test_the_field_grows_by_the_decoder_s_convolutions(name: str, regulate: bool) -> None:

@@ -1,8 +1,12 @@
+from typing import Any
+
 import pytest
 import torch
 
 from rfield.layers import ReceptiveFieldRegulator
 from rfield.models import SinglePathHead
+from rfield.search import learned_layers
+from rfield.search.factors import hold_dilation
 
 
 def heads(dilation: int = 3) -> tuple[SinglePathHead, SinglePathHead]:
@@ -38,6 +42,16 @@ def test_effective_dilation() -> None:
     assert regulated.effective_dilation == pytest.approx((4.0, 4.0))
     regulated.layers = ReceptiveFieldRegulator(regulated.layers.module, factor=(2.0, 3.0))
     assert regulated.effective_dilation == pytest.approx((3.0, 2.0))
+
+
+@pytest.mark.parametrize("mechanism", ["regulator", "dilation"])
+def test_a_held_dilation_is_realised_and_not_effective(mechanism: Any) -> None:
+    head = SinglePathHead(8, 5, 6, head_channels=4, mechanism=mechanism, rectangular=True)
+    hold_dilation(learned_layers(head)[0], [3.0, 4.0])
+    assert (head.effective_dilation, head.realised_dilation) == ((6.0, 6.0), (3.0, 4.0))
+    plain = SinglePathHead(8, 5, 6, head_channels=4, regulate=False)
+    plain.layers.fc6.dilation = (2, 5)  # type: ignore[union-attr]
+    assert plain.effective_dilation == plain.realised_dilation == (2.0, 5.0)
 
 
 def test_initialisation() -> None:
