@@ -89,7 +89,7 @@ def choose(mutant: Mutant, covering: dict[int, set[Test]], seconds: float) -> tu
 
     near = [each for each in set().union(*covering.values()) if own(each) and not each.apart]
     chosen: list[Test] = []
-    for some, share in ((filter(own, tests), seconds / 2), (tests, seconds), (near if tests else [], seconds)):
+    for some, share in ((filter(own, tests), seconds / 2), (tests, seconds * 0.8), (near if tests else [], seconds)):
         for each in sorted(some, key=_speed):
             if each not in chosen and (sum(test.cpu for test in chosen) + each.cpu <= share or not chosen):
                 chosen.append(each)
