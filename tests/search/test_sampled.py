@@ -50,16 +50,17 @@ class TestCurve:
 
 class TestDraws:
     def test_each_round_has_every_stratum_once_in_an_order_of_its_own(self, toy: Any) -> None:
-        search = SampledSearch(toy.model(3), toy.loss(3.0), 100, [toy.image], narrowings={})
-        search._ranges, search._windows = [(1.0, 2.0**10)], {(0, 0): (1.0, 2.0**10)}
         orders = []
-        for start in (0, 10, 20):
-            values = []
-            for search.step_index in range(start, start + 10):
-                values.append(math.log2(search._draw(0, 0, search._random("dilation", 0))))
-            orders.append([int(value) for value in values])
+        for seed in (0, 1):
+            search = SampledSearch(toy.model(3), toy.loss(3.0), 100, [toy.image], seed, narrowings={})
+            search._ranges, search._windows = [(1.0, 2.0**10)], {(0, 0): (1.0, 2.0**10)}
+            for start in (0, 10, 20):
+                values = []
+                for search.step_index in range(start, start + 10):
+                    values.append(math.log2(search._draw(0, 0, search._random("dilation", 0))))
+                orders.append([int(value) for value in values])
         assert all(sorted(order) == list(range(10)) != order for order in orders)
-        assert len({tuple(order) for order in orders}) == 3
+        assert len({tuple(order) for order in orders}) == 6
 
     def test_another_seed_gives_other_draws_and_the_same_one_the_same(self, toy: Any) -> None:
         def drawn(seed: int) -> list[list[float]]:
@@ -80,6 +81,8 @@ class TestReading:
         toy.run(search, 5)
         assert search._ranges == [(1.0, 12.0)]
         assert search._windows[0, 0] == (1.0, 1.5)
+        # A window has its share of the ten candidates.
+        assert [search._count(0, 1.0, high) for high in (12.0, 1.5, 1.0)] == [10, 3, 1]
         toy.run(search, 5)
         assert search._windows[0, 0] == (1.0, 12.0)
 
