@@ -3,6 +3,7 @@ from typing import Any
 import pytest
 import torch
 
+from rfield import fuse
 from rfield.layers import ReceptiveFieldRegulator
 from rfield.models import SinglePathHead
 from rfield.search import learned_layers
@@ -52,6 +53,14 @@ def test_a_held_dilation_is_realised_and_not_effective(mechanism: Any) -> None:
     plain = SinglePathHead(8, 5, 6, head_channels=4, regulate=False)
     plain.layers.fc6.dilation = (2, 5)  # type: ignore[union-attr]
     assert plain.effective_dilation == plain.realised_dilation == (2.0, 5.0)
+
+
+def test_effective_dilation_of_a_fused_rectangle() -> None:
+    head = SinglePathHead(8, 5, 4, head_channels=4, mechanism="dilation", rectangular=True).eval()
+    head.factor_layer.set_factor((2.0, 1.0))
+    fused = fuse(head)
+    assert fused.layers.fc6.dilation == (2, 4)
+    assert fused.effective_dilation == fused.realised_dilation == (2.0, 4.0)
 
 
 def test_initialisation() -> None:

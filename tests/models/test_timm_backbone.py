@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -129,6 +130,28 @@ def test_padding_inside_is_the_mean_colour_too() -> None:
     padded = torch.nn.functional.pad(image, (before, after, before, after))
     with torch.inference_mode():
         assert torch.equal(backbone(image), backbone.net(padded)[-1])
+
+
+class Corner(torch.nn.Module):
+    """Features of 3x3 px from the corner on, whose middles lie a whole px off the grid."""
+
+    feature_info = SimpleNamespace(reduction=lambda: [4], channels=lambda: [2])
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 2, 3, stride=4)
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        return [self.conv(image)]
+
+
+def test_padding_is_split_so_that_features_lie_on_the_grid() -> None:
+    backbone = TimmBackbone(Corner(), "corner", 4)
+    placement = backbone.placement
+    assert (placement.before, placement.after, placement.offset) == (1, 2, 0.0)
+    image = torch.randn(1, 3, 9, 13)
+    assert torch.equal(backbone(image), backbone.net(torch.nn.functional.pad(image, (1, 2, 1, 2)))[0])
+    assert theoretical_receptive_field(backbone) == (3, 3)
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])

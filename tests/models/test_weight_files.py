@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -171,9 +172,13 @@ def test_what_is_no_weights_is_refused_in_one_line(tmp_path: Path, content: Any,
 @pytest.mark.filterwarnings("ignore:.*torch.jit")
 def test_torchscript_is_refused_in_one_line(tmp_path: Path) -> None:
     torch.jit.save(torch.jit.script(nn.ReLU()), str(tmp_path / "file.pth"))
-    with pytest.raises(ValueError, match="it holds a TorchScript program; save its") as error:
+    with (
+        warnings.catch_warnings(record=True) as told,
+        pytest.raises(ValueError, match="it holds a TorchScript program; save its") as error,
+    ):
         read_weights(tmp_path / "file.pth")
     assert "\n" not in str(error.value)
+    assert not told
 
 
 def test_backbones_take_wrapped_weights_too(tmp_path: Path) -> None:
@@ -198,3 +203,15 @@ def test_networks_of_timm_take_wrapped_weights_too(tmp_path: Path) -> None:
     network = find_model("timm:test_resnet")(2, head_channels=2, weights=path)
     ours = [value for key, value in network.backbone.state_dict().items() if key.endswith("net.conv1.0.weight")]
     assert torch.equal(ours[0], state["conv1.0.weight"] + 1)
+
+
+def test_weights_saved_on_a_gpu_are_read_without_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
+        torch.save({"conv.bias": torch.ones(2)}, tmp_path / "gpu.pth")
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match="CUDA"):
+            torch.load(tmp_path / "gpu.pth", weights_only=True)
+    bias = read_weights(tmp_path / "gpu.pth")["conv.bias"]
+    assert bias.device == torch.device("cpu")
+    assert bias.tolist() == [1.0, 1.0]
