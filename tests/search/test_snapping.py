@@ -173,6 +173,14 @@ class TestSecondSearch:
         assert search.groups == [[model[0]]]
         assert SampledSearch(model, toy.loss(5.0), 9, [toy.image]).groups == [[model[0]]]
 
+    def test_a_factor_that_was_frozen_after_an_abandoned_search_stays(self, toy: Any) -> None:
+        """By any of the layers that share it."""
+        model = toy.model(3, 5, 4)
+        model[1].share_factor(model[0])
+        SpsaSearch(model, toy.loss(5.0, 5.0), 9)
+        model[1].freeze_factor()
+        assert SpsaSearch(model, toy.loss(5.0), 9).groups == [[model[2]]]
+
     def test_adapted_again_after_fuse(self, toy: Any) -> None:
         model = toy.model(3, 5)
         learn_toy(toy, "sampled", model, best=8)

@@ -31,7 +31,7 @@ def learned_layers(model: nn.Module) -> list[list[LearnedFactor]]:
 
 def still_learned(group: Sequence[LearnedFactor]) -> list[LearnedFactor]:
     """Those layers of a group that a search may move: none of a frozen factor, and no snapped ones."""
-    learns = group[0].log_factor.requires_grad or any(layer.in_search for layer in group)
+    learns = group[0].log_factor.requires_grad or all(layer.in_search for layer in group)
     return [layer for layer in group if learns and not layer.snapped]
 
 
