@@ -194,8 +194,7 @@ class LearnedFactor(nn.Module):
 
         The factor is frozen. Layers that share it are snapped one by one, each to its own dilation.
         """
-        if not self.snapped:
-            self._snap_at(self.nearest_dilation(self.effective_dilation))
+        self._snap_at(self.nearest_dilation(self.effective_dilation))
         self.freeze_factor()
 
     @torch.no_grad()
