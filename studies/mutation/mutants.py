@@ -68,6 +68,7 @@ _SAME_EITHER_WAY = {
     "isclose",
     "dot",
     "gcd",
+    "promote_types",
     "add",
     "mul",
 }

@@ -172,11 +172,10 @@ def test_what_is_no_weights_is_refused_in_one_line(tmp_path: Path, content: Any,
 @pytest.mark.filterwarnings("ignore:.*torch.jit")
 def test_torchscript_is_refused_in_one_line(tmp_path: Path) -> None:
     torch.jit.save(torch.jit.script(nn.ReLU()), str(tmp_path / "file.pth"))
-    with (
-        warnings.catch_warnings(record=True) as told,
-        pytest.raises(ValueError, match="it holds a TorchScript program; save its") as error,
-    ):
-        read_weights(tmp_path / "file.pth")
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        with pytest.raises(ValueError, match="it holds a TorchScript program; save its") as error:
+            read_weights(tmp_path / "file.pth")
     assert "\n" not in str(error.value)
     assert not told
 
