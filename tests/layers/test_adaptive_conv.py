@@ -124,6 +124,7 @@ class TestBadInput:
         with pytest.raises(ValueError, match="pads with padding_mode='reflect'"):
             AdaptiveConv2d.from_conv(nn.Conv2d(2, 2, 3, padding=1, padding_mode="reflect"))
 
-    def test_input(self) -> None:
-        with pytest.raises(ValueError, match="not empty, got shape"):
-            AdaptiveConv2d(2, 2, 3)(torch.zeros(2, 5, 5))
+    @pytest.mark.parametrize("shape", [(2, 5, 5), (0, 2, 5, 5), (1, 2, 0, 5), (1, 2, 5, 0)])
+    def test_input(self, shape: tuple[int, ...]) -> None:
+        with pytest.raises(ValueError, match=r"map \(N, C, h, w\) that is not empty, got shape"):
+            AdaptiveConv2d(2, 2, 3)(torch.zeros(*shape))

@@ -197,6 +197,15 @@ class TestRange:
             layer(image())
             assert layer.factor.tolist() == pytest.approx(expected)
 
+    @BOTH
+    def test_one_factor_of_a_rectangle_has_the_looser_bounds(self, make: type) -> None:
+        layer = make((2, 6))
+        for log_factor, expected in ((9.0, 6), (-9.0, 2 / 15)):
+            with torch.no_grad():
+                layer.log_factor.fill_(log_factor)
+            layer(image())
+            assert layer.factor.item() == pytest.approx(expected)
+
     def test_bounds_are_those_of_both_factors(self) -> None:
         for bounds in ({"max_factor": 1.5}, {"min_factor": 1.5}):
             with pytest.raises(ValueError, match="lies outside"):

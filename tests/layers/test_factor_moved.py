@@ -145,6 +145,7 @@ class TestMetaDevice:
             layer = make(5)
         layer.load_state_dict(source.state_dict(), assign=True)
         assert layer.snapped
+        assert layer.snapped_dilation.dtype == source.snapped_dilation.dtype == torch.int64
         assert torch.equal(layer(image()), source(image()))
 
     def test_a_plain_convolutions_state_leaves_the_start(self) -> None:

@@ -39,6 +39,11 @@ class TestForward:
         torch.testing.assert_close(regulator(input, output_size=(33, 41)), expected)
         assert torch.equal(regulator(input, output_size=(5, 6)), dilated(dilation=1)(input))
 
+    def test_snap_dilates_what_sees_more_than_a_pixel(self) -> None:
+        regulator = ReceptiveFieldRegulator(dilated(), 0.4)
+        regulator.snap()
+        assert [conv.dilation for conv in regulator.module if isinstance(conv, nn.Conv2d)] == [(5, 5), (1, 1)]
+
     @pytest.mark.parametrize("factor", [0.6, 1.0, 1.7, (0.8, 1.5)])
     @pytest.mark.parametrize("output_size", [None, (25, 17)])
     def test_equals_the_two_layers_by_hand(
@@ -100,6 +105,14 @@ class TestGradients:
         assert interpolation.abs().min() > 0
         assert regulator.log_factor.grad is not None
         torch.testing.assert_close(inflation + interpolation, regulator.log_factor.grad / regulator.factor)
+        with pytest.raises(RuntimeError, match="no gradients recorded"):
+            regulator.pop_factor_gradients()
+
+    def test_a_frozen_factor_has_no_terms_to_record(self) -> None:
+        regulator = ReceptiveFieldRegulator(dilated(), 1.3)
+        regulator.record_gradients = True
+        regulator.freeze_factor()
+        regulator(features(2, 3, 9, 9)).square().sum().backward()
         with pytest.raises(RuntimeError, match="no gradients recorded"):
             regulator.pop_factor_gradients()
 
@@ -269,7 +282,7 @@ class TestBadInput:
         with pytest.raises(ValueError, match="must keep the map's size, but turned"):
             ReceptiveFieldRegulator(nn.Conv2d(3, 2, 3))(features(1, 3, 8, 8))
 
-    @pytest.mark.parametrize("shape", [(3, 8, 8), (1, 3, 0, 8)])
+    @pytest.mark.parametrize("shape", [(3, 8, 8), (1, 3, 0, 8), (0, 3, 8, 8)])
     def test_input(self, shape: tuple[int, ...]) -> None:
         with pytest.raises(ValueError, match="map \\(N, C, h, w\\) that is not empty"):
             ReceptiveFieldRegulator(dilated())(torch.zeros(*shape))

@@ -202,6 +202,8 @@ class TestBadInput:
             with pytest.raises(TypeError, match="floating-point tensors of one dtype, got "):
                 fractional_conv2d(other, weight, None, real, groups=2)
         with pytest.raises(TypeError, match="floating-point tensors of one dtype"):
+            fractional_conv2d(input.to(torch.uint8), weight.to(torch.uint8), None, real, groups=2)
+        with pytest.raises(TypeError, match="floating-point tensors of one dtype"):
             fractional_conv2d(input, weight, torch.ones(4, dtype=torch.float64), real, groups=2)
 
     @pytest.mark.parametrize("size", [(5, 9), (8, 9), (9, 8)])

@@ -17,10 +17,16 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 
 WEIGHT = random(2, 3, 3, 3)
+OF_GROUPS, BIAS = random(6, 1, 3, 5, seed=2), random(6, seed=3)
 
 
 def convolve(input: Tensor, dilation: Tensor) -> Tensor:
     return fractional_conv2d(input, WEIGHT.to(input.device), None, dilation, padding=(1, 1))
+
+
+def convolve_by_groups(input: Tensor, dilation: Tensor) -> Tensor:
+    weight, bias = OF_GROUPS.to(input.device), BIAS.to(input.device)
+    return fractional_conv2d(input, weight, bias, dilation, (1, 2), (2, 4), (2, 1), groups=3)
 
 
 def resize(input: Tensor, factor: Tensor) -> Tensor:
@@ -28,7 +34,7 @@ def resize(input: Tensor, factor: Tensor) -> Tensor:
 
 
 # Between pixels, and on them, where values come by another way and the derivative is the mean of both sides.
-OPERATORS = [(convolve, 1.3), (convolve, 2.0), (resize, 1.3), (resize, 1.0), (resize, 0.5)]
+OPERATORS = [(convolve, 1.3), (convolve, 2.0), (convolve_by_groups, 1.3), (resize, 1.3), (resize, 1.0), (resize, 0.5)]
 Operator = Callable[[Tensor, Tensor], Tensor]
 
 

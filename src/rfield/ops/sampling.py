@@ -397,7 +397,7 @@ def differentiable_gradients(
         grad: of the output.
     """
     wanted = [each for each, need in zip(inputs, needed, strict=True) if need and each is not None]
-    found = iter(torch.autograd.grad(output, wanted, grad, create_graph=True, allow_unused=True))
+    found = iter(torch.autograd.grad(output, wanted, grad, create_graph=True))
     return [next(found) if need else None for need in needed]
 
 
