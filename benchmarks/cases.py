@@ -10,8 +10,8 @@ from torchvision.ops import DeformConv2d
 
 from benchmarks.timing import Case, Group, training_step, without_gradient
 from rfield import AdaptiveConv2d, ReceptiveFieldRegulator, fuse
-from rfield.models import SinglePathHead, largefov_vgg16
 from rfield.ops import resize_bilinear, resized_size
+from rfield.segmentation.models import SinglePathHead, largefov_vgg16
 
 _FORMATS = ("contiguous", "channels-last")
 _DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

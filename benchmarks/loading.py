@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.timing import machine
-from rfield.data import evaluation_transform, load_dataset, training_transform
-from rfield.inference import predict_logits
-from rfield.metrics import confusion_matrix
-from rfield.models import efficientnet_lite0
+from rfield.segmentation.data import evaluation_transform, load_dataset, training_transform
+from rfield.segmentation.inference.predict import predict_logits
+from rfield.segmentation.metrics import confusion_matrix
+from rfield.segmentation.models import efficientnet_lite0
 
 
 def main() -> None:

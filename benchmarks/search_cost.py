@@ -24,8 +24,8 @@ from pathlib import Path
 
 import torch
 
-from rfield.config import TrainConfig
-from rfield.training import train
+from rfield.segmentation.config.train import TrainConfig
+from rfield.segmentation.training import train
 
 SETTINGS = {
     "msrc21": TrainConfig(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import MobileViTConfig, MobileViTForSemanticSegmentation, Trainer, TrainerCallback, TrainingArguments
 
 import rfield
-from rfield.data import SyntheticCues
+from rfield.segmentation.data import SyntheticCues
 
 
 def collate(samples: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import rfield
-from rfield.data import SyntheticCues
+from rfield.segmentation.data import SyntheticCues
 
 Batch = tuple[Tensor, Tensor]
 

@@ -9,8 +9,8 @@ from torch.utils.data import DataLoader
 from torchvision.models.segmentation import deeplabv3_mobilenet_v3_large
 
 import rfield
-from rfield.data import SyntheticCues
-from rfield.fusing import dilations
+from rfield.segmentation.data import SyntheticCues
+from rfield.surgery.fuse import dilations
 
 Batch = tuple[Tensor, Tensor]
 

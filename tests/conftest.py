@@ -11,14 +11,21 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from rfield.config import TrainConfig
+    from rfield.segmentation.config.train import TrainConfig
 
 SHARED = Path(__file__).parents[1] / ".." / "shared"
 
 
 # Its server has everything imported, and forks: a process of its own then costs a test next to nothing.
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["rfield.cli", "rfield.training", "rfield.data.check", "rfield.experiments"])
+SERVER.set_forkserver_preload(
+    [
+        "rfield.segmentation.cli",
+        "rfield.segmentation.training",
+        "rfield.segmentation.data.check",
+        "rfield.segmentation.experiments",
+    ]
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -59,7 +66,7 @@ def make(tmp_path: Path) -> "Callable[..., TrainConfig]":
     data.write_text("format: synthetic\nsize: [36, 41]\ndistance: 12\nlength: 6\n")
 
     def make_config(out: str = "run", **values: Any) -> "TrainConfig":
-        from rfield.config import TrainConfig
+        from rfield.segmentation.config.train import TrainConfig
 
         tiny: dict[str, Any] = {
             "data": str(data),

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from rfield.fusing import dilations
+from rfield.surgery.fuse import dilations
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from rfield import cli
+from rfield.segmentation import cli
 
 SCRIPT = Path(__file__).parents[1] / "studies/fuzz/fuzz.py"
 

@@ -135,12 +135,14 @@ def test_a_study_is_run_and_gone_on_with(tmp_path: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text((STUDY / name).read_text())
     (tmp_path / "studies/mutation/equivalent.yaml").write_text("[]")
-    code, tests = tmp_path / "src/rfield/metrics.py", tmp_path / "tests/test_metrics.py"
+    code, tests = tmp_path / "src/rfield/segmentation/metrics.py", tmp_path / "tests/segmentation/test_metrics.py"
     for path in (code, tests):
         path.parent.mkdir(parents=True)
     (code.parent / "__init__.py").touch()
     code.write_text("def least(a):\n    return a < 3\n")
-    tests.write_text("from rfield.metrics import least\n\ndef test_least():\n    assert least(1) and not least(5)\n")
+    tests.write_text(
+        "from rfield.segmentation.metrics import least\n\ndef test_least():\n    assert least(1) and not least(5)\n"
+    )
     (tmp_path / ".gitignore").write_text("build/\n")
     subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
     run = (

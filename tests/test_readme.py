@@ -13,9 +13,9 @@ import huggingface_hub
 import PIL.Image
 import pytest
 
-from rfield.cli import COMMANDS, main, parse
-from rfield.config import TrainConfig
-from rfield.training import train
+from rfield.segmentation.cli import COMMANDS, main, parse
+from rfield.segmentation.config.train import TrainConfig
+from rfield.segmentation.training import train
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

@@ -20,17 +20,17 @@ import torch
 import yaml
 from safetensors.torch import save
 
-from rfield.cli import parse
-from rfield.config import TrainConfig, parse_groups
-from rfield.data import FolderDataset, check_data, load_dataset
-from rfield.data.cache import CachedFeatures
-from rfield.data.images import palette_of
-from rfield.inference import build_network, load_config, load_run
-from rfield.models import ParsingNetwork
-from rfield.models.weights import read_weights
-from rfield.reading import read_json, read_yaml
-from rfield.sharing import _scores
-from rfield.sources import open_model
+from rfield.segmentation.cli import parse
+from rfield.segmentation.config.train import TrainConfig, parse_groups
+from rfield.segmentation.data import FolderDataset, check_data, load_dataset
+from rfield.segmentation.data.images import palette_of
+from rfield.segmentation.export.hub import _scores
+from rfield.segmentation.files.untrusted import read_json, read_yaml
+from rfield.segmentation.inference.feature_cache import CachedFeatures
+from rfield.segmentation.inspection.model_names import open_model
+from rfield.segmentation.models import ParsingNetwork
+from rfield.segmentation.models.weights import read_weights
+from rfield.segmentation.runs import build_network, load_config, load_run
 
 LAUGHS = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 40)) + "data: *a39\n"
 
@@ -128,8 +128,8 @@ class TestPickles:
             (tmp_path / f"{name}.npy").write_bytes(kept)
 
     def test_a_study(self, tmp_path: Path, marker: Path) -> None:
-        from rfield.config import SweepConfig
-        from rfield.experiments.trials import _open_study
+        from rfield.segmentation.config.train import SweepConfig
+        from rfield.segmentation.experiments.trials import _open_study
 
         (tmp_path / "study.journal").write_bytes(pickled(marker, "plain") + b"\n")
         with pytest.raises(ValueError, match=r"study\.journal cannot be used"):
@@ -345,7 +345,7 @@ def test_data_configs_name_no_list_outside(tmp_path: Path, split: str) -> None:
 
 
 def test_sbd_names_nothing_outside(tmp_path: Path) -> None:
-    from rfield.data import convert_sbd
+    from rfield.segmentation.data import convert_sbd
 
     voc, sbd = tmp_path / "voc", tmp_path / "sbd"
     (voc / "ImageSets/Segmentation").mkdir(parents=True)
@@ -365,7 +365,7 @@ def test_downloads_unpack_nothing_outside(tmp_path: Path, kind: str) -> None:
     """torchvision unpacks what `download_voc2012` fetches, after a look at its MD5, in this context."""
     from torchvision.datasets.utils import extract_archive
 
-    from rfield.data.voc import unpacking_inside
+    from rfield.segmentation.data.voc import unpacking_inside
 
     outside = tmp_path / "outside.txt"
     member = tarfile.TarInfo({"above": "../outside.txt", "absolute": str(outside), "link": "link"}[kind])
@@ -384,7 +384,7 @@ def test_downloads_unpack_nothing_outside(tmp_path: Path, kind: str) -> None:
 
 
 def test_converters_copy_nothing_from_outside(tmp_path: Path) -> None:
-    from rfield.data import convert_celebamask, convert_lapa
+    from rfield.segmentation.data import convert_celebamask, convert_lapa
 
     PIL.Image.new("RGB", (8, 6)).save(tmp_path / "secret.jpg")
     for folder, convert in (("CelebA-HQ-img", convert_celebamask), ("train/images", convert_lapa)):

@@ -1,4 +1,4 @@
-"""rfield: image-parsing networks that learn how far they should see.
+"""rfield: semantic segmentation networks that learn how far they should see.
 
 Public names are resolved on first use (PEP 562), so that `import rfield` costs next to nothing.
 """
@@ -17,19 +17,19 @@ _PUBLIC = {
     "SampledSearch": "rfield.search",
     "SpsaSearch": "rfield.search",
     "WeightedGradient": "rfield.layers",
-    "adapt": "rfield.adapting",
-    "contribution_squares": "rfield.effective_field",
-    "effective_receptive_field": "rfield.effective_field",
+    "adapt": "rfield.surgery.adapt",
+    "contribution_squares": "rfield.receptive_field.effective",
+    "effective_receptive_field": "rfield.receptive_field.effective",
     "fractional_conv2d": "rfield.ops",
-    "fuse": "rfield.fusing",
-    "largefov_vgg16": "rfield.models",
-    "layer_receptive_fields": "rfield.layer_fields",
+    "fuse": "rfield.surgery.fuse",
+    "largefov_vgg16": "rfield.segmentation.models",
+    "layer_receptive_fields": "rfield.receptive_field.per_layer",
     "parameter_groups": "rfield.search",
-    "probe_receptive_field": "rfield.receptive_field",
-    "regulate": "rfield.adapting",
+    "probe_receptive_field": "rfield.receptive_field.theoretical",
+    "regulate": "rfield.surgery.adapt",
     "resize_bilinear": "rfield.ops",
     "resized_size": "rfield.ops",
-    "theoretical_receptive_field": "rfield.receptive_field",
+    "theoretical_receptive_field": "rfield.receptive_field.theoretical",
     "weight_gradient": "rfield.layers",
 }
 

@@ -1,6 +1,6 @@
 """`python -m rfield` is the command `rfield`."""
 
-from rfield.cli import main
+from rfield.segmentation.cli import main
 
 if __name__ == "__main__":
     main()

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 import rfield
-from rfield.data import IGNORE_INDEX as VOID
-from rfield.data import (
+from rfield.segmentation.data import IGNORE_INDEX as VOID
+from rfield.segmentation.data import (
     AugmentedDataset,
     EpochSampler,
     ParsingDataset,
@@ -35,9 +35,9 @@ from rfield.data import (
     load_dataset,
     training_transform,
 )
-from rfield.fusing import dilations
-from rfield.metrics import confusion_matrix, segmentation_scores
-from rfield.models.efficientnet import efficientnet_lite0_backbone, load_efficientnet_lite0_weights
+from rfield.segmentation.metrics import confusion_matrix, segmentation_scores
+from rfield.segmentation.models.efficientnet import efficientnet_lite0_backbone, load_efficientnet_lite0_weights
+from rfield.surgery.fuse import dilations
 
 # An image, or the two maps of features that the decoder takes.
 Inputs = Tensor | list[Tensor]

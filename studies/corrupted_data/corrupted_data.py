@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
-from rfield.data import HELEN_CLASSES, Finding, check_data
+from rfield.segmentation.data import HELEN_CLASSES, Finding, check_data
 
 HEIGHT, WIDTH = 24, 32
 COUNTS = {"train": 4, "val": 2}

@@ -40,16 +40,17 @@ import yaml
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.torch import save
 
-from rfield import cli, sharing
-from rfield.config import TrainConfig, parse_groups
-from rfield.data import FolderDataset, SyntheticCues, check_data, faces, load_dataset
-from rfield.data.class_groups import class_groups
-from rfield.data.paths import lies_in
-from rfield.deployed import load_onnx
-from rfield.inference import build_network, load_config, load_run, read_classes
-from rfield.models.weights import read_weights
-from rfield.plain_run import fuse_run
-from rfield.reading import read_json
+from rfield.segmentation import cli
+from rfield.segmentation.config.train import TrainConfig, parse_groups
+from rfield.segmentation.data import FolderDataset, SyntheticCues, check_data, faces, load_dataset
+from rfield.segmentation.data.class_groups import class_groups
+from rfield.segmentation.data.paths import lies_in
+from rfield.segmentation.export import hub as sharing
+from rfield.segmentation.export.fused_run import fuse_run
+from rfield.segmentation.files.untrusted import read_json
+from rfield.segmentation.inference.onnx import load_onnx
+from rfield.segmentation.models.weights import read_weights
+from rfield.segmentation.runs import build_network, load_config, load_run, read_classes
 
 _SECONDS = 10
 _GIB = 4

@@ -25,9 +25,9 @@ from typing import Any
 
 import torch
 
-from rfield.config import TrainConfig
-from rfield.training import run as run_module
-from rfield.training import train, write_json
+from rfield.segmentation.config.train import TrainConfig
+from rfield.segmentation.training import run as run_module
+from rfield.segmentation.training import train, write_json
 
 RUNS: dict[str, dict[str, Any]] = {
     "spsa": {"search": "spsa", "search_share": 0.6},

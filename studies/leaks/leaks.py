@@ -2,9 +2,10 @@
 
     OMP_NUM_THREADS=1 python studies/leaks/leaks.py --out studies/leaks
 
-Written: leaks.json and leaks.png. `rfield.training.train` runs as it is, with a callback more that reads the process's
-resident memory, open files, threads and children at the end of each epoch: 1,000 epochs without processes that load
-images, and 100 with two. Growth is the slope of a line through the epochs after the first tenth, for 1,000 epochs.
+Written: leaks.json and leaks.png. `rfield.segmentation.training.train` runs as it is, with a callback more that reads
+the process's resident memory, open files, threads and children at the end of each epoch: 1,000 epochs without processes
+that load images, and 100 with two. Growth is the slope of a line through the epochs after the first tenth, for 1,000
+epochs.
 """
 
 import argparse
@@ -22,10 +23,10 @@ import psutil
 from lightning.pytorch.callbacks import Callback
 from matplotlib.figure import Figure
 
-from rfield.config import TrainConfig
-from rfield.plots import style
-from rfield.training import run as run_module
-from rfield.training import train
+from rfield.segmentation.config.train import TrainConfig
+from rfield.segmentation.plots import style
+from rfield.segmentation.training import run as run_module
+from rfield.segmentation.training import train
 
 COLUMNS = ("memory_mib", "files", "threads", "children")
 

@@ -15,12 +15,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from rfield import plots
-from rfield.data import load_dataset
-from rfield.data.cache import cache_features
-from rfield.inference import build_network, load_run
 from rfield.layers import LearnedFactor
-from rfield.models import SinglePathHead
+from rfield.segmentation import plots
+from rfield.segmentation.data import load_dataset
+from rfield.segmentation.inference.feature_cache import cache_features
+from rfield.segmentation.models import SinglePathHead
+from rfield.segmentation.runs import build_network, load_run
 
 IMAGES = 64
 FACTORS = [0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0, 1.01, 1.05, 1.1, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0]

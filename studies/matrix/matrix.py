@@ -26,9 +26,9 @@ from benchmarks.timing import Group, machine, measure, peak_memory
 from torch import Tensor, nn
 
 import rfield
-from rfield.exporting import compare, quiet, write_onnx
-from rfield.fusing import dilations, set_dilations
 from rfield.search import SampledSearch
+from rfield.segmentation.export.onnx import compare, quiet, write_onnx
+from rfield.surgery.fuse import dilations, set_dilations
 
 CLASSES = 3
 BATCH = 2

@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from rfield import plots
-from rfield.data import evaluation_transform, load_dataset
-from rfield.inference import load_run, predict_logits
+from rfield.segmentation import plots
+from rfield.segmentation.data import evaluation_transform, load_dataset
+from rfield.segmentation.inference.predict import predict_logits
+from rfield.segmentation.runs import load_run
 
 
 def main() -> None:

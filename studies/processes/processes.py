@@ -24,9 +24,9 @@ from typing import Any
 import torch
 import yaml
 
-from rfield.config import TrainConfig
-from rfield.training import read_factor_csv, train, write_json
-from rfield.training import run as run_module
+from rfield.segmentation.config.train import TrainConfig
+from rfield.segmentation.training import read_factor_csv, train, write_json
+from rfield.segmentation.training import run as run_module
 
 BATCH = 4
 # 11 images in either split: neither the batches nor the processes divide them.

@@ -18,11 +18,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from rfield import GradientSearch, ReceptiveFieldRegulator, SampledSearch, SpsaSearch, parameter_groups
-from rfield.config import TrainConfig
-from rfield.data import load_dataset
-from rfield.data.cache import cache_features
-from rfield.inference import build_network, evaluate
-from rfield.models import ParsingNetwork
+from rfield.segmentation.config.train import TrainConfig
+from rfield.segmentation.data import load_dataset
+from rfield.segmentation.inference.feature_cache import cache_features
+from rfield.segmentation.inference.predict import evaluate
+from rfield.segmentation.models import ParsingNetwork
+from rfield.segmentation.runs import build_network
 
 EPOCHS, BATCH, CANVAS = 10, 8, (320, 320)
 WEIGHTS = "../shared/weights/vgg16_features_imagenet_fp16.pth"

@@ -30,8 +30,8 @@ import optuna
 import yaml
 from optuna.trial import TrialState
 
-from rfield.experiments.trials import Point
-from rfield.training import write_json
+from rfield.segmentation.experiments.trials import Point
+from rfield.segmentation.training import write_json
 
 WORKERS = 4
 VICTIMS = (0, 1)

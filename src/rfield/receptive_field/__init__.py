@@ -1,0 +1,1 @@
+"""Receptive fields: theoretical, per layer, effective."""

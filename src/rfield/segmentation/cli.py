@@ -1,0 +1,459 @@
+"""The command line: every command is a typed function, or a dataclass of `rfield.segmentation.config.train`.
+
+Torch and the rest are imported inside the commands, so that `rfield --help` answers at once.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import docstring_parser
+from jsonargparse import ActionYesNo, ArgumentParser, get_loader, set_loader
+
+from rfield import __version__
+from rfield.segmentation.config.data import CheckDataConfig, ConvertConfig
+from rfield.segmentation.config.export import EvaluateConfig, ExportConfig, FuseConfig, PredictConfig, PushConfig
+from rfield.segmentation.config.inspect import InspectConfig
+from rfield.segmentation.config.train import (
+    DemoConfig,
+    ReproduceConfig,
+    SweepConfig,
+    TrainConfig,
+    TuneConfig,
+    counted,
+)
+from rfield.segmentation.console import escape_what_cannot_be_shown, print_layers, print_scores, show_progress
+from rfield.segmentation.files.untrusted import check_yaml, read_json
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs one command. A user's error is one line on stderr and exit status 2.
+
+    `RFIELD_DEBUG=1` shows the traceback instead.
+    """
+    escape_what_cannot_be_shown()
+    command, config = parse(argv)
+    try:
+        COMMANDS[command][1](config)
+    except KeyboardInterrupt as error:
+        print(f"rfield {command}: {str(error) or 'interrupted'}", file=sys.stderr)
+        sys.exit(128 + getattr(error, "signum", signal.SIGINT))
+    except (ValueError, OSError) as error:
+        if os.environ.get("RFIELD_DEBUG"):
+            raise
+        print(f"rfield {command}: {_one_line(str(error))}", file=sys.stderr)
+        sys.exit(2)
+
+
+def parse(argv: list[str] | None = None) -> tuple[str, Any]:
+    """A command's name and its config, from the command line's words."""
+    words = sys.argv[1:] if argv is None else argv
+    parser, commands = _parser()
+    try:
+        arguments = parser.parse_args(words)
+        command = arguments.subcommand
+        values = {name: value for name, value in arguments[command].items() if name != "config"}
+        return command, COMMANDS[command][0](**values)
+    except (_MistakeError, ValueError, argparse.ArgumentTypeError) as error:
+        name = words[0] if words and words[0] in commands else None
+        page = "rfield" if name is None else f"rfield {name}"
+        message = _plain_message(str(error))
+        hint = _did_you_mean(message, words, parser, commands)
+        print(f"{page}: {message}{hint} (see {page} --help)", file=sys.stderr)
+        sys.exit(2)
+
+
+def train(config: TrainConfig) -> None:
+    """Train a parsing network whose receptive field is fixed or learned."""
+    from rfield.segmentation.training import train as run
+
+    with show_progress("preparing") as progress:
+        metrics = run(config, progress)
+    if not metrics:
+        return  # not the first of several processes
+    print_scores(metrics)
+    print(
+        f"\neffective dilation {metrics['effective_dilation']:.3g}, receptive field "
+        f"{metrics['receptive_field_px']:.4g} px, {metrics['train_seconds']:.0f} s; the run is in {config.out}"
+    )
+    search = metrics.get("search")
+    if search is not None:
+        several = {f"path {each['path'] + 1}, {each['axis']}: ": each for each in search.get("factors", [])}
+        for name, each in (several or {"": search}).items():
+            print(f"{name}{each['verdict']['kind']}: {each['verdict']['reason']}")
+    if "skipped" in metrics:
+        names = [f"{split} {name}" for split, found in metrics["skipped_samples"].items() for name in found]
+        print(f"skipped, as they cannot be read: {counted(len(names), 'sample')}{': ' * bool(names)}{', '.join(names)}")
+
+
+def evaluate(config: EvaluateConfig) -> None:
+    """Score a trained network on whole images at their own size."""
+    from rfield.segmentation.data import load_dataset
+    from rfield.segmentation.inference.predict import evaluate_run
+    from rfield.segmentation.runs import load_run
+    from rfield.segmentation.training import write_json
+
+    if config.run.endswith(".onnx"):
+        _evaluate_onnx(config)
+        return
+    run = load_run(config.run, config.checkpoint)
+    if not (config.data or run.config.data):
+        raise ValueError(f"{config.run} does not say what it was trained on: give --data")
+    data = config.data or run.config.data
+    dataset = load_dataset(data, config.split)
+    about = {"data": data, "split": config.split, "checkpoint": config.checkpoint}
+    path = _scores_path(config, run.folder / f"evaluation-{config.split}.json", about)
+    with show_progress("scoring") as progress:
+        scores = evaluate_run(run, dataset, progress, config.ignore_class_names)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, {**scores, **about})
+    print_scores(scores)
+    print(f"\nwritten to {path}")
+
+
+def predict(config: PredictConfig) -> None:
+    """Label images: a palette-PNG mask and a coloured overlay of each."""
+    from rfield.segmentation.inference.predict import find_images, predict_run
+    from rfield.segmentation.inference.tiling import DEFAULT_BUDGET
+    from rfield.segmentation.runs import load_run
+
+    if config.run.endswith(".onnx"):
+        from rfield.segmentation.inference.onnx import load_onnx, predict_onnx
+
+        model = load_onnx(config.run)
+        images = find_images(config.images)
+        masks = predict_onnx(model, images, Path(config.out))
+    else:
+        run = load_run(config.run, config.checkpoint)
+        images = find_images(config.images)
+        budget = 2**30 * config.memory_budget if config.memory_budget else DEFAULT_BUDGET
+        masks = predict_run(run, images, Path(config.out), budget)
+    with show_progress("labelling") as progress:
+        for done, _ in enumerate(masks, start=1):
+            progress(done, len(images))
+    made = "1 mask and its overlay are" if len(images) == 1 else f"{len(images)} masks and overlays are"
+    print(f"{made} in {config.out}")
+
+
+def fuse(config: FuseConfig) -> None:
+    """Turn a trained network into a plain one, of fixed dilations, that needs no learned layer."""
+    from rfield.segmentation.data import load_dataset, match_classes
+    from rfield.segmentation.export.fused_run import fuse_run, score_change
+    from rfield.segmentation.runs import load_run
+
+    dataset = None if config.data is None else load_dataset(config.data, config.split)
+    if dataset is not None:
+        dataset = match_classes(dataset, load_run(config.run, config.checkpoint).class_names, config.ignore_class_names)
+    made = fuse_run(config.run, config.out, config.mode, config.checkpoint)
+    print("\n".join(f"{name}: {change}" for name, change in made.items()) or "nothing was learned in this run")
+    if dataset is not None:
+        with show_progress("scoring") as progress:
+            before, after = score_change(
+                config.run, config.out, config.checkpoint, dataset, progress, config.ignore_class_names
+            )
+        print(f"mIoU {before:.4f} before, {after:.4f} after: {after - before:+.4f}")
+    print(f"the plain network is in {config.out}")
+
+
+def export(config: ExportConfig) -> None:
+    """Write a trained network as an ONNX or torch.export file, checked against the network."""
+    from rfield.segmentation.data import load_dataset
+    from rfield.segmentation.export.onnx import export_run
+    from rfield.segmentation.runs import load_run
+
+    run = load_run(config.run, config.checkpoint)
+    if config.int8:
+        from rfield.segmentation.export.int8 import export_int8
+
+        images = load_dataset(str(config.data), run.config.train_split)
+        dataset = load_dataset(str(config.data), config.split)
+        with show_progress("quantising") as progress:
+            made, before, after = export_int8(
+                run,
+                config.out,
+                images,
+                config.calibration_images,
+                dataset,
+                config.size,
+                config.mode,
+                progress,
+                config.ignore_class_names,
+            )
+    else:
+        made = export_run(run, config.out, config.size, config.mode)
+    sizes = "any size" if made.size is None else f"{made.size[0]}x{made.size[1]} px"
+    print(
+        f"{config.out} takes images of {sizes}; its logits{' before int8' * config.int8} differ from the network's by "
+        f"{made.difference:.1g} of their range, {made.agreement:.2%} of the pixels get the same label"
+    )
+    if config.int8:
+        print(f"mIoU {before:.4f} before int8, {after:.4f} after: {after - before:+.4f}")
+
+
+def push(config: PushConfig) -> None:
+    """Upload a trained network to the Hugging Face Hub, with a card of its scores and receptive field."""
+    from rfield.segmentation.export.hub import push_run
+
+    print(f"the network is at {push_run(config.run, config.repo_id, config.checkpoint, config.private)}")
+
+
+def convert(config: ConvertConfig) -> None:
+    """Bring CelebAMask-HQ or LaPa into the layout of Helen."""
+    from rfield.segmentation.data import convert_celebamask, convert_lapa
+
+    converters = {"celebamask": convert_celebamask, "lapa": convert_lapa}
+    with show_progress("converting") as progress:
+        made = converters[config.format](config.source, config.target, progress)
+    counts = ", ".join(f"{count} {split}" for split, count in made.counts.items())
+    faces = "face is" if sum(made.counts.values()) == 1 else "faces are"
+    sides = "the person's left, now exchanged" if made.exchanged else "the viewer's left, as in Helen"
+    print(f"{counts} {faces} in {made.root}; the source's left was {sides}")
+
+
+def check_data(config: CheckDataConfig) -> None:
+    """Find what would ruin a training: missing, damaged and unfit files, wrong values, splits that overlap."""
+    from rfield.segmentation.data.check import check_data as check
+    from rfield.segmentation.data.check import summarise, write_findings
+
+    with show_progress("checking") as progress:
+        findings = check(config.data, config.splits, config.workers, progress)
+    for finding in findings:
+        print(finding)
+    if config.json is not None:
+        write_findings(Path(config.json), config.data, findings)
+    print(summarise(config.data, findings))
+    if any(finding.level == "error" for finding in findings):
+        sys.exit(1)
+
+
+def demo(config: DemoConfig) -> None:
+    """Learn a receptive field on synthetic images whose best one is known."""
+    from rfield.segmentation.experiments import run_demo
+
+    print(run_demo(config))
+
+
+def sweep(config: SweepConfig) -> None:
+    """Train once for every dilation and seed; finished runs are never repeated."""
+    from rfield.segmentation.experiments import run_sweep
+
+    with show_progress("preparing") as progress:
+        print(run_sweep(config, progress))
+
+
+def tune(config: TuneConfig) -> None:
+    """Find the receptive field that a network should have, with the whole curve."""
+    from rfield.segmentation.experiments import run_tune
+
+    with show_progress("preparing") as progress:
+        print(run_tune(config, progress))
+
+
+def reproduce(config: ReproduceConfig) -> None:
+    """Repeat the experiments of the paper: the grid, and learning from two bad starts."""
+    from rfield.segmentation.experiments import run_reproduce
+
+    with show_progress("preparing") as progress:
+        print(run_reproduce(config, progress))
+
+
+def inspect(config: InspectConfig) -> None:
+    """Measure what a network sees: the receptive field of every layer, and the effective field as a picture."""
+    from rfield.segmentation.inspection.report import run_inspect
+
+    with show_progress("measuring") as progress:
+        found = run_inspect(config, progress)
+    print_layers(list(found.values())[-1].layers, config.size)
+    for title, each in found.items():
+        print(f"{title}: {each.name}, {each.weights}" if title != each.name else f"{each.name}, {each.weights}")
+        for line in each.summary(config.size):
+            print(f"  {line}")
+        for warning in each.warnings:
+            print(f"  warning: {warning}")
+    if config.out is not None:
+        print(f"written to {config.out}")
+
+
+COMMANDS: dict[str, tuple[Any, Any]] = {
+    "demo": (DemoConfig, demo),
+    "train": (TrainConfig, train),
+    "evaluate": (EvaluateConfig, evaluate),
+    "predict": (PredictConfig, predict),
+    "sweep": (SweepConfig, sweep),
+    "tune": (TuneConfig, tune),
+    "reproduce": (ReproduceConfig, reproduce),
+    "fuse": (FuseConfig, fuse),
+    "export": (ExportConfig, export),
+    "push": (PushConfig, push),
+    "convert": (ConvertConfig, convert),
+    "inspect": (InspectConfig, inspect),
+    "check-data": (CheckDataConfig, check_data),
+}
+
+
+_load_yaml = get_loader("yaml")
+
+
+def _checked_yaml(text: str) -> Any:
+    """A config of a stranger neither overflows the parser's stack nor grows without bound."""
+    try:
+        check_yaml(text)
+        return _load_yaml(text)
+    except Exception as error:  # A value that does not fit its tag raises a dozen different types.
+        raise ValueError(f"not valid YAML: {error}") from error
+
+
+set_loader("yaml", _checked_yaml, exceptions=(ValueError,))
+
+
+class _MistakeError(Exception):
+    """A command line that cannot be understood."""
+
+
+class _Parser(ArgumentParser):
+    """Leaves the answer to a mistake to `parse`, which gives one line instead of the whole usage."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        raise _MistakeError(message) from ex
+
+
+def _plain_message(message: str) -> str:
+    """The parser's message in one line, without Python's words for types."""
+    message = _one_line(message)
+    for name in COMMANDS:
+        message = message.replace(f" {name}.", " ")
+    key = r'^Parser key "([\w.]+)": '
+    message = re.sub(
+        rf"{key}Does not validate against any .* Subtypes: \[(.*?)(?:, NoneType)?\] Errors: .* Given value: (.*)$",
+        r"\1: expected \2, got \3",
+        message,
+    )
+    message = re.sub(rf"{key}Expected an? (.*?)\. Got value: ", r"\1: expected \2, got ", message)
+    message = re.sub(r"<class '(\w+)'>", r"\1", message)
+    return re.sub(r"(?:typing\.)?Literal\[(.*?)\]", r"one of \1", message.replace(", NoneType", ""))
+
+
+def _did_you_mean(message: str, words: Sequence[str], parser: ArgumentParser, commands: dict[str, Any]) -> str:
+    """The command, flags or key that a mistyped one is most like, as the end of a message."""
+    if words and words[0] in commands:
+        known = list(commands[words[0]]._option_string_actions)
+        given = [word.partition("=")[0] for word in words[1:] if re.match("--?[A-Za-z]", word)]
+        given += re.findall(r"does not accept option '([\w-]+)'", message)
+        wanted = [f"--{name.lstrip('-').lower().replace('_', '-')}" for name in given if name not in known]
+    else:
+        known = [*commands, *parser._option_string_actions]
+        wanted = [words[0].lower().replace("_", "-")] if words else []
+    near = [match for name in wanted for match in difflib.get_close_matches(name, known, n=1)]
+    return f"; did you mean {' and '.join(near)}?" if near else ""
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _parser() -> tuple[ArgumentParser, dict[str, ArgumentParser]]:
+    """The parser of the whole command line, and that of each command."""
+    parser = _Parser(
+        prog="rfield", allow_abbrev=False, description="Image-parsing networks that learn how far they should see."
+    )
+    parser.add_argument("--version", action="version", version=f"rfield {__version__}")
+    subcommands = parser.add_subcommands()
+    commands: dict[str, ArgumentParser] = {}
+    for name, (config_class, run) in COMMANDS.items():
+        command = commands[name] = _Parser(allow_abbrev=False, description=run.__doc__)
+        command.add_argument("--config", action="config", help="A .yaml file with any of these values.")
+        _add_fields(command, config_class)
+        subcommands.add_subcommand(name, command, help=run.__doc__)
+    return parser, commands
+
+
+def _add_fields(parser: ArgumentParser, config_class: Any) -> None:
+    """One flag for each field; its help is the field's docstring."""
+    texts: dict[str, str | None] = {}
+    for base in reversed(config_class.__mro__[:-1]):
+        texts |= {param.arg_name: param.description for param in docstring_parser.parse_from_object(base).params}
+    for field in dataclasses.fields(config_class):
+        if field.metadata.get("fixed"):
+            continue
+        parse = field.metadata.get("parse")
+        options: dict[str, Any] = {"help": texts[field.name], "type": _Parsed(parse) if parse else field.type}
+        required = field.default is dataclasses.MISSING
+        if not required:
+            options["default"] = field.default
+        if field.metadata.get("positional"):
+            parser.add_argument(field.name, **options)
+            continue
+        if field.type is bool:
+            options |= {"action": ActionYesNo(yes_prefix="", no_prefix="no-")}
+            del options["type"]
+        parser.add_argument(f"--{field.name.replace('_', '-')}", required=required, **options)
+
+
+class _Parsed:
+    """A parse function with its errors in the form whose text argparse shows, and a name for the help."""
+
+    def __init__(self, parse: Callable[[Any], Any]) -> None:
+        self.parse = parse
+
+    def __call__(self, value: Any) -> Any:
+        try:
+            return self.parse(value)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    def __repr__(self) -> str:
+        return self.parse.__name__.removeprefix("parse_").replace("_", " ")
+
+
+def _evaluate_onnx(config: EvaluateConfig) -> None:
+    from rfield.segmentation.data import load_dataset
+    from rfield.segmentation.inference.onnx import evaluate_onnx, load_onnx
+    from rfield.segmentation.training import write_json
+
+    if config.data is None:
+        raise ValueError(f"{config.run} does not say what it was trained on: give --data")
+    model = load_onnx(config.run)
+    dataset = load_dataset(config.data, config.split)
+    about = {"data": config.data, "split": config.split, "model": model.path.name}
+    path = _scores_path(config, model.path.with_name(f"evaluation-{config.split}.json"), about)
+    with show_progress("scoring") as progress:
+        scores = evaluate_onnx(model, dataset, progress, config.ignore_class_names)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, {**scores, **about})
+    print_scores(scores)
+    print(f"\nwritten to {path}")
+
+
+def _scores_path(config: EvaluateConfig, default: Path, about: dict[str, str]) -> Path:
+    """Where scores go: those of another data set or model are replaced only where the path is given, with a word."""
+    path = Path(config.json or default)
+    if not path.is_file():
+        return path
+    try:
+        earlier = read_json(path)
+        known = {"data": None, **earlier}
+        others = [f"{key} {known[key]}" for key in about if key in known and not _is_same(known[key], about[key])]
+    except (TypeError, ValueError):
+        others = ["something else"]
+    if config.json is None and any(not other.startswith("checkpoint ") for other in others):
+        raise ValueError(
+            f"{path} holds the scores of {', '.join(others)}: give --json FILE for those of {about['data']}"
+        )
+    if others:
+        print(f"note: {path} held the scores of {', '.join(others)}, which are replaced", file=sys.stderr)
+    return path
+
+
+def _is_same(one: Any, other: str) -> bool:
+    """Whether two texts name one thing, their paths written alike or not."""
+    (kind, _, path), (other_kind, _, other_path) = (str(text).rpartition(":") for text in (one, other))
+    return one == other or (
+        kind == other_kind and Path(path).expanduser().resolve() == Path(other_path).expanduser().resolve()
+    )

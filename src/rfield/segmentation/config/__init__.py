@@ -1,0 +1,1 @@
+"""The flags: dataclasses that import nothing but Python."""

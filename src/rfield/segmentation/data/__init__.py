@@ -1,0 +1,122 @@
+"""Data sets: what they share, one file for each family, and the transforms of their samples."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from rfield.segmentation.data.camvid import CAMVID_CLASSES, CamVidDataset
+from rfield.segmentation.data.check import check_data
+from rfield.segmentation.data.check_sample import Finding
+from rfield.segmentation.data.cityscapes import CITYSCAPES_CLASSES, CityscapesDataset
+from rfield.segmentation.data.dataset import IGNORE_INDEX, ParsingDataset, voc_palette
+from rfield.segmentation.data.faces import Conversion, convert_celebamask, convert_lapa
+from rfield.segmentation.data.folder import FolderDataset
+from rfield.segmentation.data.helen import HELEN_CLASSES, HelenDataset
+from rfield.segmentation.data.mask_options import MaskOptions
+from rfield.segmentation.data.matching import ReorderedDataset, class_difference, match_classes
+from rfield.segmentation.data.resized import ResizedDataset
+from rfield.segmentation.data.skipping import SkippingDataset
+from rfield.segmentation.data.spec import parse_spec
+from rfield.segmentation.data.synthetic import SyntheticCues
+from rfield.segmentation.data.transforms import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    AugmentedDataset,
+    EpochSampler,
+    evaluation_transform,
+    training_transform,
+)
+from rfield.segmentation.data.voc import VOCDataset, convert_sbd, download_voc2012
+
+__all__ = [
+    "CAMVID_CLASSES",
+    "CITYSCAPES_CLASSES",
+    "HELEN_CLASSES",
+    "IGNORE_INDEX",
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
+    "AugmentedDataset",
+    "CamVidDataset",
+    "CityscapesDataset",
+    "Conversion",
+    "EpochSampler",
+    "Finding",
+    "FolderDataset",
+    "HelenDataset",
+    "MaskOptions",
+    "ParsingDataset",
+    "ReorderedDataset",
+    "ResizedDataset",
+    "SkippingDataset",
+    "SyntheticCues",
+    "VOCDataset",
+    "check_data",
+    "class_difference",
+    "convert_celebamask",
+    "convert_lapa",
+    "convert_sbd",
+    "download_voc2012",
+    "evaluation_transform",
+    "load_dataset",
+    "match_classes",
+    "training_transform",
+    "voc_palette",
+]
+
+
+def load_dataset(spec: str, split: str = "train") -> ParsingDataset:
+    """Open one split of the data set that a short text or a YAML file describes.
+
+    Args:
+        spec: `voc:ROOT`, a folder in the layout of a PASCAL VOC devkit; `camvid:ROOT`, in that of the SegNet
+            tutorial; `helen:ROOT`, in that of Helen face parsing; `cityscapes:ROOT`, as Cityscapes is downloaded;
+            `folder:ROOT`, with `classes.txt` and `SPLIT/images` and `SPLIT/masks`; or `synthetic`; or the path of a
+            .yaml file with the key `format` and the keys of that format:
+
+            - voc: `root` (relative to the YAML file) and optionally `train`, `val`, `test`, the lists of these
+              splits, and what follows
+            - camvid, helen, cityscapes, folder: `root` and optionally `size`, see below, `ignore`,
+              `reduce_zero_label`, `colours`, `mask_suffix`, `mirrored`, see `MaskOptions`
+            - synthetic: optionally `size`, `distance`, `length`, `seed`, see `SyntheticCues`
+
+            `size: [height, width]` in px is a working size: every image and mask is brought to it when it is read,
+            and scores are taken at it, see `ResizedDataset`.
+        split: which part of the data, as "train" or "val".
+
+    Returns:
+        The samples of that split.
+
+    Raises:
+        ValueError: if the spec, the file's text, its format or one of its keys or values is not understood.
+        FileNotFoundError: if the YAML file or something of the data is missing.
+
+    Example:
+        >>> dataset = load_dataset("synthetic", split="val")
+        >>> len(dataset), dataset.class_names
+        (40, ('neither', 'green below', 'red right', 'both'))
+    """
+    source = parse_spec(spec)
+    if source.root is None:
+        try:
+            return SyntheticCues(split, **source.options)
+        except ValueError as error:
+            raise ValueError(f"{source.file}: {error}" if source.file else str(error)) from error
+    try:
+        dataset = _FOLDERS[source.format](source.root, source.splits.get(split, split), source.masks)
+    except FileNotFoundError as error:
+        if source.file is None:
+            raise
+        raise FileNotFoundError(f"{source.file}: {error}") from error
+    except ValueError as error:
+        if source.file is None:
+            raise
+        raise ValueError(f"{source.file}: {error}") from error
+    return dataset if source.size is None else ResizedDataset(dataset, source.size)
+
+
+_FOLDERS: dict[str, Callable[[Path, str, MaskOptions], ParsingDataset]] = {
+    "voc": VOCDataset,
+    "camvid": CamVidDataset,
+    "helen": HelenDataset,
+    "cityscapes": CityscapesDataset,
+    "folder": FolderDataset,
+}

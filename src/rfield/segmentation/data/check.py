@@ -1,0 +1,197 @@
+"""What ruins a training, found before it."""
+
+import json
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+
+from rfield.segmentation.data.camvid import list_camvid
+from rfield.segmentation.data.check_sample import Finding, Sample, check_sample, quiet_bombs
+from rfield.segmentation.data.check_split import Palettes, find_in_classes, find_in_names, find_repeated, shown_classes
+from rfield.segmentation.data.cityscapes import list_cityscapes
+from rfield.segmentation.data.folder import list_folder, splits_of
+from rfield.segmentation.data.helen import HELEN_LISTS, list_helen
+from rfield.segmentation.data.listing import Listing, Refuse
+from rfield.segmentation.data.mask_options import MaskOptions
+from rfield.segmentation.data.spec import DataSource, parse_spec
+from rfield.segmentation.data.synthetic import SyntheticCues
+from rfield.segmentation.data.voc import list_voc
+
+_LISTINGS: dict[str, Callable[[Path, str, MaskOptions, Refuse], Listing]] = {
+    "voc": list_voc,
+    "camvid": list_camvid,
+    "helen": list_helen,
+    "cityscapes": list_cityscapes,
+    "folder": list_folder,
+}
+# Samples whose results are kept waiting at a time, so that memory stays flat.
+_AT_A_TIME = 256
+_QUICK_MASKS = 4
+_MOST_SHOWN = 3
+
+
+def check_data(
+    spec: str,
+    splits: Sequence[str] | None = None,
+    workers: int | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    quick: bool = False,
+    flip: bool = True,
+) -> list[Finding]:
+    """Finds what ruins a training: every file is opened, every pixel read, and nothing ends the check early.
+
+    Errors are files that are missing, damaged, outside the root or larger than 89 million px; masks of another size,
+    kind or with values that no class has; images of more than 8 bits; photographs that several splits share.
+    Warnings are EXIF orientations that masks may not share, alpha channels, 16-bit images, images that stand twice in a
+    split, masks without any label, classes that no mask of a split has, what makes every score perfect (one class, or
+    none, is labelled or named), palettes that contradict each other, and classes that mirrored images may confuse.
+
+    Args:
+        spec: as for `load_dataset`.
+        splits: to look at; by default train and val, and test where there is one with published truth.
+        workers: threads; by default one for each core.
+        progress: called with (samples done, samples in all).
+        quick: look at the headers, the ends of the files and a few masks alone, or as many as show two classes.
+        flip: warn of classes called left and right that `mirrored_classes` does not pair.
+
+    Returns:
+        The findings, in the order of splits and samples.
+
+    Raises:
+        ValueError: if the spec is not understood.
+        FileNotFoundError: if the data config or the root is missing.
+
+    Example:
+        >>> check_data("synthetic")
+        []
+    """
+    source = parse_spec(spec)
+    if source.root is None:
+        for split in splits or ("train", "val"):
+            SyntheticCues(split, **source.options)
+        return []
+    if not source.root.is_dir():
+        raise FileNotFoundError(f"{source.root} is not a folder; give the one that holds the data")
+    findings: list[Finding] = []
+    listings = {split: _list(source, split, findings) for split in splits or _default_splits(source)}
+    total, done = sum(len(listing.entries) for listing in listings.values() if listing), 0
+    seen: dict[bytes, tuple[str, str]] = {}
+    palettes = Palettes()
+    first = next((listing for listing in listings.values() if listing), None)
+    if first is not None:
+        findings += find_in_names(source, first, next(iter(listings)), flip)
+    with warnings.catch_warnings():
+        quiet_bombs()
+        for split, listing in listings.items():
+            samples = []
+            for index, sample in enumerate(_samples(listing, split, workers, quick) if listing else ()):
+                findings += sample.findings
+                if listing and sample.digest:
+                    findings += find_repeated(str(listing.entries[index].image), split, index, sample.digest, seen)
+                if listing:
+                    palettes.add(sample.palette, listing.entries[index].masks[0], split, index)
+                sample.findings, sample.palette = [], {}
+                samples.append(sample)
+                done += 1
+                progress(done, total)
+            if listing:
+                findings += find_in_classes(listing, split, samples, source.root, quick)
+    return findings + palettes.findings()
+
+
+def summarise(spec: str, findings: Sequence[Finding]) -> str:
+    """The findings in one line.
+
+    >>> summarise("synthetic", [])
+    'synthetic: 0 errors, 0 warnings'
+    """
+    counts = [sum(finding.level == level for finding in findings) for level in ("error", "warning")]
+    words = [f"{count} {word}{'s' * (count != 1)}" for count, word in zip(counts, ("error", "warning"), strict=True)]
+    return f"{spec}: {', '.join(words)}"
+
+
+def write_findings(path: Path, spec: str, findings: Sequence[Finding]) -> None:
+    """Writes the findings as JSON: `data`, `errors`, `warnings` (counts) and `findings`."""
+    counts = {f"{level}s": sum(finding.level == level for finding in findings) for level in ("error", "warning")}
+    content = {"data": spec, **counts, "findings": [asdict(finding) for finding in findings]}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def refuse_bad_data(spec: str, splits: Sequence[str], flip: bool = True, skip_bad: bool = False) -> list[str]:
+    """The quick form of the check, before a training.
+
+    Args:
+        spec: as for `load_dataset`.
+        splits: that the training reads.
+        flip: the training mirrors images.
+        skip_bad: it leaves out samples that cannot be read, so that errors do not end it.
+
+    Returns:
+        The warnings; of those that say the same of many files the first, and how many more there are.
+
+    Raises:
+        ValueError: if it finds errors; names the first files.
+    """
+    findings = check_data(spec, splits, quick=True, flip=flip)
+    errors = [finding for finding in findings if finding.level == "error"]
+    if errors and not skip_bad:
+        texts = " | ".join(finding.text for finding in errors[:_MOST_SHOWN])
+        more = f" | and {len(errors) - _MOST_SHOWN} more" if len(errors) > _MOST_SHOWN else ""
+        raise ValueError(f"{texts}{more} (`rfield check-data {spec}` finds all)")
+    kinds: dict[str, list[str]] = {}
+    for finding in findings:
+        if finding.level == "warning":
+            kinds.setdefault(finding.text.replace(finding.file, ""), []).append(finding.text)
+    more = f"more; `rfield check-data {spec}` names them"
+    return [texts[0] + f" (and {len(texts) - 1} {more})" * (len(texts) > 1) for texts in kinds.values()]
+
+
+def _default_splits(source: DataSource) -> list[str]:
+    root = source.root or Path()
+    test = source.splits.get("test", "test")
+    places = {
+        "voc": root / "ImageSets/Segmentation" / f"{test}.txt",
+        "camvid": root / f"{test}.txt",
+        "helen": root / HELEN_LISTS["test"],
+    }
+    there = test in splits_of(root) if source.format == "folder" else source.format in places
+    return ["train", "val", *(["test"] if there and places.get(source.format, root).exists() else [])]
+
+
+def _list(source: DataSource, split: str, findings: list[Finding]) -> Listing | None:
+    """What a split holds; its mistakes become findings, and nothing is left of one that cannot be listed."""
+
+    def refuse(path: Path, error: Exception) -> None:
+        findings.append(Finding("error", str(path), split, None, str(error)))
+
+    assert source.root is not None
+    try:
+        return _LISTINGS[source.format](source.root, source.splits.get(split, split), source.masks, refuse)
+    except (ValueError, OSError) as error:
+        refuse(source.root, error)
+        return None
+
+
+def _samples(listing: Listing, split: str, workers: int | None, quick: bool) -> Iterator[Sample]:
+    """Every sample's findings, in their order."""
+    few = max(1, len(listing.entries) // _QUICK_MASKS)
+
+    def check(index: int, values: bool = not quick) -> Sample:
+        return check_sample(listing, listing.entries[index], split, index, not quick, values)
+
+    if quick:  # headers are Python's work, which threads do not share
+        samples = [check(index, index % few == 0) for index in range(len(listing.entries))]
+        shown = shown_classes(samples)
+        for index in range(len(samples)):
+            if len(shown) < 2 and samples[index].classes is None:
+                samples[index] = check(index, values=True)
+                shown |= samples[index].classes or set()
+        yield from samples
+        return
+    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
+        for start in range(0, len(listing.entries), _AT_A_TIME):
+            yield from pool.map(check, range(start, min(start + _AT_A_TIME, len(listing.entries))))

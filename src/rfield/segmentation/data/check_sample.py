@@ -1,0 +1,267 @@
+"""What is wrong with the files of one sample."""
+
+import hashlib
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import PIL.Image
+
+from rfield.segmentation.data.dataset import IGNORE_INDEX
+from rfield.segmentation.data.images import (
+    deep_bits,
+    deep_problem,
+    load_named,
+    open_image,
+    orientation,
+    rgb_pixels,
+    upright_size,
+)
+from rfield.segmentation.data.listing import Entry, Listing
+from rfield.segmentation.data.masks import UNKNOWN, Colour, wrong_size
+from rfield.segmentation.data.paths import near_miss
+
+Level = Literal["error", "warning"]
+Found = Callable[[Level, Path, str], None]
+
+# Pillow's own limit: it warns from here on and refuses twice as many.
+_MOST_PIXELS = 89_478_485
+_TAILS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
+_ALPHA = ("RGBA", "RGBa", "LA", "La", "PA")
+_DARK = 16
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong with a data set.
+
+    Attributes:
+        level: an error ruins the training or ends it; a warning may be meant.
+        file: what it is about.
+        split: where it was found.
+        index: of the sample in the split; none if it is about the split.
+        text: what was found and what to do.
+    """
+
+    level: Level
+    file: str
+    split: str
+    index: int | None
+    text: str
+
+    def __str__(self) -> str:
+        place = self.split if self.index is None else f"{self.split}[{self.index}]"
+        line = f"{self.level}: {place}: {' '.join(self.text.split())}"
+        return line.encode("utf-8", "backslashreplace").decode()  # file names need not be text
+
+
+@dataclass
+class Sample:
+    """What a sample was found to be.
+
+    Attributes:
+        findings: what is wrong with it.
+        classes: in its mask; none where it was not read.
+        void: the values in its mask that have no label.
+        palette: the colours of the values that a palette mask uses.
+        digest: of the image's pixels, where they were read.
+    """
+
+    findings: list[Finding] = field(default_factory=list)
+    classes: set[int] | None = None
+    void: set[int] = field(default_factory=set)
+    palette: dict[int, Colour] = field(default_factory=dict)
+    digest: bytes | None = None
+
+
+def check_sample(
+    listing: Listing, entry: Entry, split: str, index: int, pixels: bool = True, values: bool = True
+) -> Sample:
+    """Looks at the files of one sample.
+
+    Args:
+        listing: that it is of.
+        entry: the sample.
+        split: of the listing, for the findings.
+        index: in the split, for the findings.
+        pixels: read the photograph's; without it only the header, and the pixels of a file that does not end as a
+            whole one does.
+        values: the same for the mask; without it only the first of a face's maps is looked at.
+    """
+    sample = Sample()
+
+    def found(level: Level, path: Path, text: str) -> None:
+        sample.findings.append(Finding(level, str(path), split, index, f"{path} {text}"))
+
+    image_size = None
+    opened = _open(entry.image, found)
+    if opened is not None:
+        with opened as image:
+            image_size = upright_size(image, entry.image)
+            _check_orientation(image, entry.image, image_size, found)
+            if _check_kind_of_image(image, entry.image, found) and _load(image, entry.image, pixels, found) and pixels:
+                sample.digest = _digest(image, entry.image, found)
+    maps = []
+    for path in entry.masks if values else entry.masks[:1]:
+        mask = _read_mask(path, entry, listing, image_size, values, sample, found)
+        if mask is not None:
+            maps.append(mask)
+    if maps and len(maps) == len(entry.masks):
+        first = entry.masks[0]
+        sample.classes = (
+            _classes_of_maps(maps, first, listing, found)
+            if listing.code.maps
+            else _classes(maps[0], first, listing, sample, found)
+        )
+    return sample
+
+
+def _open(path: Path, found: Found) -> PIL.Image.Image | None:
+    """The image of a file whose header is sound and which is safe to decode."""
+    try:
+        if not path.is_file():
+            found("error", path, f"is missing{near_miss(path)}; add the file or take its sample out of the split")
+            return None
+        image = open_image(path)
+    except PIL.Image.DecompressionBombError as error:
+        found("error", path, f"is of an absurd size and was not decoded ({error}); replace or scale it down")
+        return None
+    except Exception as error:  # Pillow raises many kinds for damaged files
+        found("error", path, f"cannot be opened as an image ({error}); replace the file")
+        return None
+    if image.width * image.height > _MOST_PIXELS:
+        image.close()
+        text = f"is of an absurd size, {image.height}x{image.width} px, and was not decoded; replace or scale it down"
+        found("error", path, text)
+        return None
+    return image
+
+
+def _load(image: PIL.Image.Image, path: Path, pixels: bool, found: Found) -> bool:
+    """Decodes the file, or if `pixels` is not set only one whose end is missing; whether it is whole."""
+    if not pixels and _ends_well(path, image.format):
+        return True
+    try:
+        load_named(image, path)
+        if pixels and image.format == "PNG":
+            # Pillow shows what it can of a changed or cut-off PNG; its checksums tell.
+            with open_image(path) as again:
+                again.verify()
+    except OSError as error:
+        found("error", path, str(error).removeprefix(f"{path} "))
+        return False
+    except Exception as error:
+        found("error", path, f"is a damaged image ({error}); replace the file")
+        return False
+    return True
+
+
+def _ends_well(path: Path, kind: str | None) -> bool:
+    if kind not in _TAILS:
+        return True
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 64))
+        return _TAILS[kind] in file.read()
+
+
+def _check_kind_of_image(image: PIL.Image.Image, path: Path, found: Found) -> bool:
+    """Whether an image that is not yet loaded can be brought to 8 bits."""
+    problem = deep_problem(image)
+    if problem is not None:
+        found("error", path, problem)
+        return False
+    if deep_bits(image) or any(";16" in str(tile[3]) for tile in getattr(image, "tile", [])):
+        found(
+            "warning", path, f"is a {deep_bits(image) or 16}-bit image, of which the upper 8 bits are read; save 8 bits"
+        )
+    if image.mode in _ALPHA or "transparency" in image.info:
+        text = "has an alpha channel, which is left out: what is transparent shows the colour behind it"
+        found("warning", path, f"{text}; save it without one, on the background that is meant")
+    return True
+
+
+def _check_orientation(image: PIL.Image.Image, path: Path, size: tuple[int, int], found: Found) -> None:
+    """Warns of EXIF orientations where a mask's size does not tell whether it was drawn on the turned image."""
+    value = orientation(image, path)
+    if value != 1 and (value < 5 or size[0] == size[1]):
+        text = f"has the EXIF orientation {value}, by which reading turns it, and its mask's size does not tell whether"
+        found("warning", path, f"{text} it was drawn on the turned image; look at both, or save both without EXIF data")
+
+
+def _digest(image: PIL.Image.Image, path: Path, found: Found) -> bytes | None:
+    try:
+        pixels = rgb_pixels(image, path)
+    except ValueError as error:
+        found("error", path, str(error).removeprefix(f"{path} "))
+        return None
+    if deep_bits(image) and pixels.max() < _DARK:
+        text = f"is read nearly black: its values stay below {_DARK} in 256 of what {deep_bits(image)} bits hold"
+        found("warning", path, f"{text}; scale them to 0..255 and save them with 8 bits")
+    return hashlib.blake2b(repr(pixels.shape).encode() + pixels.data, digest_size=16).digest()
+
+
+def _read_mask(
+    path: Path, entry: Entry, listing: Listing, size: tuple[int, int] | None, values: bool, sample: Sample, found: Found
+) -> npt.NDArray[Any] | None:
+    """The values of a mask that is sound as far as its file goes; none where it is not, or `values` is not set."""
+    opened = _open(path, found)
+    if opened is None:
+        return None
+    with opened as mask:
+        if mask.format == "JPEG":
+            found("warning", path, "is a JPEG file, whose compression changes values; save masks as PNG")
+        wrong = listing.code.wrong_kind(mask)
+        if wrong is not None:
+            found("error", path, "; ".join(wrong))
+        other = None if size is None else wrong_size(mask, path, size, entry.image)
+        if other is not None:
+            found("error", path, other)
+        if not _load(mask, path, values, found) or wrong or other or not values:
+            return None
+        read = listing.code.values(mask, path)
+        if mask.mode == "P" and listing.code.colours is None:
+            sample.palette = _used_colours(mask, read, listing)
+        return read
+
+
+def _used_colours(mask: PIL.Image.Image, values: npt.NDArray[Any], listing: Listing) -> dict[int, Colour]:
+    """The colour of each value of a palette mask that is of a class."""
+    levels = mask.getpalette("RGB") or []
+    used = [value for value in np.unique(values).tolist() if listing.code.labels[value] not in (UNKNOWN, IGNORE_INDEX)]
+    return {
+        value: (levels[3 * value], levels[3 * value + 1], levels[3 * value + 2])
+        for value in used
+        if 3 * value + 2 < len(levels)
+    }
+
+
+def _classes(values: npt.NDArray[Any], path: Path, listing: Listing, sample: Sample, found: Found) -> set[int] | None:
+    """The classes in a mask; none if it holds what no class has."""
+    classes = listing.code.classes(values)
+    unknown = listing.code.unknown(values, classes)
+    if unknown is not None:
+        found("error", path, f"{unknown} (there are {len(listing.class_names)}); {listing.advice}")
+    labels = set(np.unique(classes).tolist())
+    if listing.code.colours is None:
+        sample.void = set(np.unique(values[classes == IGNORE_INDEX]).tolist())
+    if labels == {IGNORE_INDEX}:
+        found("warning", path, "has no labelled pixel, so that nothing is learned of it; label or remove it")
+    return labels - {IGNORE_INDEX, UNKNOWN}
+
+
+def _classes_of_maps(maps: list[npt.NDArray[Any]], path: Path, listing: Listing, found: Found) -> set[int]:
+    """The classes that are the surest somewhere."""
+    stack = np.stack(maps)
+    if not stack.any():
+        text = "and the other maps of its face are 0 everywhere, so that all of it is background; label or remove it"
+        found("warning", path, text)
+    return set(np.unique(listing.code.labels[stack.argmax(0)]).tolist()) - {IGNORE_INDEX}
+
+
+def quiet_bombs() -> None:
+    """Keeps Pillow's warning of large images away; they are findings. Call within `warnings.catch_warnings`."""
+    warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)

@@ -1,0 +1,139 @@
+"""What is wrong with a split as a whole, or with the names of its classes."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from rfield.segmentation.data.check_sample import Finding, Sample
+from rfield.segmentation.data.dataset import IGNORE_INDEX
+from rfield.segmentation.data.listing import Listing
+from rfield.segmentation.data.masks import Colour
+from rfield.segmentation.data.sides import unlisted_pairs
+from rfield.segmentation.data.spec import DataSource
+
+_BACKGROUND = ("background", "void", "unlabeled", "unlabelled", "ignore", "ignored", "none")
+_MOST_SHOWN = 3
+
+
+def shown_classes(samples: Sequence[Sample]) -> set[int]:
+    """The classes in the masks that were read."""
+    return {label for sample in samples for label in sample.classes or ()}
+
+
+def find_repeated(
+    path: str, split: str, index: int, digest: bytes, seen: dict[bytes, tuple[str, str]]
+) -> list[Finding]:
+    """A photograph whose pixels were seen before, in this split or another."""
+    if digest not in seen:
+        seen[digest] = (split, path)
+        return []
+    other_split, other = seen[digest]
+    same = f"{path} has the same pixels as {other}"
+    if other_split == split:
+        return [
+            Finding("warning", path, split, index, f"{same} of the same split, so that it counts twice; remove one")
+        ]
+    return [
+        Finding("error", path, split, index, f"{same} of the split {other_split!r}, so that scores mislead; remove one")
+    ]
+
+
+def find_in_names(source: DataSource, listing: Listing, split: str, flip: bool) -> list[Finding]:
+    """What the names of the classes tell: one class alone, left and right that a mirror confuses."""
+    names, texts = listing.class_names, []
+    if len(names) == 1:
+        texts.append(
+            f"there is one class alone, {names[0]!r}, so that every network scores perfectly; name the others "
+            "too, such as background, in the order of the mask values"
+        )
+    pairs = unlisted_pairs(names, listing.mirrored_classes) if flip and source.masks.mirrored != () else []
+    if pairs:
+        listed = ", ".join(f"[{one}, {other}]" for one, other in pairs)
+        texts.append(
+            f"the classes {pairs[0][0]!r} and {pairs[0][1]!r} look like the two sides of one thing, which a mirrored "
+            f"image exchanges; write `mirrored: [{listed}]` in a data config, or train with --no-flip (`mirrored: []` "
+            "if neither is meant)"
+        )
+    if source.masks.reduce_zero_label and names[0].lower() in _BACKGROUND:
+        texts.append(
+            f"reduce_zero_label is set, so that the first class, {names[0]!r}, has the mask value 1; leave it out of "
+            "the class names if it has 0, or write `ignore: 0` instead"
+        )
+    return [Finding("warning", str(source.root), split, None, text) for text in texts]
+
+
+def find_in_classes(listing: Listing, split: str, samples: Sequence[Sample], root: Path, quick: bool) -> list[Finding]:
+    """What the classes in the masks of a split tell."""
+    shown, names = shown_classes(samples), listing.class_names
+    if (len(names) == 1 and shown) or all(sample.classes is None for sample in samples):
+        return []
+    void = {value for sample in samples for value in sample.void}
+    absent = [name for label, name in enumerate(names) if label not in shown]
+    if not shown:
+        text = f"no mask of the split {split!r} has a labelled pixel, so that nothing is learned or scored there; "
+        text += _remedy(void, names) or "label its masks"
+    elif len(shown) == 1:
+        only = names[min(shown)]
+        text = (
+            f"the masks of the split {split!r} show one of {len(names)} classes alone, {only!r}, so that a network "
+            "which always answers it scores perfectly; "
+        )
+        text += _remedy(void, names) or f"label {', '.join(absent[:_MOST_SHOWN])} too, or correct the masks' values"
+    elif absent and not quick:
+        text = (
+            f"the split {split!r} has no pixel of {len(absent)} of {len(names)} classes: {', '.join(absent)}; they are "
+            "neither learned nor scored there"
+        )
+        if len(absent) == 1 and IGNORE_INDEX in void:
+            text += f" (255 means no label; if it stands for {absent[0]!r}, save {names.index(absent[0])} instead)"
+    else:
+        return []
+    return [Finding("warning", str(root), split, None, text)]
+
+
+def _remedy(void: set[int], names: Sequence[str]) -> str:
+    """What to do where values without a label hide the other classes."""
+    if IGNORE_INDEX in void:
+        colours = ", ".join(f"{name}: {[level] * 3}" for name, level in zip(names, (0, 255), strict=False))
+        return (
+            "255 means no label: if it stands for a class, save that class's index instead, or give the colours in a "
+            f"data config, such as `colours: {{{colours}}}`"
+        )
+    if void:
+        values = ", ".join(map(str, sorted(void)))
+        return f"the mask values {values} have no label here: see `ignore` and `reduce_zero_label` of the data config"
+    return ""
+
+
+class Palettes:
+    """Palette masks whose colours and values contradict each other."""
+
+    def __init__(self) -> None:
+        self._colours: dict[int, tuple[Colour, Path]] = {}
+        self._values: dict[Colour, tuple[int, Path]] = {}
+        self._found: list[Finding] = []
+
+    def add(self, palette: dict[int, Colour], path: Path, split: str, index: int) -> None:
+        """The colours of the values that a mask uses."""
+        contradiction = None
+        several = {colour for colour in palette.values() if list(palette.values()).count(colour) > 1}
+        for value, colour in palette.items():
+            other, first = self._colours.setdefault(value, (colour, path))
+            if other != colour:
+                contradiction = f"draws the value {value} in {list(colour)}, but {first} in {list(other)}"
+            if colour in several:
+                continue
+            own, first = self._values.setdefault(colour, (value, path))
+            if own != value and contradiction is None:
+                contradiction = f"has the colour {list(colour)} for the value {value}, but {first} for {own}"
+        if contradiction is not None:
+            self._found.append(Finding("warning", str(path), split, index, f"{path} {contradiction}"))
+
+    def findings(self) -> list[Finding]:
+        """One for all of them."""
+        if not self._found:
+            return []
+        first = self._found[0]
+        many = f" ({len(self._found)} masks contradict earlier ones)" if len(self._found) > 1 else ""
+        fix = "if the colours are right, give them in a data config (`colours`), which reads masks by them"
+        return [replace(first, text=f"{first.text}{many}; {fix}")]

@@ -1,0 +1,101 @@
+"""Which classes each of several paths serves."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import combinations, pairwise
+
+import numpy as np
+import scipy.ndimage
+
+from rfield.segmentation.data.dataset import IGNORE_INDEX, ParsingDataset
+
+ClassGroups = dict[str, tuple[int, ...]]
+
+# Masks that the sizes of classes are measured on, spread over the split.
+_MASKS = 200
+
+
+def class_groups(
+    groups: str | Sequence[Sequence[str]] | Mapping[str, Sequence[str]], paths: int, dataset: ParsingDataset
+) -> ClassGroups:
+    """The classes of each path, by the group's name.
+
+    Args:
+        groups: for each path the classes it serves, with names of groups or without; or "auto", by the typical size of
+            the classes' regions, the smallest first. A class is meant by its name, or by a word of it: `eye` is
+            `left eye` and `right eye`. A class may be in several groups, or in none.
+        paths: how many groups there must be.
+        dataset: with `auto`, the masks are measured.
+
+    Raises:
+        ValueError: for another number of groups, an empty one, or a class that is not there.
+    """
+    if isinstance(groups, str):
+        if groups != "auto":
+            raise ValueError(f"class groups are lists of class names, or auto, got {groups!r}")
+        return group_by_size(class_sizes(dataset), paths)
+    named = dict(groups) if isinstance(groups, Mapping) else {f"group {i + 1}": g for i, g in enumerate(groups)}
+    if len(named) != paths:
+        raise ValueError(f"{paths} paths need {paths} class groups, got {len(named)}: {', '.join(named)}")
+    resolved = {}
+    for name, members in named.items():
+        indices = {index for member in members for index in _find(member, dataset.class_names)}
+        if not indices:
+            raise ValueError(f"class group {name!r} is empty")
+        resolved[str(name)] = tuple(sorted(indices))
+    return resolved
+
+
+def class_sizes(dataset: ParsingDataset) -> dict[int, float]:
+    """The typical size of each class's regions, in px: the side of a square of the region that its median pixel is in.
+
+    Up to 200 masks, evenly spread over the split, are measured. A class that none of them shows is left out.
+    """
+    areas: dict[int, list[np.ndarray]] = {}
+    for index in range(0, len(dataset), max(1, len(dataset) // _MASKS)):
+        mask = np.asarray(dataset[index][1]).squeeze()
+        for value in np.unique(mask):
+            if value != IGNORE_INDEX:
+                regions, count = scipy.ndimage.label(mask == value, structure=np.ones((3, 3)))
+                areas.setdefault(int(value), []).append(np.bincount(regions.ravel(), minlength=count + 1)[1:])
+    return {value: _median_side(np.concatenate(found)) for value, found in sorted(areas.items())}
+
+
+def group_by_size(sizes: Mapping[int, float], count: int) -> ClassGroups:
+    """Classes sorted by size and cut where the logarithms of the sizes in each group spread least.
+
+    Raises:
+        ValueError: if there are fewer classes than groups.
+
+    >>> group_by_size({0: 90.0, 1: 8.0, 2: 10.0, 3: 70.0}, 2)
+    {'small (8-10 px)': (1, 2), 'large (70-90 px)': (0, 3)}
+    """
+    if len(sizes) < count:
+        raise ValueError(f"{count} paths need as many classes, but the masks show {len(sizes)}")
+    ordered = sorted(sizes, key=lambda value: sizes[value])
+    logs = np.log([sizes[value] for value in ordered])
+
+    def spread(cuts: Iterable[int]) -> float:
+        return sum(float(np.var(logs[a:b]) * (b - a)) for a, b in pairwise((0, *cuts, len(logs))))
+
+    cuts = min(combinations(range(1, len(ordered)), count - 1), key=spread)
+    names = ("small", "large") if count == 2 else ("small", "middle", "large") if count == 3 else ()
+    groups = {}
+    for place, (a, b) in enumerate(pairwise((0, *cuts, len(ordered)))):
+        name = names[place] if names else f"size {place + 1}"
+        groups[f"{name} ({sizes[ordered[a]]:.0f}-{sizes[ordered[b - 1]]:.0f} px)"] = tuple(sorted(ordered[a:b]))
+    return groups
+
+
+def _median_side(areas: np.ndarray) -> float:
+    ordered = np.sort(areas)
+    middle = np.searchsorted(np.cumsum(ordered), ordered.sum() / 2)
+    return float(np.sqrt(ordered[middle]))
+
+
+def _find(member: str, class_names: Sequence[str]) -> list[int]:
+    """The class of this name, or those with this word in their name."""
+    exact = [index for index, name in enumerate(class_names) if name == member]
+    found = exact or [index for index, name in enumerate(class_names) if member in name.split()]
+    if not found:
+        raise ValueError(f"there is no class {member!r}; the classes are {', '.join(class_names)}")
+    return found

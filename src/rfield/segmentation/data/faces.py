@@ -1,0 +1,300 @@
+"""Converters of other face data sets to the layout and the 11 classes of Helen (see `HelenDataset`)."""
+
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import PIL.Image
+import torch
+from torch import Tensor
+from torchvision.tv_tensors import Mask
+
+from rfield.segmentation.data.dataset import IGNORE_INDEX, exchange_classes
+from rfield.segmentation.data.files import read_lines
+from rfield.segmentation.data.helen import HELEN_CLASSES, HELEN_LISTS, HelenDataset
+from rfield.segmentation.data.images import image_files, image_sizes, read_image
+from rfield.segmentation.data.masks import UNKNOWN, MaskCode, plain_labels, read_mask
+from rfield.segmentation.data.paths import Folders, lies_in, near_miss
+from rfield.segmentation.data.resized import resize_mask
+
+# In the order in which the data set's authors paint them: where parts overlap, the later one is seen. Skin lies under
+# glasses too, so glasses (eye_g), which Helen does not know, are simply not painted.
+_CELEBAMASK_PARTS = {
+    "skin": "face skin",
+    "nose": "nose",
+    "l_eye": "left eye",
+    "r_eye": "right eye",
+    "l_brow": "left brow",
+    "r_brow": "right brow",
+    "l_ear": "background",
+    "r_ear": "background",
+    "mouth": "inner mouth",
+    "u_lip": "upper lip",
+    "l_lip": "lower lip",
+    "hair": "hair",
+    "hat": "background",
+    "ear_r": "background",
+    "neck_l": "background",
+    "neck": "background",
+    "cloth": "background",
+}
+_CELEBA_SPLITS = ("train", "val", "test")  # 0, 1 and 2 in CelebA's list
+_FIRST_OF_CELEBA_VAL, _FIRST_OF_CELEBA_TEST = 162771, 182638
+_LOOKED_AT = 200
+
+Progress = Callable[[int, int], None]
+
+
+class Conversion(NamedTuple):
+    """What a converter has made.
+
+    Attributes:
+        root: the folder to give to `HelenDataset`.
+        counts: split to number of faces.
+        exchanged: the source's "left" is the person's own, so that left and right were exchanged.
+    """
+
+    root: Path
+    counts: dict[str, int]
+    exchanged: bool
+
+
+class _Face(NamedTuple):
+    name: str
+    split: str
+    photograph: Path
+
+
+def convert_celebamask(
+    source: str | os.PathLike[str], target: str | os.PathLike[str], progress: Progress = lambda done, total: None
+) -> Conversion:
+    """Bring CelebAMask-HQ (Lee et al., CVPR 2020) into the layout of Helen.
+
+    `CelebA-HQ-img/N.jpg` is a photograph, `CelebAMask-HQ-mask-anno/K/0000N_PART.png` with K = N // 2000 the binary
+    mask of a part, which may be missing where the part is not seen. Parts are painted in the order of the data set's
+    own script. Ears, earrings, neck, necklace, cloth and hat become background, glasses what is labelled under them.
+    Masks are resized to the photograph's size, every pixel by the nearest label.
+
+    The split is CelebA's own where `CelebA-HQ-to-CelebA-mapping.txt` lies in the source: by `list_eval_partition.txt`
+    beside it, or without that file by the same rule, CelebA's numbers up to 162770 for train and from 182638 on for
+    test. Without a mapping, N ending in 8 is val, in 9 test.
+
+    "Left" becomes left as the viewer sees it, as in Helen. Which side the source means is not taken on trust but seen
+    from where its eyes and brows lie, over faces from all of the set.
+
+    Args:
+        source: folder with `CelebA-HQ-img` and `CelebAMask-HQ-mask-anno`.
+        target: folder to make; appears only when it is whole.
+        progress: called with the number of faces done and of all.
+
+    Returns:
+        What was made.
+
+    Raises:
+        FileExistsError: if the target exists.
+        FileNotFoundError: if the photographs, or all parts of one, are missing.
+        ValueError: if a list is not understood, a photograph is not named by a number or is not in the mapping, or
+            the parts differ in size or have other proportions than the photograph.
+        OSError: if a file is damaged; the message names it.
+
+    Example:
+        >>> convert_celebamask("no/CelebAMask-HQ", "faces")
+        Traceback (most recent call last):
+        FileNotFoundError: no/CelebAMask-HQ/CelebA-HQ-img holds no images (.jpg); is the source the right folder?
+    """
+    source = Path(source)
+    photographs = _photographs(source / "CelebA-HQ-img")
+    odd = [path for path in photographs if not path.stem.isdecimal()]
+    if odd:
+        raise ValueError(f"{odd[0]} is not named by a number, as the photographs of CelebAMask-HQ are; remove it")
+    photographs.sort(key=lambda path: int(path.stem))
+    splits = _celeba_splits(source, [int(path.stem) for path in photographs])
+    faces = [_Face(str(int(path.stem)), split, path) for path, split in zip(photographs, splits, strict=True)]
+    folders = Folders()
+
+    def read(face: _Face) -> Tensor:
+        number = int(face.name)
+        stem = source / "CelebAMask-HQ-mask-anno" / str(number // 2000) / f"{number:05d}"
+        return _paint_parts(stem, face.photograph, folders)
+
+    return _convert(faces, read, Path(target), progress)
+
+
+def convert_lapa(
+    source: str | os.PathLike[str], target: str | os.PathLike[str], progress: Progress = lambda done, total: None
+) -> Conversion:
+    """Bring LaPa (Liu et al., AAAI 2020) into the layout of Helen, whose 11 classes it has, in the same order.
+
+    `SPLIT/images/ID.jpg` is a photograph, `SPLIT/labels/ID.png` its mask; the splits are train, val and test. "Left"
+    becomes left as the viewer sees it, found as in `convert_celebamask`.
+
+    Args:
+        source: folder with `train`, `val` and `test`.
+        target: folder to make; appears only when it is whole.
+        progress: called with the number of faces done and of all.
+
+    Returns:
+        What was made.
+
+    Raises:
+        FileExistsError: if the target exists.
+        FileNotFoundError: if a split's photographs or a mask are missing.
+        ValueError: if a mask is of another size than its photograph, of another kind than 8-bit grey or palette, or
+            holds a value above 10, or two splits have a photograph of one name.
+        OSError: if a file is damaged; the message names it.
+
+    Example:
+        >>> convert_lapa("no/LaPa", "faces")
+        Traceback (most recent call last):
+        FileNotFoundError: no/LaPa/train/images holds no images (.jpg); is the source the right folder?
+    """
+    source = Path(source)
+    faces = [_Face(path.stem, split, path) for split in HELEN_LISTS for path in _photographs(source / split / "images")]
+    folders = Folders()
+    for face in faces:
+        mask = _lapa_mask(face, folders)
+        if not mask.is_file():
+            raise FileNotFoundError(
+                f"{mask} is missing, the mask of {face.photograph}{near_miss(mask)}; unpack LaPa again"
+            )
+    return _convert(faces, lambda face: _read_lapa(face, folders), Path(target), progress)
+
+
+def _photographs(folder: Path) -> list[Path]:
+    paths = image_files(folder) if folder.is_dir() else []
+    if not paths:
+        raise FileNotFoundError(f"{folder} holds no images (.jpg); is the source the right folder?")
+    return [_inside(path) for path in paths]
+
+
+def _inside(path: Path) -> Path:
+    """The file of the source, which may not be a link out of its folder."""
+    if path.is_symlink() and not lies_in(path, path.parent):
+        raise ValueError(f"{path} is a link to a file outside {path.parent}; put the file itself there")
+    return path
+
+
+def _celeba_splits(source: Path, numbers: list[int]) -> list[str]:
+    """The split of every photograph of CelebA-HQ."""
+    mapping = source / "CelebA-HQ-to-CelebA-mapping.txt"
+    if not mapping.is_file():
+        return [{8: "val", 9: "test"}.get(number % 10, "train") for number in numbers]
+    rows = _read_table(mapping, r"(\d+)\s+\d+\s+(\d+\.jpg)", "0 119613 119614.jpg")
+    names = {int(index): name for index, name in rows}
+    unmapped = [number for number in numbers if number not in names]
+    if unmapped:
+        raise ValueError(f"{mapping} has no line for {unmapped[0]}.jpg ({len(unmapped)} such photographs)")
+    partition = source / "list_eval_partition.txt"
+    if not partition.is_file():
+        celeba = [int(Path(names[number]).stem) for number in numbers]
+        return [_CELEBA_SPLITS[(n >= _FIRST_OF_CELEBA_VAL) + (n >= _FIRST_OF_CELEBA_TEST)] for n in celeba]
+    groups = {name: int(group) for name, group in _read_table(partition, r"(\d+\.jpg)\s+([012])", "000001.jpg 0")}
+    ungrouped = [names[number] for number in numbers if names[number] not in groups]
+    if ungrouped:
+        raise ValueError(f"{partition} has no line for {ungrouped[0]} ({len(ungrouped)} such photographs)")
+    return [_CELEBA_SPLITS[groups[names[number]]] for number in numbers]
+
+
+def _read_table(path: Path, pattern: str, example: str) -> list[tuple[str, ...]]:
+    """What the pattern's groups match in every line but the heading."""
+    rows = []
+    for line in read_lines(path):
+        match = re.fullmatch(pattern, line)
+        if match:
+            rows.append(match.groups())
+        elif not line.startswith("idx "):
+            raise ValueError(f"{path} has the line {line!r}; a line reads, for example, {example!r}")
+    return rows
+
+
+def _paint_parts(stem: Path, photograph: Path, folders: Folders) -> Tensor:
+    """All the parts of a face in one mask of its photograph's size, uint8 [H, W]."""
+    mask: Tensor | None = None
+    for part, name in _CELEBAMASK_PARTS.items():
+        path = _inside(folders.find(stem.with_name(f"{stem.name}_{part}.png")))
+        if not path.is_file():
+            continue
+        drawn = (read_image(path) > 0).any(0)
+        if mask is None:
+            mask = torch.zeros(drawn.shape, dtype=torch.uint8)
+        if drawn.shape != mask.shape:
+            raise ValueError(f"{path} is {_size(drawn.shape)} px, but other parts of this face {_size(mask.shape)}")
+        mask[drawn] = HELEN_CLASSES.index(name)
+    if mask is None:
+        raise FileNotFoundError(f"{photograph} has no masks: there is no {stem}_skin.png, nor another part")
+    height, width = image_sizes([photograph])[0]
+    if height * mask.shape[1] != width * mask.shape[0]:
+        raise ValueError(
+            f"{stem}_skin.png and the other parts are {_size(mask.shape)} px (height x width), other proportions than "
+            f"those of {photograph}, {height}x{width}"
+        )
+    resized: Tensor = resize_mask(Mask(mask), (height, width))
+    return resized
+
+
+def _size(shape: Iterable[int]) -> str:
+    return "x".join(map(str, shape))
+
+
+def _lapa_mask(face: _Face, folders: Folders) -> Path:
+    return _inside(folders.find(face.photograph.parents[1] / "labels" / f"{face.name}.png"))
+
+
+def _read_lapa(face: _Face, folders: Folders) -> Tensor:
+    labels = plain_labels(len(HELEN_CLASSES))
+    labels[IGNORE_INDEX] = UNKNOWN
+    size = image_sizes([face.photograph])[0]
+    advice = "LaPa has the classes 0..10; unpack it again"
+    mask = read_mask((_lapa_mask(face, folders),), size, MaskCode(labels), advice, face.photograph)
+    return torch.from_numpy(mask)
+
+
+def _convert(faces: list[_Face], read: Callable[[_Face], Tensor], target: Path, progress: Progress) -> Conversion:
+    if os.path.lexists(target):
+        raise FileExistsError(f"{target} exists; name a folder that does not, or remove it")
+    splits: dict[str, list[str]] = {split: [] for split in HELEN_LISTS}
+    seen: dict[str, Path] = {}
+    for face in faces:
+        if face.name in seen:
+            raise ValueError(f"{seen[face.name]} and {face.photograph} have one name; rename one of them and its mask")
+        seen[face.name] = face.photograph
+        splits[face.split].append(face.name)
+    exchanged = _left_is_the_persons(read(face) for face in faces[:: max(1, len(faces) // _LOOKED_AT)])
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}") as scratch:
+        made = Path(scratch) / target.name
+        (made / "images").mkdir(parents=True)
+        for done, face in enumerate(faces, start=1):
+            mask = exchange_classes(read(face), HelenDataset.mirrored_classes if exchanged else ())
+            _write_face(made, face, mask)
+            progress(done, len(faces))
+        for split, names in splits.items():
+            lines = [f"{number} , {name}\n" for number, name in enumerate(names, start=1)]
+            (made / HELEN_LISTS[split]).write_text("".join(lines), encoding="utf-8")
+        made.rename(target)
+    return Conversion(target, {split: len(names) for split, names in splits.items()}, exchanged)
+
+
+def _left_is_the_persons(masks: Iterable[Tensor]) -> bool:
+    """Whether what is called left lies right in the image, in most of the faces that show both sides."""
+    votes = 0
+    for mask in masks:
+        for sides in HelenDataset.mirrored_classes:
+            left, right = ((mask == side).nonzero()[:, 1].double() for side in sides)
+            if len(left) and len(right):
+                votes += 1 if left.mean() > right.mean() else -1
+    return votes > 0
+
+
+def _write_face(root: Path, face: _Face, mask: Tensor) -> None:
+    shutil.copyfile(face.photograph, root / "images" / f"{face.name}{face.photograph.suffix}")
+    folder = root / "labels" / face.name
+    folder.mkdir(parents=True)
+    for label in range(len(HELEN_CLASSES)):
+        sure = PIL.Image.fromarray(((mask == label) * 255).byte().numpy())
+        # Maps are black and white: the highest compression would take ten times as long and save little.
+        sure.save(folder / f"{face.name}_lbl{label:02d}.png", compress_level=1)

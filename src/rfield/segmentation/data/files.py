@@ -1,0 +1,59 @@
+"""Reading the files of a data set, with errors that name the file and say what to do."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from rfield.segmentation.config.train import counted
+from rfield.segmentation.data.dataset import IGNORE_INDEX
+from rfield.segmentation.data.paths import near_miss
+
+
+def fingerprint_of(root: Path, paths: Sequence[Path], *facts: object) -> str:
+    """A hexadecimal hash of the facts, and of every file's name in the root, its size and time of change."""
+    digest = hashlib.sha256(repr(facts).encode())
+    for path in paths:
+        state = path.stat()
+        digest.update(repr((str(path.relative_to(root)), state.st_size, state.st_mtime_ns)).encode())
+    return digest.hexdigest()
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file that hold something, without the blanks around them.
+
+    Raises:
+        ValueError: if it is not text in UTF-8.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not text in UTF-8 ({error}); save it as such") from error
+    return [line.strip() for line in lines if line.strip()]
+
+
+def read_class_names(path: Path, default: tuple[str, ...]) -> tuple[str, ...]:
+    """The class names in a file, one a line; `default` where there is no such file.
+
+    Raises:
+        ValueError: if there are none, more than 255, or one stands there twice.
+    """
+    if not path.is_file():
+        return default
+    names = read_lines(path)
+    if len(set(names)) != len(names) or not 1 <= len(names) <= IGNORE_INDEX:
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise ValueError(
+            f"{path} holds {counted(len(names), 'class name')}{f', some of them twice: {twice}' if twice else ''}; "
+            f"it needs 1 to {IGNORE_INDEX} different ones, one a line"
+        )
+    return tuple(names)
+
+
+def check_files(
+    paths: Sequence[Path], what: str, kind: str = "files", fix: str = "add the file or remove its line from the list"
+) -> None:
+    """Raises FileNotFoundError for the first that is missing; `what` says whose files they are."""
+    missing = [path for path in paths if not path.is_file()]
+    if missing:
+        found = f"({len(missing)} of the {len(paths)} {kind} of {what}){near_miss(missing[0])}"
+        raise FileNotFoundError(f"{missing[0]} is missing {found}; {fix}")

@@ -1,0 +1,198 @@
+"""A plain folder of images and masks, the layout to bring one's own data in."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from rfield.segmentation.data.files import read_class_names
+from rfield.segmentation.data.images import IMAGE_SUFFIXES, image_files
+from rfield.segmentation.data.listed import ListedDataset
+from rfield.segmentation.data.listing import Entry, Listing, Refuse, entries_inside, make_listing, raise_error
+from rfield.segmentation.data.mask_options import MaskOptions
+from rfield.segmentation.data.masks import MaskCode, plain_labels
+from rfield.segmentation.data.paths import mask_ending, near_miss
+
+_IMAGES = ("images", "image", "imgs", "img")
+_MASKS = ("masks", "mask", "labels", "label", "annotations", "gt")
+_SUFFIXES = ("", "_mask")
+
+
+class FolderDataset(ListedDataset):
+    """Pairs of `SPLIT/images/NAME.jpg` and `SPLIT/masks/NAME.png` (or other image files, or `NAME_mask.png`).
+
+    A mask is a palette image or 8-bit grey; its values are the lines of `classes.txt`, counted from 0, and 255 where
+    there is no label. A palette in the first mask gives the colours. Files that are no images by name are left out.
+    The folders may also be `images/SPLIT` and `masks/SPLIT`, or `SPLIT` and `SPLIT_masks`; `labels`, `annotations` and
+    `gt` do for `masks`; and masks may lie among their images as `NAME_mask.png`.
+
+    Args:
+        root: the folder that holds `classes.txt` (one class a line) and the splits.
+        split: a folder in it: "train", "val", "test" or another.
+        options: what a data config says of the masks; with `colours` there need be no `classes.txt`.
+
+    Raises:
+        FileNotFoundError: if the root, `classes.txt`, the split, the image of a mask or the mask of an image is
+            missing.
+        ValueError: if `classes.txt` is empty or names a class twice, the split is empty, or two images have one name.
+
+    Reading a sample raises `OSError` for a damaged file and `ValueError` for a mask of another size than its image,
+    of another kind than palette or 8-bit grey, or with a value that is neither a class nor 255; both name the file.
+
+    Example:
+        >>> import tempfile, PIL.Image
+        >>> scratch = tempfile.TemporaryDirectory()
+        >>> root = Path(scratch.name)
+        >>> for folder in ("images", "masks"):
+        ...     (root / "train" / folder).mkdir(parents=True)
+        >>> PIL.Image.new("RGB", (16, 12)).save(root / "train/images/one.jpg")
+        >>> PIL.Image.new("L", (16, 12), 1).save(root / "train/masks/one.png")
+        >>> _ = (root / "classes.txt").write_text("road\\ncar")
+        >>> dataset = FolderDataset(root, "train")
+        >>> image, mask = dataset[0]
+        >>> tuple(image.shape), dataset.class_names[mask[0, 0]]
+        ((3, 12, 16), 'car')
+        >>> scratch.cleanup()
+    """
+
+    def __init__(self, root: str | os.PathLike[str], split: str = "train", options: MaskOptions | None = None) -> None:
+        super().__init__(root, list_folder(Path(root), split, options or MaskOptions()))
+
+
+def list_folder(root: Path, split: str, options: MaskOptions, refuse: Refuse = raise_error) -> Listing:
+    """The images in the folders of a split; one without a mask and what else does not fit goes to `refuse`.
+
+    Raises:
+        FileNotFoundError: if the root, `classes.txt` or the split is missing.
+        ValueError: if `classes.txt` or the options do not fit, or there is no image.
+    """
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root} is not a folder; name the one that holds classes.txt and train")
+    classes = root / "classes.txt"
+    own_names = classes if classes.is_file() else None
+    if own_names is None and options.colours is None:
+        first = int(options.reduce_zero_label)
+        raise FileNotFoundError(
+            f"{classes} is missing; it must name the classes, one a line, from mask value {first} on"
+        )
+    class_names = read_class_names(classes, ())
+    images, masks = _folders(root, split)
+    suffixes = _SUFFIXES if options.mask_suffix is None else (options.mask_suffix,)
+    image_paths, mask_paths = image_files(images), image_files(masks)
+    if images == masks:  # masks among their images
+        mask_paths = [path for path in image_paths if _is_mask(path, suffixes)]
+        image_paths = [path for path in image_paths if not _is_mask(path, suffixes)]
+    own_images: dict[str, Path] = {}
+    for path in image_paths:
+        other = own_images.setdefault(path.stem, path)
+        if other != path:
+            refuse(path, ValueError(f"{other} and {path} would have one mask; rename or remove one of them"))
+    own = _masks_of(own_images, mask_paths, suffixes, refuse)
+    _refuse_single(own_images, own, mask_paths, masks, images, suffixes[0], refuse)
+    if not own_images:
+        raise ValueError(f"{images} holds no image ({', '.join(IMAGE_SUFFIXES)})")
+
+    pairs = [Entry(name, image, (own[name],)) for name, image in own_images.items() if name in own]
+    advice = f"correct the mask or name all classes, one a line, in {classes}"
+    code = MaskCode(plain_labels(len(class_names)))
+    return make_listing(class_names, code, entries_inside(pairs, root, refuse), advice, options, own_names)
+
+
+def splits_of(root: Path) -> dict[str, tuple[Path, list[Path]]]:
+    """The folder of images of each split, and those that may hold its masks."""
+    found: dict[str, tuple[Path, list[Path]]] = {}
+    folders = _subfolders(root)
+    for folder in folders:
+        images = _named(folder, _IMAGES)
+        if images:
+            found[folder.name] = (images[0], _named(folder, _MASKS))
+    for shared in _named(root, _IMAGES):
+        for folder in _subfolders(shared):
+            masks = [other / folder.name for other in _named(root, _MASKS)]
+            found.setdefault(folder.name, (folder, [path for path in masks if path.is_dir()]))
+    for folder in folders:
+        ends = {f"{folder.name}{mark}{name}".lower() for name in (*_MASKS, "annot") for mark in ("_", "-", "")}
+        masks = [other for other in folders if other.name.lower() in ends]
+        if masks or any(_is_mask(path, _SUFFIXES) for path in image_files(folder)):
+            found.setdefault(folder.name, (folder, masks))
+    return found
+
+
+def _folders(root: Path, split: str) -> tuple[Path, Path]:
+    """The folders of a split's images and masks, which are one where masks lie among their images."""
+    found = splits_of(root)
+    if split not in found:
+        raise FileNotFoundError(
+            f"there is no folder {split}/images in {root}; there are the splits: {', '.join(sorted(found)) or 'none'}"
+        )
+    images, masks = found[split]
+    if len(masks) > 1 and masks[0].name.lower() != _MASKS[0]:
+        names = " or ".join(map(str, masks))
+        raise ValueError(f"the masks of {images} may lie in {names}; rename the folder that holds them to {_MASKS[0]}")
+    return images, masks[0] if masks else images
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
+def _named(folder: Path, names: Sequence[str]) -> list[Path]:
+    """The subfolders of these names, in any case, in the order of the names."""
+    own = {path.name.lower(): path for path in _subfolders(folder)}
+    return [own[name] for name in names if name in own]
+
+
+def _is_mask(path: Path, suffixes: Sequence[str]) -> bool:
+    """Whether a file among images has the name of a mask."""
+    return any(path.stem.endswith(Path(mask_ending(suffix)).stem) for suffix in suffixes if suffix)
+
+
+def _masks_of(
+    images: dict[str, Path], mask_paths: Sequence[Path], suffixes: Sequence[str], refuse: Refuse
+) -> dict[str, Path]:
+    """The mask of each image, by the image's name: of the first suffix that has one."""
+    by_stem: dict[str, list[Path]] = {}
+    for path in mask_paths:
+        by_stem.setdefault(path.stem, []).append(path)
+    own: dict[str, Path] = {}
+    taken: set[Path] = set()
+    for ending in map(mask_ending, suffixes):
+        for name in images:
+            paths = [path for path in by_stem.get(Path(f"{name}{ending}").stem, []) if path not in taken]
+            paths = [path for path in paths if path.name == f"{name}{ending}"] or paths
+            if name in own or not paths:
+                continue
+            if len(paths) > 1:
+                text = f"{paths[0]} and {paths[1]} may be the mask of {images[name]}; remove all but one of them"
+                refuse(paths[0], ValueError(text))
+            own[name] = paths[0]
+            taken |= set(by_stem[paths[0].stem])
+    return own
+
+
+def _refuse_single(
+    images: dict[str, Path],
+    own: dict[str, Path],
+    mask_paths: Sequence[Path],
+    masks: Path,
+    folder: Path,
+    suffix: str,
+    refuse: Refuse,
+) -> None:
+    """Images without a mask and masks without an image."""
+    without_mask = [name for name in images if name not in own]
+    for name in without_mask:
+        path = masks / f"{name}{mask_ending(suffix)}"
+        error = FileNotFoundError(
+            f"{path} is missing, the mask of {images[name]} ({len(without_mask)} of {len(images)} images have none)"
+            f"{near_miss(path)}; add the mask or remove the image"
+        )
+        refuse(path, error)
+    stems = {path.stem for path in own.values()}
+    without_image = [path for path in mask_paths if path.stem not in stems]
+    for path in without_image:
+        error = FileNotFoundError(
+            f"{path} is the mask of no image in {folder} ({len(without_image)} of {len(mask_paths)} "
+            f"masks have none of {', '.join(IMAGE_SUFFIXES)}){near_miss(folder / path.name)}; add the image or remove "
+            "the mask"
+        )
+        refuse(path, error)

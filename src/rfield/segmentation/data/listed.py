@@ -1,0 +1,65 @@
+"""Data sets of image and mask files, whatever the layout that lists them."""
+
+import os
+from pathlib import Path
+
+import torch
+from torchvision.tv_tensors import Image, Mask
+
+from rfield.segmentation.data.dataset import ParsingDataset, voc_palette
+from rfield.segmentation.data.files import fingerprint_of
+from rfield.segmentation.data.images import image_sizes, palette_of, read_image
+from rfield.segmentation.data.listing import Listing
+from rfield.segmentation.data.masks import read_mask
+
+
+class ListedDataset(ParsingDataset):
+    """The samples of a listing.
+
+    Reading a sample raises `OSError` for a damaged file and `ValueError` for a mask of another size than its image, of
+    another kind than wanted, or with a value that no class has; both name the file.
+
+    Args:
+        root: the folder of the data set.
+        listing: one of its splits.
+        colours: of the classes, if the masks have none of their own.
+    """
+
+    def __init__(
+        self, root: str | os.PathLike[str], listing: Listing, colours: list[tuple[int, int, int]] | None = None
+    ) -> None:
+        self.root = Path(root)
+        self.listing = listing
+        self.class_names = listing.class_names
+        if listing.mirrored_classes != self.mirrored_classes:
+            self.mirrored_classes = listing.mirrored_classes
+        self.ids = [entry.name for entry in listing.entries]
+        self.image_paths = [entry.image for entry in listing.entries]
+        self.mask_paths = [entry.masks[0] for entry in listing.entries]
+        if listing.code.colours is not None:
+            first = {label: colour for colour, label in reversed(listing.code.colours.items())}
+            colours = [first[label] for label in range(len(listing.class_names))]
+        elif colours is None:
+            colours = palette_of(self.mask_paths)
+        self.palette = colours + voc_palette()[len(colours) :]
+
+    def __getitem__(self, index: int) -> tuple[Image, Mask]:
+        entry = self.listing.entries[index]
+        image = read_image(entry.image)
+        size = (image.shape[1], image.shape[2])
+        mask = read_mask(entry.masks, size, self.listing.code, self.listing.advice, entry.image)
+        return image, Mask(torch.from_numpy(mask))
+
+    def fingerprint(self) -> str:
+        """A hexadecimal hash of names, meaning of mask values, and every file's name, size and time of change."""
+        code = self.listing.code
+        facts = (type(self).__name__, self.ids, self.class_names, code.labels.tolist(), code.colours, code.maps)
+        return fingerprint_of(self.root, self.listing.files, *facts)
+
+    def sizes(self) -> list[tuple[int, int]]:
+        """The (height, width) in px of every image, read from the files' headers.
+
+        Raises:
+            OSError: if a file is not an image; the message names it.
+        """
+        return image_sizes(self.image_paths)

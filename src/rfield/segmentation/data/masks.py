@@ -1,0 +1,173 @@
+"""Reads masks: from the pixels of a file to the class of every pixel."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import PIL.Image
+
+from rfield.segmentation.data.dataset import IGNORE_INDEX
+from rfield.segmentation.data.images import (
+    deep_bits,
+    deep_problem,
+    load_named,
+    open_named,
+    orientation,
+    rgb_pixels,
+    turn,
+    turned_size_problem,
+    upright_size,
+)
+
+UNKNOWN = -1
+MOST_VALUES = 8
+
+Colour = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class MaskCode:
+    """What the pixels of a data set's masks stand for.
+
+    Attributes:
+        labels: int16 [256], the class of each value; 255 for no label, -1 where a value has no business in a mask.
+        colours: where masks hold colours, the class of each (255 for no label); `labels` is then unused.
+        maps: a mask is a grey map for each value of `labels`; the surest map, of equal ones the first, has the pixel.
+    """
+
+    labels: npt.NDArray[np.int16]
+    colours: dict[Colour, int] | None = None
+    maps: bool = False
+
+    def wrong_kind(self, mask: PIL.Image.Image) -> tuple[str, str] | None:
+        """What is wrong with the kind of an opened mask or map, and what to do; None where nothing is."""
+        if self.colours is not None:
+            if deep_bits(mask) or deep_problem(mask):
+                return f"has more than 8 bits a pixel (Pillow mode {mask.mode!r})", "save its colours with 8 bits each"
+            return None
+        few_bits = _has_few_bits(mask)
+        if mask.mode in (("L",) if self.maps else ("L", "P")) and not few_bits:
+            return None
+        kind = f"(Pillow mode {mask.mode!r})"
+        fix = "a mask must be a palette image or 8-bit grey whose values are class indices"
+        if self.maps:
+            fix = "a map must be 8-bit grey: how sure each pixel is"
+        if few_bits or mask.mode == "1":
+            return f"has less than 8 bits a pixel {kind}, which reading spreads over 0..255", fix
+        if deep_bits(mask) or deep_problem(mask):
+            return f"has more than 8 bits a pixel {kind}", fix
+        if mask.mode in ("RGB", "RGBA"):
+            what = f"holds colours{_count_colours(mask)}, not class indices"
+            if self.maps:
+                return what, fix
+            fix = "name the colour of each class in a data config (`colours`), or save an 8-bit grey or palette image"
+            return f"{what}: a palette mask that was read and saved as {mask.mode}?", fix
+        return f"is of another kind {kind}", fix
+
+    def values(self, mask: PIL.Image.Image, path: Path) -> npt.NDArray[Any]:
+        """The values of a loaded mask, upright: uint8 [H, W], or with `colours` int64 of their bits."""
+        if self.colours is None:
+            return turn(np.asarray(mask), orientation(mask, path))
+        red, green, blue = rgb_pixels(mask, path).astype(np.int64).transpose(2, 0, 1)
+        codes: npt.NDArray[np.int64] = red << 16 | green << 8 | blue
+        return codes
+
+    def classes(self, values: npt.NDArray[Any]) -> npt.NDArray[np.int16]:
+        """The class of every value, -1 where it has none."""
+        if self.colours is None:
+            plain: npt.NDArray[np.int16] = self.labels[values]
+            return plain
+        known = np.array(sorted(_bits(colour) for colour in self.colours))
+        labels = np.array([label for _, label in sorted((_bits(c), label) for c, label in self.colours.items())])
+        place = np.searchsorted(known, values).clip(max=len(known) - 1)
+        return np.where(known[place] == values, labels[place], UNKNOWN).astype(np.int16)
+
+    def unknown(self, values: npt.NDArray[Any], classes: npt.NDArray[np.int16]) -> str | None:
+        """Which values or colours have no class, how many px of each; None where all have one."""
+        wrong, counts = np.unique(values[classes == UNKNOWN], return_counts=True)
+        if not wrong.size:
+            return None
+        order = counts.argsort(kind="stable")[::-1] if self.colours is not None else range(len(wrong))
+        shown = ", ".join(f"{self._name(wrong[index])} ({counts[index]} px)" for index in list(order)[:MOST_VALUES])
+        more = f" and {len(wrong) - MOST_VALUES} more" * (len(wrong) > MOST_VALUES)
+        what = "value" if self.colours is None else "colour"
+        return f"holds the {what}{'s' * (len(wrong) > 1)} {shown}{more}, which no class has"
+
+    def _name(self, value: int) -> str:
+        return str(value) if self.colours is None else f"[{value >> 16}, {value >> 8 & 255}, {value & 255}]"
+
+
+def read_mask(paths: tuple[Path, ...], size: tuple[int, int], code: MaskCode, advice: str, image: Path) -> Any:
+    """The labels of one sample's mask, or of its maps: uint8 [H, W].
+
+    Args:
+        paths: the mask's file, or the maps'.
+        size: the (height, width) in px that they must have, their image's.
+        code: what their pixels stand for.
+        advice: what to do about a value that no class has.
+        image: the image's file; its EXIF orientation may explain another size.
+
+    Raises:
+        OSError: if a file is not an image or a damaged one.
+        ValueError: if it is of another kind or size, or holds a value that no class has. All name the file.
+    """
+    values = [_read_values(path, size, code, image) for path in paths]
+    if code.maps:
+        return code.labels[np.stack(values).argmax(0)].astype(np.uint8)
+    classes = code.classes(values[0])
+    unknown = code.unknown(values[0], classes)
+    if unknown is not None:
+        raise ValueError(f"{paths[0]} {unknown}; {advice}")
+    return classes.astype(np.uint8)
+
+
+def _read_values(path: Path, size: tuple[int, int], code: MaskCode, image: Path) -> npt.NDArray[Any]:
+    with open_named(path) as file:
+        wrong = code.wrong_kind(file)
+        if wrong is not None:
+            raise ValueError(f"{path} {'; '.join(wrong)}")
+        other = wrong_size(file, path, size, image)
+        if other is not None:
+            raise ValueError(f"{path} {other}")
+        load_named(file, path)
+        return code.values(file, path)
+
+
+def wrong_size(mask: PIL.Image.Image, path: Path, size: tuple[int, int], image: Path) -> str | None:
+    """How an opened mask's size differs from (height, width), its image's, and what to do; None where it does not."""
+    own = upright_size(mask, path)
+    if own == size:
+        return None
+    fix = turned_size_problem(image, own, size) or "; both must have one size"
+    return f"is {own[0]}x{own[1]} px (height x width) but its image is {size[0]}x{size[1]}{fix}"
+
+
+def plain_labels(num_classes: int, void: int | None = None) -> npt.NDArray[np.int16]:
+    """`MaskCode.labels` of masks that hold class indices, 255, and `void` where there is another value for no label.
+
+    >>> plain_labels(3, void=3)[[0, 2, 3, 4, 255]].tolist()
+    [0, 2, 255, -1, 255]
+    """
+    labels = np.full(256, UNKNOWN, np.int16)
+    labels[:num_classes] = range(num_classes)
+    labels[[IGNORE_INDEX] if void is None else [void, IGNORE_INDEX]] = IGNORE_INDEX
+    return labels
+
+
+def _bits(colour: Colour) -> int:
+    return colour[0] << 16 | colour[1] << 8 | colour[2]
+
+
+def _has_few_bits(image: PIL.Image.Image) -> bool:
+    """Whether it is grey of 1, 2 or 4 bits, whose values Pillow spreads over 0..255, other classes than meant."""
+    return image.mode == "L" and image.format == "PNG" and any(tile[3] != "L" for tile in getattr(image, "tile", []))
+
+
+def _count_colours(mask: PIL.Image.Image) -> str:
+    try:
+        colours = mask.getcolors(256)
+    except Exception:  # a damaged file, which is a finding of its own
+        return ""
+    return f" ({len(colours)} different)" if colours else ""

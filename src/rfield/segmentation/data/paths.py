@@ -1,0 +1,106 @@
+"""Where the files of a data set lie: found by name, and never outside of its root."""
+
+import difflib
+import os
+import re
+import unicodedata
+from pathlib import Path
+
+from rfield.segmentation.data.images import IMAGE_SUFFIXES, image_files
+
+
+class Folders:
+    """Finds files by their names without a suffix; every folder is read once."""
+
+    def __init__(self) -> None:
+        self._names: dict[Path, dict[str, list[str]]] = {}
+
+    def find(self, path: Path) -> Path:
+        """The file, or if there is none the one image there of the same name with another suffix (`.PNG`, `.tif`).
+
+        Returns:
+            `path` itself where there is no such file.
+
+        Raises:
+            ValueError: if there are several.
+        """
+        if path.is_file():
+            return path
+        names = self._stems(path.parent).get(path.stem, [])
+        if len(names) > 1:
+            listed = " and ".join(sorted(names))
+            raise ValueError(f"{path} is missing, and {listed} there have its name; remove all but one of them")
+        return path.with_name(names[0]) if names else path
+
+    def _stems(self, folder: Path) -> dict[str, list[str]]:
+        if folder not in self._names:
+            stems: dict[str, list[str]] = {}
+            for path in image_files(folder) if folder.is_dir() else ():
+                stems.setdefault(path.stem, []).append(path.name)
+            self._names[folder] = stems
+        return self._names[folder]
+
+
+def mask_ending(suffix: str) -> str:
+    """The end of a mask's name, behind that of its image: the suffix, and .png where it has no ending of its own.
+
+    >>> mask_ending("_mask"), mask_ending("_mask.tif")
+    ('_mask.png', '_mask.tif')
+    """
+    return suffix if suffix.lower().endswith(IMAGE_SUFFIXES) else f"{suffix}.png"
+
+
+def sample_path(root: Path, folder: str, name: str, suffix: str, listed_in: str, folders: Folders) -> Path:
+    """`root/folder/name` with the suffix, or with that of another image; see `Folders.find`.
+
+    The folder itself may be a link to elsewhere, a sample may not.
+
+    Raises:
+        ValueError: if the file would lie elsewhere; names `listed_in`, where the name was read.
+    """
+    path = root / folder / f"{name}{suffix}"
+    # A file right in the folder leaves it as a link alone; following every path takes long.
+    plain = not {"/", os.sep} & {*name, *suffix} and name not in ("", ".", "..")
+
+    def inside(path: Path) -> Path:
+        if (not plain or path.is_symlink()) and not lies_in(path, root, root / folder):
+            raise ValueError(f"{listed_in} names {name!r}, a file outside {root}; remove that line")
+        return path
+
+    return inside(folders.find(inside(path)))
+
+
+def lies_in(path: Path, *folders: Path) -> bool:
+    """Whether a file, all links followed, is in one of the folders, which may be links themselves."""
+    try:
+        resolved = path.resolve()
+        return any(resolved.is_relative_to(folder.resolve()) for folder in folders)
+    except (OSError, RuntimeError, ValueError):  # a link to itself, a name with a zero byte
+        return False
+
+
+def near_miss(path: Path) -> str:
+    """What lies where a missing file was looked for and may be meant, in words that go on the error; else nothing."""
+    folder = path.parent
+    if not folder.is_dir():
+        others = [other.name for other in folder.parent.iterdir() if other.is_dir()] if folder.parent.is_dir() else []
+        close = difflib.get_close_matches(folder.name, others, 1)
+        return f" (there is no folder {folder}{f', but one named {close[0]}' if close else ''})"
+    stem = path.stem
+    for other in image_files(folder):
+        if other.name == stem:
+            return f" (there is {stem}: name it without its ending)"
+        if other.stem != stem and _same(other.stem) == _same(stem):
+            return f" (there is {other.name}, whose name is written otherwise: rename it)"
+        before, after = other.stem.removesuffix(stem), other.stem.removeprefix(stem)
+        if after != other.stem and not after[:1].isalnum():
+            return f" (there is {other.name}: if that is the mask, give `mask_suffix: {after}` in a data config)"
+        if before != other.stem and not before[-1:].isalnum():
+            return f" (there is {other.name}: if that is meant, rename it)"
+    return ""
+
+
+def _same(name: str) -> str:
+    """A name without what is easily written in another way: case, Unicode form, leading zeros, kinds of gaps."""
+    plain = unicodedata.normalize("NFC", name).casefold()
+    return re.sub(r"(?<!\d)0+(?=\d)", "", re.sub(r"[-_\s]+", "_", plain))

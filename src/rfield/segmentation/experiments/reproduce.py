@@ -1,0 +1,185 @@
+"""The experiments of Wei et al., Learning Adaptive Receptive Fields for Deep Image Parsing Network, CVPR 2017."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from rfield.search import curve_minimum
+from rfield.segmentation import plots
+from rfield.segmentation.config.train import ReproduceConfig, Search, counted
+from rfield.segmentation.data import evaluation_transform, load_dataset
+from rfield.segmentation.experiments.tables import (
+    Row,
+    curve_of,
+    field_of,
+    markdown,
+    runs_of,
+    summarise,
+    sweep_table,
+    write_csv,
+)
+from rfield.segmentation.experiments.trials import Point, finish_trials
+from rfield.segmentation.inference.predict import Progress, compute_device, predict_logits
+from rfield.segmentation.runs import load_run
+from rfield.segmentation.training import read_factor_csv, write_json, write_text
+
+# The paper's bad starts on VOC, as dilations of fc6, and where its learned receptive fields ended, in px (nominal).
+PAPER_BEST_PX = 404
+PAPER_ENDS_PX = {14: 396, 6: 364}
+_SEARCHES: tuple[Search, ...] = ("gradient", "spsa", "sampled")
+_SHOWN = {"gradient": "exact gradient", "spsa": "SPSA", "sampled": "sampled"}
+
+
+def run_reproduce(config: ReproduceConfig, progress: Progress | None = None) -> str:
+    """Repeats the paper's experiments on any data in the layout of VOC; writes the results into `out`.
+
+    The grid of fixed dilations; learning from bad starts at dilation 14 and 6 (436 and 308 px nominal) by the exact
+    gradient and by the other searches. Written are `results.json`, `results.csv` (a row a run), `report.md`,
+    `grid.png`, `factor.png` (the fluctuation of f) and a `panel-SEARCH.png` for each search; the runs are beside them,
+    and a further call only adds what is missing.
+
+    Args:
+        config: what to train.
+        progress: as in `run_trials`.
+
+    Returns:
+        The report, and where the rest is.
+
+    Raises:
+        ValueError, OSError: as in `finish_trials`.
+    """
+    out = Path(config.out)
+    fixed = [Point("none", d, seed) for d in sorted({*config.dilations, *PAPER_ENDS_PX}) for seed in config.seeds]
+    learned = [Point(kind, d, seed) for kind in _SEARCHES for d in PAPER_ENDS_PX for seed in config.seeds]
+    trials = finish_trials(config, [*fixed, *learned], progress)
+    rows = summarise(trials)
+    grid = [row for row in rows if row.search == "none"]
+    best = max(grid, key=lambda row: row.miou)
+    slope, offset = field_of(config)
+    starts = {dilation: slope * dilation + offset for dilation in PAPER_ENDS_PX}
+
+    # Where the searches were before the dilation was snapped to an integer, as the paper's receptive fields are.
+    ends: dict[tuple[str, int], list[float]] = {}
+    for trial in trials:
+        if trial.point.search != "none":
+            field = slope * _dilation_before_snap(trial.metrics) + offset
+            ends.setdefault((trial.point.search, trial.point.dilation), []).append(field)
+    report = _report(config, rows, best, starts, ends)
+    runs = runs_of(trials)
+    write_json(
+        out / "results.json",
+        {
+            "config": config.plain(),
+            "paper": {"best_px": PAPER_BEST_PX, "ends_px": {212 + 16 * d: end for d, end in PAPER_ENDS_PX.items()}},
+            "best_dilation": best.dilation,
+            "before_snapping_px": {f"{kind}, d={dilation}": fields for (kind, dilation), fields in ends.items()},
+            "runs": runs,
+            "table": [dataclasses.asdict(row) for row in rows],
+        },
+    )
+    write_csv(out / "results.csv", runs)
+    curve = curve_of([trial for trial in trials if trial.point.search == "none"])
+    marked = {"best": best.dilation}
+    plots.save(plots.rf_curve(curve, "mIoU", marked, (slope, offset)), out / "grid.png")
+    seed = config.seeds[0]
+    paths: dict[str, dict[str, tuple[npt.ArrayLike, npt.ArrayLike]]] = {}
+    for kind in _SEARCHES:
+        for dilation, field in starts.items():
+            columns = read_factor_csv(out / Point(kind, dilation, seed).name / "factor.csv")
+            group = paths.setdefault(_SHOWN[kind], {})
+            group[f"from {field:.0f} px"] = (columns["step"], columns["factor"])
+    plots.save(plots.factor_paths(paths), out / "factor.png")
+    improper = min((row for row in grid if row.dilation in starts), key=lambda row: row.miou).dilation
+    for kind in _SEARCHES:
+        pictured = {
+            "best manual rf": Point("none", best.dilation, seed),
+            "improper rf": Point("none", improper, seed),
+            f"improper rf + learned ({kind})": Point(kind, improper, seed),
+        }
+        _save_panel(config, pictured, out / f"panel-{kind}.png")
+    write_text(out / "report.md", report)
+    return report + f"\nthe runs, report.md, results.json, results.csv and the pictures are in {out}"
+
+
+def _dilation_before_snap(metrics: dict[str, Any]) -> float:
+    """Where a run's search ended, in feature px; of SPSA, which runs at integers, the one that it delivered."""
+    search = metrics["search"]
+    if search["kind"] == "sampled":
+        return curve_minimum(dict(search["curve"]))
+    return float(search["trajectory"][-1][1] if search["kind"] == "gradient" else metrics["effective_dilation"])
+
+
+def _save_panel(config: ReproduceConfig, pictured: dict[str, Point], path: Path) -> None:
+    """Evenly spaced validation photographs, their ground truth, and what the runs make of them."""
+    dataset = load_dataset(config.data, config.val_split)
+    count = min(config.images, len(dataset))
+    samples = [dataset[index] for index in np.linspace(0, len(dataset) - 1, count).round().astype(int).tolist()]
+    columns: dict[str, Sequence[npt.NDArray[np.uint8]]] = {
+        "image": [image.permute(1, 2, 0).numpy() for image, _ in samples],
+        "ground truth": [mask.to(torch.uint8).numpy() for _, mask in samples],
+    }
+    transform = evaluation_transform()
+    for title, point in pictured.items():
+        run = load_run(Path(config.out) / point.name)
+        network = run.network.to(compute_device())
+        logits = (predict_logits(network, transform(image), config.freeze_backbone) for image, _ in samples)
+        columns[title] = [each.argmax(0).to(torch.uint8).cpu().numpy() for each in logits]
+    palette = np.array(dataset.palette, dtype=np.uint8)
+    plots.save(plots.panel(columns, palette, dataset.class_names), path)
+
+
+def _report(
+    config: ReproduceConfig,
+    rows: Sequence[Row],
+    best: Row,
+    starts: dict[int, float],
+    ends: dict[tuple[str, int], list[float]],
+) -> str:
+    def row_of(search: Search, dilation: int) -> Row:
+        return next(row for row in rows if (row.search, row.dilation) == (search, dilation))
+
+    def score(row: Row) -> str:
+        return f"{row.miou:.4f}" + ("" if row.miou_spread is None else f" (spread {row.miou_spread:.4f})")
+
+    table: list[Sequence[Any]] = []
+    for dilation, start in starts.items():
+        paper_start = 212 + 16 * dilation
+        table.append((f"{start:.4g}", "fixed", "-", f"{start:.4g}", score(row_of("none", dilation)), f"{paper_start}"))
+        for kind in _SEARCHES:
+            row = row_of(kind, dilation)
+            paper = f"{paper_start} -> {PAPER_ENDS_PX[dilation]}" if kind == "gradient" else "-"
+            end = f"{np.mean(ends[kind, dilation]):.4g}"
+            table.append((f"{start:.4g}", _SHOWN[kind], end, f"{row.receptive_field_px:.4g}", score(row), paper))
+    table.append(("-", "best by hand", "-", f"{best.receptive_field_px:.4g}", score(best), f"{PAPER_BEST_PX}"))
+    header = ("start RF [px]", "search", "end RF [px]", "snapped [px]", "mIoU", "the paper's RF [px]")
+    trained = "the head alone, on frozen features" if config.freeze_backbone else "backbone and head"
+    seeds = ", ".join(str(seed) for seed in config.seeds)
+    return f"""# The experiments of Wei et al., CVPR 2017
+
+{config.model} on {config.data}; {counted(config.epochs, "epoch")}, {trained};
+head of {config.head_channels} channels; seeds {seeds}.
+The paper trained backbone and head on PASCAL VOC, so its numbers are for another setting; its receptive fields are
+nominal, 212 px + 16 px a dilation. Figures are means over the seeds; a spread is the standard deviation over them.
+
+## From bad starts
+
+{markdown(header, table)}
+
+`factor.png` shows the factor of the first seed over training, of SPSA and the sampled search as it was drawn;
+`panel-SEARCH.png`: image, ground truth, best manual rf, improper rf, improper rf + learned, on validation images that
+are spaced evenly through the list.
+
+## The grid, and all runs
+
+{sweep_table(rows)}
+
+## Source
+
+Wei, Sun, Wang, Lai, Liu: Learning Adaptive Receptive Fields for Deep Image Parsing Network, CVPR 2017; Computational
+Visual Media 4(3), 2018, doi 10.1007/s41095-018-0112-1.
+"""

@@ -1,0 +1,204 @@
+"""What receptive field should a network have? One page of answer."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rfield.search import Verdict, judge, standard_errors
+from rfield.segmentation import plots
+from rfield.segmentation.config.train import TuneConfig, counted
+from rfield.segmentation.experiments.tables import deviation, field_of, markdown, own_dilation, summarise, sweep_table
+from rfield.segmentation.experiments.trials import Point, finish_trials
+from rfield.segmentation.inference.predict import Progress
+from rfield.segmentation.training import write_json, write_text
+from rfield.segmentation.training.search_report import has_random_backbone
+
+
+def run_tune(config: TuneConfig, progress: Progress | None = None) -> str:
+    """Reads the whole receptive-field curve of a network and recommends a dilation; writes the answer into `out`.
+
+    For each seed one network is trained at dilations drawn at random, so that it works at all of them, and its loss
+    on held-out training images is read at each (`SampledSearch`). The answer is the least of the mean curve, and how
+    sure it is (`rfield.search.judge`); where it is not reliable, nothing is recommended. It is `answer.md`,
+    `answer.json` and `curve.png`; the runs are beside them, and a further call only adds what is missing.
+
+    Args:
+        config: what to tune.
+        progress: as in `run_trials`.
+
+    Returns:
+        The page.
+
+    Raises:
+        ValueError, OSError: as in `finish_trials`.
+    """
+    out = Path(config.out)
+    own = own_dilation(config.model)
+    present = config.present_dilation or own
+    # Where a sampled search starts makes no difference: another present dilation needs no other runs.
+    searches = finish_trials(config, [Point("sampled", own, seed) for seed in config.seeds], progress)
+    found = [trial.metrics["search"] for trial in searches]
+    curves = [dict(search["curve"]) for search in found]
+    readings = [dict(search["losses"]) for search in found]
+    images = [search["held_out"] for search in found]
+    losses = common_curve(curves)
+    means = {dilation: float(np.mean(values)) for dilation, values in losses.items()}
+    chance = float(np.mean([search["class_share_loss"] for search in found]))
+    verdict = judge(
+        [[reading] for reading in readings],
+        present,
+        chance=chance,
+        steps=min(search["steps"] for search in found),
+        random_backbone=has_random_backbone(config),
+        images=images,
+    )
+    best = verdict.dilation
+    assert best is not None  # A search without a finite loss ends in an error.
+    errors = {d: None if np.isnan(error) else error for d, error in standard_errors(readings, images).items()}
+    slope, offset = field_of(config)
+    gains = [curve_at(curve, present) - curve_at(curve, best) for curve in curves]
+    relative = [gain / curve_at(curve, present) for gain, curve in zip(gains, curves, strict=True)]
+    answer: dict[str, Any] = {
+        "verdict": verdict.plain(),
+        "recommended_dilation": None if verdict.kind == "not reliable" else best,
+        "best_dilation": best,
+        "best_receptive_field_px": slope * best + offset,
+        "present_dilation": present,
+        "present_receptive_field_px": slope * present + offset,
+        "gain": {"loss": float(np.mean(gains)), "spread": deviation(gains)},
+        "relative_gain": {"loss": float(np.mean(relative)), "spread": deviation(relative)},
+        "minimum_of_each_seed": {
+            str(trial.point.seed): min(curve, key=lambda dilation: curve[dilation])
+            for trial, curve in zip(searches, curves, strict=True)
+        },
+        "curve": [
+            {
+                "dilation": dilation,
+                "receptive_field_px": slope * dilation + offset,
+                "loss": means[dilation],
+                "spread": deviation(values),
+                "standard_error": errors[dilation],
+            }
+            for dilation, values in losses.items()
+        ],
+        "class_share_loss": chance,
+        "seconds": sum(trial.metrics["train_seconds"] for trial in searches),
+        "config": config.plain(),
+    }
+    page = _page(config, answer, verdict)
+    if config.verify:
+        answer["verified"], section = _verify(config, max(1, round(best)), present, progress)
+        page += section
+    marked = {"best": best, "present": present}
+    figure = plots.rf_curve({"held-out": losses}, "held-out loss", marked, (slope, offset), errors={"held-out": errors})
+    plots.save(figure, out / "curve.png")
+    write_json(out / "answer.json", answer)
+    write_text(out / "answer.md", page)
+    return page + f"\nthis page, answer.json and curve.png are in {out}"
+
+
+def common_curve(curves: Sequence[Mapping[float, float]]) -> dict[float, list[float]]:
+    """Several curves at all dilations of any, one value a curve; interpolated where a curve has none.
+
+    >>> common_curve([{1.0: 3.0, 4.0: 1.0}, {1.0: 5.0, 2.0: 3.0, 4.0: 2.0}])
+    {1.0: [3.0, 5.0], 2.0: [2.0, 3.0], 4.0: [1.0, 2.0]}
+    """
+    dilations = sorted({dilation for curve in curves for dilation in curve})
+    return {dilation: [curve_at(curve, dilation) for curve in curves] for dilation in dilations}
+
+
+def curve_at(curve: Mapping[float, float], dilation: float) -> float:
+    """A curve's value, linear in the logarithm of the dilation between its points, constant beyond its ends."""
+    if dilation in curve:
+        return curve[dilation]
+    places = sorted(curve)
+    return float(np.interp(np.log(dilation), np.log(places), [curve[place] for place in places]))
+
+
+def _verify(
+    config: TuneConfig, recommended: int, present: int, progress: Progress | None
+) -> tuple[dict[str, Any], str]:
+    """The grid of fixed dilations: as data, and as a section of the page."""
+    dilations = sorted({*config.dilations, recommended, present})
+    points = [Point("none", dilation, seed) for dilation in dilations for seed in config.seeds]
+    rows = summarise(finish_trials(config, points, progress))
+    best = max(rows, key=lambda row: row.miou)
+    chosen, now = (next(row for row in rows if row.dilation == dilation) for dilation in (recommended, present))
+    verified = {
+        "best_dilation": best.dilation,
+        "gap_to_best": best.miou - chosen.miou,
+        "gain_over_present": chosen.miou - now.miou,
+        "grid": [dataclasses.asdict(row) for row in rows],
+    }
+    section = (
+        "\n## Verified by a grid\n\n"
+        f"Networks of fixed dilation, scored on {config.val_split}: mIoU {chosen.miou:.4f} at the recommended "
+        f"{recommended},\n{now.miou:.4f} at the present {present}, {best.miou:.4f} at the grid's best "
+        f"{best.dilation}.\n"
+        f"The recommendation is {100 * (best.miou - chosen.miou):.2f} points from the best of the grid"
+        f"{_plus_minus(best.miou_spread)}.\n\n{sweep_table(rows)}\n"
+    )
+    return verified, section
+
+
+def _plus_minus(spread: float | None) -> str:
+    return "" if spread is None else f",\nwhose own spread over the seeds is {100 * spread:.2f} points"
+
+
+def _headline(verdict: Verdict, field_px: float) -> str:
+    """The answer in one paragraph."""
+    name = f"{verdict.kind[0].upper()}{verdict.kind[1:]}"
+    best = f"dilation {verdict.dilation:.3g}, a receptive field of {field_px:.4g} px"
+    if verdict.kind in ("clear", "likely"):
+        return f"**Recommended: {best}.**\n{name}: {verdict.reason}."
+    nothing = "; nothing is recommended" * (verdict.kind == "not reliable")
+    return f"**{name}: {verdict.reason}.**\nThe least loss was read at {best}{nothing}."
+
+
+def _page(config: TuneConfig, answer: dict[str, Any], verdict: Verdict) -> str:
+    best, present = answer["best_dilation"], answer["present_dilation"]
+    points = {point["dilation"]: point["loss"] for point in answer["curve"]}
+    gain, relative, seeds = answer["gain"], answer["relative_gain"], len(config.seeds)
+    spread, relative_spread = (
+        "" if each["spread"] is None else f" (spread {unit * each['spread']:.3g})"
+        for each, unit in ((gain, 1), (relative, 100))
+    )
+    minima = ", ".join(f"{dilation:.3g}" for dilation in answer["minimum_of_each_seed"].values())
+    beyond = ""
+    if not min(points) <= present <= max(points):
+        beyond = f" (read at the curve's nearest end: {config.model}'s map holds dilations up to {max(points):.3g})"
+    table = markdown(
+        ("dilation", "RF [px]", "held-out loss", "error", "spread"),
+        [
+            (
+                f"**{point['dilation']:.3g}**" if point["dilation"] == best else f"{point['dilation']:.3g}",
+                f"{point['receptive_field_px']:.4g}",
+                f"{point['loss']:.4f}",
+                *("-" if point[key] is None else f"{point[key]:.4f}" for key in ("standard_error", "spread")),
+            )
+            for point in answer["curve"]
+        ],
+    )
+    return f"""# What receptive field should this network have?
+
+{config.model} on {config.data}, backbone frozen, {counted(config.epochs, "epoch")}, {counted(seeds, "seed")}.
+
+{_headline(verdict, answer["best_receptive_field_px"])}
+Now: dilation {present:.3g}, {answer["present_receptive_field_px"]:.4g} px. Minima of the single seeds: {minima}.
+
+From the present dilation to the best the held-out loss falls by {gain["loss"]:.3g}{spread}, or \
+{100 * relative["loss"]:.3g} %{relative_spread}: from {curve_at(points, present):.4g}{beyond} to {points[best]:.4g}.
+
+What this is: for each seed one network was trained at all dilations by turns, and its loss was read at each
+dilation on training images that it had not seen: cross-entropy a pixel, where a pixel weighs by the root of one over
+its class's share. Predicting the classes' shares everywhere would lose {answer["class_share_loss"]:.4g}.
+The gain is the difference between two points of that curve, averaged over the seeds. An error is the standard error of
+a point's difference to the best, over the images or over the seeds, whichever is larger; a spread is the standard
+deviation over the seeds. Networks trained at one dilation alone have losses of their own, and the gain in mIoU is
+another number: --verify measures it.
+
+{table}
+"""

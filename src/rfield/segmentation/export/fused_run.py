@@ -1,0 +1,119 @@
+"""A run folder becomes one whose network is plain: fixed dilations, no learned layer."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+from safetensors.torch import save_file
+
+from rfield.layers import AdaptiveConv2d, LearnedFactor, ReceptiveFieldRegulator
+from rfield.segmentation.data import ParsingDataset
+from rfield.segmentation.files.untrusted import read_json
+from rfield.segmentation.inference.predict import Progress, evaluate_run
+from rfield.segmentation.runs import Run, build_network, load_run
+from rfield.surgery.fuse import Mode, dilations, fuse
+
+
+def fuse_run(
+    run_folder: str | Path, out: str | Path, mode: Mode = "resize", checkpoint: str = "last"
+) -> dict[str, str]:
+    """Writes a run's network as a plain one, into a run folder that `rfield predict` and `evaluate` read.
+
+    The folder holds `config.yaml` (search none, the dilation that was found), `classes.json`, the weights in
+    `model.safetensors`, and in `fused.json` what the config cannot say: dilations that differ between paths or axes,
+    and resizes where a regulator was not snapped.
+
+    Args:
+        run_folder: what `rfield train` has left.
+        out: the folder to make; an earlier one of this kind is replaced.
+        mode: see `rfield.fuse`.
+        checkpoint: `last` or `best`.
+
+    Returns:
+        What became of each learned layer, by its name.
+
+    Raises:
+        FileExistsError: if `out` holds a run that was trained.
+        FileNotFoundError, ValueError: as `load_run` and `rfield.fuse` do.
+    """
+    out = Path(out)
+    if not (out / "fused.json").is_file() and ((out / "config.yaml").exists() or (out / "checkpoints").exists()):
+        raise FileExistsError(f"{out} holds a run that was trained: give another --out")
+    run = load_run(run_folder, checkpoint)
+    if not (run.folder / "config.yaml").is_file():
+        raise ValueError(f"{run_folder} comes from the Hub and is plain already")
+    plain = fuse(run.network, mode)
+    found = dilations(plain)
+    layers = {name: module for name, module in run.network.named_modules() if isinstance(module, LearnedFactor)}
+    resizes = _resizes(run, layers, mode)
+    head = [max(found[_conv_of(name, layer)]) for name, layer in layers.items() if name not in resizes]
+    config = dataclasses.replace(
+        run.config,
+        out=str(out),
+        search="none",
+        search_share=None,
+        factor=1.0,
+        rectangular=False,
+        dilation=max(head, default=run.config.dilation),
+    )
+    stock = dilations(build_network(config, run.network.num_classes))
+    record = {
+        "run": str(run_folder),
+        "mode": mode,
+        "dilations": {name: found[name] for name in stock if found[name] != stock[name]},
+        "resizes": resizes,
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "config.yaml").write_text(yaml.safe_dump(config.plain(), sort_keys=False), encoding="utf-8")
+    (out / "classes.json").write_bytes((run.folder / "classes.json").read_bytes())
+    save_file({key: value.contiguous() for key, value in plain.state_dict().items()}, out / "model.safetensors")
+    (out / "fused.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    return {
+        name: f"resized by {_size(resizes[name])}"
+        if name in resizes
+        else f"dilation {_size(layer.base_dilation)}, learned {_size(layer.effective_dilation)}, now "
+        f"{_size(found[_conv_of(name, layer)])}"
+        for name, layer in layers.items()
+    }
+
+
+def score_change(
+    run_folder: str | Path,
+    out: str | Path,
+    checkpoint: str,
+    dataset: ParsingDataset,
+    progress: Progress,
+    ignore_names: bool = False,
+) -> tuple[float, float]:
+    """The mean IoU of a run's network, and that of the plain one that `fuse_run` has made of it."""
+    before, after = (
+        evaluate_run(run, dataset, progress, ignore_names)["miou"]
+        for run in (load_run(run_folder, checkpoint), load_run(out))
+    )
+    return before, after
+
+
+def _resizes(run: Run, layers: dict[str, LearnedFactor], mode: Mode) -> dict[str, list[float]]:
+    """The factors (height, width) of the resizes that stay, by the part's name."""
+    kept: dict[str, Any] = {}
+    earlier = run.folder / "fused.json"
+    if earlier.is_file():
+        kept = dict(read_json(earlier)["resizes"])
+    for name, layer in layers.items():
+        if isinstance(layer, ReceptiveFieldRegulator) and not layer.snapped and mode == "resize":
+            factor = layer.factor.expand(2).tolist()
+            if factor != [1.0, 1.0]:
+                kept[name] = factor
+    return kept
+
+
+def _conv_of(name: str, layer: LearnedFactor) -> str:
+    """Under which name the plain network has the convolution that a layer dilates."""
+    return name if isinstance(layer, AdaptiveConv2d) else f"{name}.fc6"
+
+
+def _size(values: Any) -> str:
+    height, width = values
+    return f"{height:.3g}" if height == width else f"{height:.3g}x{width:.3g}"

@@ -1,0 +1,108 @@
+"""A run on the Hugging Face Hub: its plain network, and a card with its scores and its receptive field."""
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any, cast
+
+from rfield.receptive_field.theoretical import receptive_field_px
+from rfield.segmentation.config.train import counted
+from rfield.segmentation.files.untrusted import read_json
+from rfield.segmentation.models import ParsingNetwork
+from rfield.segmentation.models.hub import upload_folder
+from rfield.segmentation.runs import Run, load_run
+from rfield.surgery.fuse import fuse
+
+_PICTURES = {"curve.png": "Loss over the receptive field", "factor.png": "The receptive field in training"}
+
+
+def push_run(run_folder: str | Path, repo_id: str, checkpoint: str = "last", private: bool = False) -> str:
+    """Uploads what `share_run` writes, and returns the repository's address.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_run`, `rfield.fuse` and `HubMixin.save_pretrained` do.
+        OSError: if the Hub refuses it or cannot be reached.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        share_run(run_folder, folder, checkpoint, repo_id)
+        return upload_folder(Path(folder), repo_id, private)
+
+
+def share_run(run_folder: str | Path, out: str | Path, checkpoint: str = "last", repo_id: str = "USER/NAME") -> None:
+    """Writes a run's network, fused, as `rfield predict` and `ParsingNetwork.from_pretrained` read it.
+
+    The folder holds no paths of the run's config, and no data.
+
+    Args:
+        run_folder: what `rfield train` or `rfield fuse` has left.
+        out: the folder to fill.
+        checkpoint: `last` or `best`.
+        repo_id: the name on the Hub, for the card.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_run`, `rfield.fuse` and `HubMixin.save_pretrained` do.
+    """
+    run = load_run(run_folder, checkpoint)
+    out = Path(out)
+    network = cast(ParsingNetwork, fuse(run.network))
+    notes = {
+        "class_names": run.class_names,
+        "palette": run.palette,
+        "size": run.size,
+        "freeze_backbone": run.config.freeze_backbone,
+    }
+    pictures = [name for name in _PICTURES if (run.folder / name).is_file()]
+    network.save_pretrained(out, notes, _card(run, run.network, pictures, repo_id))
+    for name in pictures:
+        shutil.copyfile(run.folder / name, out / name)
+
+
+def _card(run: Run, network: ParsingNetwork, pictures: list[str], repo_id: str) -> str:
+    lines = [
+        "---",
+        "library_name: rfield",
+        "pipeline_tag: image-segmentation",
+        "tags: [image-segmentation, receptive-field]",
+        "---",
+        "",
+        f"# {repo_id.rpartition('/')[2]}",
+        "",
+        f"{run.config.model} of rfield, {counted(len(run.class_names), 'class')}: {', '.join(run.class_names)}.",
+        "",
+        *_field(network),
+        *_scores(run.folder),
+        *(f"![{_PICTURES[name]}]({name})\n" for name in pictures),
+        "```sh",
+        "pip install 'rfield[all]'",
+        f"rfield predict hf:{repo_id} photographs --out out",
+        "```",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _field(network: ParsingNetwork) -> list[str]:
+    try:
+        pixels = receptive_field_px(network)
+    except ValueError:  # The fixed resizes of a network that was fused before have no rule.
+        return []
+    dilation = network.head.effective_dilation
+    return [f"Receptive field {_pair(pixels)} px (dilation {_pair(dilation)} in its head).", ""]
+
+
+def _pair(values: tuple[float, float]) -> str:
+    height, width = values
+    return f"{height:.4g}" if height == width else f"{height:.4g} x {width:.4g}"
+
+
+def _scores(folder: Path) -> list[str]:
+    """Those of the validation at the end of the training, if the folder has them."""
+    try:
+        scores: dict[str, Any] = read_json(folder / "metrics.json")
+        rows = [(name, value) for name, value in scores["per_class"].items() if value is not None]
+        accuracy = scores["pixel_accuracy"]
+        table = [f"| {name} | {value:.3f} |" for name, value in rows]
+        head = f"Validation at the end of the training: mIoU {scores['miou']:.3f}, pixel accuracy {accuracy:.3f}."
+    except (OSError, AttributeError, ValueError, KeyError, TypeError, OverflowError):
+        return []
+    return [head, "", "| class | IoU |", "|---|---|", *table, ""]

@@ -1,0 +1,130 @@
+"""An exported network that computes in whole numbers of 8 bits."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rfield.segmentation.data import ParsingDataset, evaluation_transform, match_classes
+from rfield.segmentation.export.onnx import Exported, export_run, quiet
+from rfield.segmentation.inference.onnx import evaluate_onnx, load_onnx
+from rfield.segmentation.inference.predict import Progress
+from rfield.segmentation.runs import Run
+from rfield.surgery.fuse import Mode
+
+
+def export_int8(
+    run: Run,
+    out: str | Path,
+    images: ParsingDataset,
+    count: int,
+    dataset: ParsingDataset,
+    size: tuple[int, int] | None,
+    mode: Mode,
+    progress: Progress,
+    ignore_names: bool = False,
+) -> tuple[Exported, float, float]:
+    """Writes a run's network as ONNX (see `export_run`), whose convolutions are then quantised.
+
+    Args:
+        run, size, mode: see `export_run`.
+        out: the .onnx file to make; an earlier one is replaced.
+        images: what to calibrate on.
+        count: how many of them, evenly spaced.
+        dataset: what to score on.
+        progress: called with (images done, images in all).
+        ignore_names: see `rfield.segmentation.data.match_classes`.
+
+    Returns:
+        What `export_run` says of the network before it is quantised; the mean IoU before and after.
+
+    Raises:
+        ValueError: as `export_run` and `quantise` do, or if the data set has other classes, see
+            `rfield.segmentation.data.match_classes`.
+    """
+    dataset = match_classes(dataset, run.class_names, ignore_names)
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the target, so that a rename moves it.
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.stem}-") as folder:
+        plain, small = Path(folder, "plain.onnx"), Path(folder, "int8.onnx")
+        made = export_run(run, plain, size, mode)
+        quantise(plain, small, images, count)
+        before, after = (
+            evaluate_onnx(load_onnx(path), dataset, progress, ignore_names)["miou"] for path in (plain, small)
+        )
+        os.replace(small, out)
+    return made, before, after
+
+
+def quantise(source: Path, out: Path, images: ParsingDataset, count: int) -> None:
+    """Writes an ONNX file of `export_run` with the convolutions in 8 bits.
+
+    The range of each activation is what the images give (static quantisation), that of weights its channel's own; what
+    is not a convolution, such as the resizes, stays in float32.
+
+    Args:
+        source: the file to quantise.
+        out: the file to make.
+        images: what to calibrate on; evenly spaced ones are taken.
+        count: how many.
+
+    Raises:
+        ValueError: if an image is of a size that the network does not take, or the file cannot be quantised.
+    """
+    import onnx
+    from onnxruntime import quantization
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    batches = list(_calibration(source, images, count))
+    prepared = out.with_name(f"{out.stem}.prepared.onnx")
+    try:
+        with quiet():
+            quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True)
+            quantization.quantize_static(
+                str(prepared),
+                str(out),
+                _Reader(batches),
+                quant_format=quantization.QuantFormat.QDQ,
+                op_types_to_quantize=["Conv"],
+                per_channel=True,
+                # 7 bits of weight: sums of products of 8 bits overflow on processors without VNNI.
+                reduce_range=True,
+                activation_type=quantization.QuantType.QUInt8,
+                weight_type=quantization.QuantType.QInt8,
+            )
+    except Exception as error:  # The quantiser has an exception for each of its faults.
+        raise ValueError(f"the network cannot be quantised: {error}") from error
+    finally:
+        prepared.unlink(missing_ok=True)
+    model = onnx.load(out)
+    del model.metadata_props[:]
+    model.metadata_props.extend(onnx.load(source).metadata_props)
+    onnx.save(model, out)
+
+
+class _Reader:
+    """What the quantiser asks for its inputs, one by one."""
+
+    def __init__(self, batches: list[Any]) -> None:
+        self.batches = iter(batches)
+
+    def get_next(self) -> dict[str, Any] | None:
+        batch = next(self.batches, None)
+        return None if batch is None else {"image": batch}
+
+
+def _calibration(source: Path, images: ParsingDataset, count: int) -> Iterator[Any]:
+    model = load_onnx(source)
+    transform = evaluation_transform()
+    chosen = np.linspace(0, len(images) - 1, min(count, len(images))).round().astype(int).tolist()
+    for index in chosen:
+        image = transform(*images[index])[0][None]
+        try:
+            model.check_size(image)
+        except ValueError as error:
+            raise ValueError(f"{images.ids[index]}: {error}") from error
+        yield image.numpy()

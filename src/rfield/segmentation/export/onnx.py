@@ -1,0 +1,242 @@
+"""A trained network as a file for other runtimes, ONNX or torch.export, kept if it computes what the network does."""
+
+import contextlib
+import dataclasses
+import io
+import json
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, fx, nn
+
+from rfield import __version__
+from rfield.segmentation.data import IMAGENET_MEAN, IMAGENET_STD
+from rfield.segmentation.inference.onnx import load_onnx
+from rfield.segmentation.models import ParsingNetwork
+from rfield.segmentation.runs import Run
+from rfield.surgery.fuse import Mode, fuse
+
+MAX_DIFFERENCE = 1e-3
+"""The largest difference of two logits, over the range of all, that an exported network may have."""
+MIN_AGREEMENT = 0.999
+"""The least share of pixels that it must label as the network does."""
+
+# No side is a multiple of a stride plus 1: the padding and the crop would be traced as if they did nothing.
+_TRACED = (98, 131)
+_OTHER = (70, 61)
+# Every side is.
+_WHOLE = (97, 129)
+
+
+@dataclasses.dataclass(frozen=True)
+class Exported:
+    """What a file holds, and how near it is to the network."""
+
+    path: Path
+    size: tuple[int, int] | None
+    """The only (height, width) in px that it takes; None for any."""
+    difference: float
+    """Largest difference of two logits over the range of all."""
+    agreement: float
+    """Share of pixels with the same label."""
+
+
+def export_run(run: Run, out: str | Path, size: tuple[int, int] | None = None, mode: Mode = "resize") -> Exported:
+    """Writes a run's network, fused, as an ONNX (.onnx) or torch.export (.pt2) file that takes batches of any number.
+
+    The input `image` is float32 [N, 3, H, W], normalised by ImageNet's mean and deviation; the output `logits` is
+    [N, K, H, W]. The file's metadata (`rfield.json` in a .pt2 file) has the class names, the palette, the
+    normalisation and the working size. It is written under another name and gets its own once ONNX Runtime, or the
+    loaded program, computes what the network does on images of several sizes, alone and in a batch.
+
+    Args:
+        run: the trained network.
+        out: the file to make; an earlier one is replaced.
+        size: the one (height, width) in px to take; None for any, or for the run's working size where the network has
+            resizes of fixed factors, whose arithmetic on sizes only Python can do.
+        mode: see `rfield.fuse`.
+
+    Raises:
+        ValueError: if the network cannot be exported or differs, if a size is needed, or if a package is missing.
+        OSError: if the file cannot be written.
+    """
+    out = Path(out)
+    # Tracing works on the CPU's copy; the caller's network stays where it is.
+    network = fuse(run.network, mode).cpu().eval()
+    if not isinstance(network, ParsingNetwork):
+        raise ValueError(f"{type(network).__name__} is no parsing network")
+    size = size or _needed_size(run, network)
+    batches = _batches(network, size)
+    notes = _notes(run)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(f".{out.stem}.partial{out.suffix}")
+    try:
+        program = _trace(network if out.suffix == ".onnx" else _Cropping(network), batches[0], dynamic=size is None)
+        if out.suffix == ".onnx":
+            write_onnx(program, notes, partial)
+        else:
+            _write_program(program, notes, partial)
+        difference, agreement = compare(network, read_exported(partial), batches)
+        _judge(out, difference, agreement)
+        os.replace(partial, out)
+    finally:
+        partial.unlink(missing_ok=True)
+    return Exported(out, size, difference, agreement)
+
+
+def write_onnx(program: torch.export.ExportedProgram, notes: dict[str, str], path: Path) -> None:
+    """Writes a traced network and its notes as one ONNX file.
+
+    Raises:
+        ValueError: if it cannot be translated, or a package is missing.
+    """
+    try:
+        with quiet():
+            onnx = torch.onnx.export(
+                program, input_names=["image"], output_names=["logits"], dynamo=True, verbose=False
+            )
+    except ImportError as error:
+        raise ValueError(f"ONNX needs a package ({error}): pip install 'rfield[export]'") from error
+    except Exception as error:  # The exporter has an exception for each of its faults.
+        raise ValueError(f"the network cannot be translated to ONNX: {error}") from error
+    if onnx is None:
+        raise ValueError("the network cannot be translated to ONNX")
+    onnx.model.metadata_props.update(notes)
+    onnx.save(str(path))
+
+
+def _write_program(program: torch.export.ExportedProgram, notes: dict[str, str], path: Path) -> None:
+    try:
+        with quiet():
+            torch.export.save(program, path, extra_files={"rfield.json": json.dumps(notes)})
+    except OSError:
+        raise
+    except Exception as error:  # Such as arithmetic on sizes that the format has no words for.
+        cause = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        raise ValueError(
+            f"the traced network cannot be saved as .pt2 ({cause}); as .onnx, or with --size HEIGHTxWIDTH, it may be"
+        ) from error
+
+
+def read_exported(path: Path) -> Callable[[Tensor], Tensor]:
+    """What a file computes: maps images Tensor[N, 3, H, W] to logits Tensor[N, K, H, W]."""
+    if path.suffix == ".onnx":
+        return load_onnx(path)
+    loaded = torch.export.load(path).module()
+    return lambda images: loaded(images)
+
+
+def compare(
+    network: Callable[[Tensor], Tensor], exported: Callable[[Tensor], Tensor], batches: list[Tensor]
+) -> tuple[float, float]:
+    """The largest difference of two logits over their range, and the share of pixels with the same label.
+
+    >>> network = torch.nn.Conv2d(3, 4, 1)
+    >>> compare(network, lambda images: network(images), [torch.randn(1, 3, 5, 5)])
+    (0.0, 1.0)
+    """
+    difference, same, pixels = 0.0, 0, 0
+    with torch.no_grad():
+        for images in batches:
+            wanted, got = network(images), exported(images)
+            if got.shape != wanted.shape:
+                return float("inf"), 0.0
+            spread = float(wanted.max() - wanted.min()) or 1.0
+            # NaN, which compares with nothing, counts as infinite.
+            gap = float((got - wanted).abs().max().nan_to_num(nan=float("inf"))) / spread
+            difference = max(difference, gap)
+            same += int((got.argmax(1) == wanted.argmax(1)).sum())
+            pixels += wanted[:, 0].numel()
+    return difference, same / pixels
+
+
+def _judge(out: Path, difference: float, agreement: float) -> None:
+    if not (difference < MAX_DIFFERENCE and agreement > MIN_AGREEMENT):
+        raise ValueError(
+            f"{out} was not kept: its logits differ from the network's by {difference:.2g} of their range (at most "
+            f"{MAX_DIFFERENCE:g}), and {agreement:.2%} of the pixels get the same label (more than {MIN_AGREEMENT:.1%})"
+        )
+
+
+class _Cropping(nn.Module):
+    """A network whose logits are cropped into new memory.
+
+    As a view they would be contiguous or not, and torch.export would guard that every image is as the traced one.
+    """
+
+    def __init__(self, network: ParsingNetwork) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, image: Tensor) -> Tensor:
+        padded = self.network.pad(image)
+        logits = self.network.logits(padded, output_size=(padded.shape[-2], padded.shape[-1]))
+        for axis in (2, 3):
+            logits = logits.index_select(axis, torch.arange(image.shape[axis], device=logits.device))
+        return logits
+
+
+def _needed_size(run: Run, network: ParsingNetwork) -> tuple[int, int] | None:
+    """None where the network takes any size, else the size that its images have."""
+    if not any(isinstance(module, fx.GraphModule) and "factor" in module.meta for module in network.modules()):
+        return None
+    size = run.size or run.config.canvas
+    if size is None:
+        raise ValueError(
+            "the regulator's resizes are exported for one size of image: give --size HEIGHTxWIDTH, or --mode dilation "
+            "for the nearest dilations and any size"
+        )
+    return size
+
+
+def _batches(network: ParsingNetwork, size: tuple[int, int] | None) -> list[Tensor]:
+    """Images to trace and to compare with: two and one of them, of two sizes where any is taken."""
+    generator = torch.Generator().manual_seed(0)
+    least = network.min_size
+    # One below the size that images are padded to, if there is one, and one above.
+    other = _OTHER if max(least) <= min(_OTHER) else (least[0] + 9, least[1] + 6)
+    sizes = [_TRACED, other, _WHOLE] if size is None else [size, size]
+    return [torch.randn(2 - index % 2, 3, *each, generator=generator) for index, each in enumerate(sizes)]
+
+
+def _trace(network: nn.Module, images: Tensor, dynamic: bool) -> torch.export.ExportedProgram:
+    axes = (0, 2, 3) if dynamic else (0,)
+    try:
+        with quiet():
+            return torch.export.export(
+                network, (images,), dynamic_shapes={"image": dict.fromkeys(axes, torch.export.Dim.DYNAMIC)}
+            )
+    except Exception as error:  # Tracing runs the backbone's own code.
+        hint = "; with --size HEIGHTxWIDTH it may be" if dynamic else ""
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"the network cannot be traced by torch.export ({first}){hint}") from error
+
+
+def _notes(run: Run) -> dict[str, str]:
+    """What a user of the file has to know, in JSON, since ONNX's metadata is text."""
+    values = {
+        "class_names": run.class_names,
+        "palette": run.palette,
+        "mean": IMAGENET_MEAN,
+        "std": IMAGENET_STD,
+        "size": run.size,
+        "rfield": __version__,
+    }
+    return {name: json.dumps(value) for name, value in values.items()}
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """The exporters tell of their own affairs, on every channel there is."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)

@@ -1,0 +1,1 @@
+"""Trained networks at work: labelling images and scoring data sets."""

@@ -1,0 +1,1 @@
+"""Measuring what a network sees, by the name of a model."""

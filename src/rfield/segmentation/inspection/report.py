@@ -1,0 +1,202 @@
+"""What a network sees, measured and written to a folder: `rfield inspect`."""
+
+import csv
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision.transforms.v2 import functional as TF
+
+from rfield.receptive_field.effective import Square, contribution_squares, effective_receptive_field, random_images
+from rfield.receptive_field.per_layer import LayerField, field_warnings, layer_receptive_fields
+from rfield.segmentation import plots
+from rfield.segmentation.config.inspect import InspectConfig
+from rfield.segmentation.data import evaluation_transform
+from rfield.segmentation.data.images import read_single_image
+from rfield.segmentation.inference.predict import compute_device, find_images
+from rfield.segmentation.inspection.model_names import Source, open_model
+from rfield.segmentation.models import ParsingNetwork
+
+Progress = Callable[[int, int], None]
+
+_DRAWN = (0.5, 0.99)  # of the shares of contribution_squares
+
+
+@dataclasses.dataclass(frozen=True)
+class Inspection:
+    """What one network sees."""
+
+    name: str
+    weights: str
+    layers: list[LayerField]
+    """The last is the output."""
+    warnings: list[str]
+    squares: list[Square]
+    """Of the effective field; empty where it was not measured."""
+    scores: Tensor | None
+    """The effective field, Tensor[H, W]."""
+
+    @property
+    def output(self) -> LayerField:
+        return self.layers[-1]
+
+    @property
+    def whole_image(self) -> list[LayerField]:
+        """The layers by which the output sees the whole image, if it does."""
+        if math.isfinite(max(self.output.field)):
+            return []
+        return [layer for layer in self.layers[:-1] if layer.kernel is None]
+
+    def summary(self, size: tuple[int, int]) -> list[str]:
+        """The fields in sentences, for an image of size (height, width)."""
+        local = self.output.local
+        lines = []
+        if math.isfinite(max(local)):
+            shares = " x ".join(f"{extent / side:.2f}" for extent, side in zip(local, size, strict=True))
+            lines.append(f"theoretical field {local[0]:.4g}x{local[1]:.4g} px, {shares} of the image's sides")
+        if self.whole_image:
+            names = [f"{layer.name} ({layer.kind})" for layer in self.whole_image]
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            lines.append(f"the whole image is seen through {', '.join(names[:3])}{more}")
+        return lines + [
+            f"{100 * square.share:.0f} % of the contributions come from {square.side}x{square.side} px, "
+            f"{100 * square.area_ratio:.3g} % of the image's area"
+            for square in self.squares
+        ]
+
+
+def run_inspect(config: InspectConfig, progress: Progress) -> dict[str, Inspection]:
+    """Measures a network, and another one beside it where the config names one or the run knows where it started.
+
+    Writes inspect.json and layers.csv, and effective.png if the effective field is measured, where the config has a
+    folder for them.
+
+    Args:
+        config: what to measure.
+        progress: called with (images done, images in all).
+
+    Returns:
+        The network's inspection under `after`, and the other one's under `before` in front of it; or only its own,
+        under its name.
+
+    Raises:
+        FileNotFoundError, ValueError: as `open_model`; or if the network cannot be run on images of that size.
+    """
+    torch.manual_seed(config.seed)
+    source = open_model(config.model, config.weights)
+    sources = {source.name: source}
+    if config.against is not None:
+        torch.manual_seed(config.seed)
+        against = open_model(config.against, config.against_weights)
+        sources = {"before": against, "after": source}
+    elif source.start is not None:
+        start = dataclasses.replace(source, name=f"{source.name}, where it started", model=source.start)
+        sources = {"before": start, "after": source}
+    images = [] if config.count == 0 else _images(config)
+    total = len(sources) * len(images)
+
+    found: dict[str, Inspection] = {}
+    for index, (title, each) in enumerate(sources.items()):
+        found[title] = _inspect(each, config, _counted(images, progress, index * len(images), total))
+    if config.out is None:
+        return found
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    measured = {title: each for title, each in found.items() if each.scores is not None}
+    if measured:
+        figure = plots.effective_fields({title: _panel(each) for title, each in measured.items()})
+        plots.save(figure, out / "effective.png")
+    _write_layers(out / "layers.csv", list(found.values())[-1], config.size)
+    content = {"size": config.size, "images": config.images or "random", "measure": config.measure}
+    networks = {title: _plain(each) for title, each in found.items()}
+    text = json.dumps({**content, "count": len(images), "networks": networks}, indent=2, allow_nan=False)
+    (out / "inspect.json").write_text(text + "\n", encoding="utf-8")
+    return found
+
+
+def _inspect(source: Source, config: InspectConfig, images: Iterable[Tensor]) -> Inspection:
+    layers = _layers(source.model, config.size)
+    squares, scores = [], None
+    if config.count:
+        model: nn.Module = source.model.to(compute_device())
+        try:
+            scores = effective_receptive_field(model, images, config.measure)
+        except ValueError:
+            raise
+        except Exception as error:  # Every network has its own words for an image that it cannot take.
+            size = f"{config.size[0]}x{config.size[1]}"
+            raise ValueError(f"{source.name} cannot be run on images of {size} px: {error}") from error
+        squares = contribution_squares(scores, compress=config.measure == "replknet")
+    return Inspection(source.name, source.weights, layers, field_warnings(layers, config.size), squares, scores)
+
+
+def _layers(model: nn.Module, size: tuple[int, int]) -> list[LayerField]:
+    if not isinstance(model, ParsingNetwork):
+        return layer_receptive_fields(model, size=size)
+    # On its canvas a short strip has the map of a longer one, from which no stride can be told.
+    canvas, model.min_size = model.min_size, (1, 1)
+    try:
+        return layer_receptive_fields(model, size=size)
+    finally:
+        model.min_size = canvas
+
+
+def _images(config: InspectConfig) -> list[Tensor]:
+    if config.images is None:
+        return list(random_images(config.size, config.count, seed=config.seed))
+    images = map(read_single_image, find_images(config.images)[: config.count])
+    return [evaluation_transform()(TF.resize(image, list(config.size), antialias=True)) for image in images]
+
+
+def _counted(images: list[Tensor], progress: Progress, done: int, total: int) -> Iterable[Tensor]:
+    for index, image in enumerate(images):
+        progress(done + index, total)
+        yield image
+    progress(done + len(images), total)
+
+
+def _panel(found: Inspection) -> tuple[Any, dict[str, tuple[float, float]]]:
+    boxes = {}
+    if math.isfinite(max(found.output.local)):
+        boxes["theoretical field" + ", and the whole image" * bool(found.whole_image)] = found.output.local
+    for square in found.squares:
+        if square.share in _DRAWN:
+            boxes[f"{100 * square.share:.0f} % of the contributions"] = (float(square.side),) * 2
+    return found.scores.cpu().numpy() if found.scores is not None else None, boxes
+
+
+def _write_layers(path: Path, found: Inspection, size: tuple[int, int]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        pairs = ("kernel", "dilation", "stride", "field", "local", "field_per_image")
+        writer.writerow(["layer", "kind", *(f"{name}_{side}" for name in pairs for side in ("height", "width"))])
+        for layer in found.layers:
+            shares = [field / side for field, side in zip(layer.field, size, strict=True)]
+            values = (layer.kernel, layer.dilation, layer.stride, layer.field, layer.local, shares)
+            row = ["" if pair is None else f"{pair[axis]:.6g}" for pair in values for axis in (0, 1)]
+            writer.writerow([layer.name, layer.kind, *row])
+
+
+def _plain(found: Inspection) -> dict[str, Any]:
+    """For JSON, where null stands for what is infinite: the whole image, or one output for all of it."""
+    return {
+        "model": found.name,
+        "weights": found.weights,
+        "warnings": found.warnings,
+        "whole_image_by": [layer.name for layer in found.whole_image],
+        "effective": [dataclasses.asdict(square) for square in found.squares],
+        "layers": [_finite(dataclasses.asdict(layer)) for layer in found.layers],
+    }
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,19 @@
+"""Pictures of learned receptive fields and of labelled images: arrays in, matplotlib Figures out."""
+
+from rfield.segmentation.plots.curves import factor_paths, rf_curve
+from rfield.segmentation.plots.effective import effective_fields
+from rfield.segmentation.plots.fields import factor_curve, learned_field
+from rfield.segmentation.plots.masks import colourise, overlay, panel
+from rfield.segmentation.plots.style import save
+
+__all__ = [
+    "colourise",
+    "effective_fields",
+    "factor_curve",
+    "factor_paths",
+    "learned_field",
+    "overlay",
+    "panel",
+    "rf_curve",
+    "save",
+]

@@ -1,0 +1,148 @@
+"""A value over the receptive field, and how factors moved in several runs."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter, NullLocator
+
+from rfield.segmentation.plots.style import (
+    DASHES,
+    FIELD_COLOURS,
+    INK,
+    LEGEND,
+    check_curves,
+    checked_series,
+    number,
+    plain_axes,
+    soften,
+    step_axis,
+)
+
+_LEAST_GAP = 0.045  # between the labels of two dilations, as a share of the axis
+
+
+def rf_curve(
+    curves: Mapping[str, Mapping[float, Sequence[float]]],
+    label: str,
+    marked: Mapping[str, float] | None = None,
+    field: tuple[float, float] | None = None,
+    errors: Mapping[str, Mapping[float, float | None]] | None = None,
+) -> Figure:
+    """A loss or a score over the dilation (logarithmic): every value, the means, and their spread.
+
+    Args:
+        curves: one to five names to curves, each {dilation in feature px: its values, one a seed}. A band of one
+            standard deviation to either side is drawn where every dilation has two values or more.
+        label: what the values are.
+        marked: names to dilations in feature px that are marked by vertical lines, five at most.
+        field: (slope, offset) of the receptive field in input px over the dilation, for an axis at the top.
+        errors: names of curves to {dilation: the standard error of its difference to the best}, drawn as bars around
+            the means; none where it is None.
+
+    Raises:
+        ValueError: if there are no curves or more than five, a curve or a dilation without values, values that are
+            not finite, more than five marks, or dilations not above 0.
+
+    Example:
+        >>> figure = rf_curve({"fixed": {2: [0.69], 6: [0.72, 0.71]}}, "mIoU", {"best": 6}, field=(16, 212))
+        >>> figure.axes[0].get_xscale(), figure.axes[0].get_ylabel()
+        ('log', 'mIoU')
+    """
+    marked = marked or {}
+    if not 1 <= len(curves) <= len(FIELD_COLOURS) or len(marked) > len(FIELD_COLOURS):
+        raise ValueError(f"1 to {len(FIELD_COLOURS)} curves can be drawn and as many marks, got {len(curves)} curves")
+    for name, curve in curves.items():
+        if not curve or not all(len(values) and np.isfinite(values).all() for values in curve.values()):
+            raise ValueError(f"every dilation of curve {name!r} must have finite values, got {dict(curve)}")
+    dilations = sorted({float(dilation) for curve in curves.values() for dilation in curve})
+    if not all(0 < dilation < np.inf for dilation in (*dilations, *marked.values())):
+        raise ValueError(f"dilations must be above 0, got {dilations} and the marks {dict(marked)}")
+
+    figure = Figure(figsize=(8, 4.6), layout="constrained")
+    axes = figure.subplots()
+    plain_axes(axes, label)
+    axes.set_xscale("log")
+    axes.set_xlabel("dilation [feature px]")
+    for (name, curve), colour in zip(curves.items(), FIELD_COLOURS, strict=False):
+        places = sorted(curve)
+        means = np.array([np.mean(curve[place]) for place in places])
+        if all(len(curve[place]) > 1 for place in places):
+            spread = np.array([np.std(curve[place], ddof=1) for place in places])
+            axes.fill_between(places, means - spread, means + spread, color=colour, alpha=0.15, linewidth=0)
+        for place in places:
+            values = curve[place]
+            axes.plot([place] * len(values), values, "o", color=colour, markersize=3.5, alpha=0.55)
+        axes.plot(places, means, "o-", color=colour, linewidth=2, markersize=6, label=name)
+        bars = [(errors or {}).get(name, {}).get(place) or 0.0 for place in places]
+        if any(bars):
+            axes.errorbar(places, means, bars, fmt="none", ecolor=colour, elinewidth=1.2, capsize=3)
+    for place, (name, dilation) in enumerate(marked.items()):
+        axes.axvline(dilation, color=INK, linewidth=1.3, linestyle=(3 * place, DASHES[1]), zorder=1.5)
+        text = f" {name}  {number(dilation)}"
+        at = (dilation, 0.99 - 0.07 * place)
+        axes.annotate(text, at, xycoords=axes.get_xaxis_transform(), color=INK, va="top", fontsize=9.5)
+    axes.xaxis.set_major_locator(NullLocator())
+    axes.xaxis.set_minor_locator(NullLocator())
+    ticks = _apart(dilations)
+    axes.set_xticks(ticks, [number(tick) for tick in ticks])
+    if field is not None:
+        slope, offset = field
+        top = axes.secondary_xaxis("top")
+        top.set_xticks(ticks, [f"{slope * tick + offset:.0f}" for tick in ticks])
+        top.xaxis.set_minor_formatter(NullFormatter())
+        top.set_xlabel("receptive field [px]")
+        soften(top)
+        top.tick_params(which="minor", length=0)
+    if len(curves) > 1:
+        axes.legend(loc="best", **LEGEND)
+    return figure
+
+
+def factor_paths(paths: Mapping[str, Mapping[str, tuple[npt.ArrayLike, npt.ArrayLike]]]) -> Figure:
+    """How factors moved in several runs: one axes a group, one line a run, on a logarithmic axis.
+
+    Args:
+        paths: titles of the groups, each with one to five names of runs to (step [N], factor [N]); steps rise.
+
+    Raises:
+        ValueError: if there is nothing to draw, more than five runs in a group, arrays that are empty, differ in length
+            or are not finite, steps that fall, or factors not above 0.
+
+    Example:
+        >>> figure = factor_paths({"from 436 px": {"gradient": ([1, 2], [1.0, 1.1]), "spsa": ([1, 2], [1.0, 1.4])}})
+        >>> [axes.get_title(loc="left") for axes in figure.axes]
+        ['from 436 px']
+    """
+    if not paths or not all(1 <= len(runs) <= len(FIELD_COLOURS) for runs in paths.values()):
+        raise ValueError(f"every group must have 1 to {len(FIELD_COLOURS)} runs, got {[*map(len, paths.values())]}")
+    figure = Figure(figsize=(8, 0.6 + 2.6 * len(paths)), layout="constrained")
+    for axes, (title, runs) in zip(figure.subplots(len(paths), squeeze=False)[:, 0], paths.items(), strict=True):
+        plain_axes(axes, "factor f")
+        axes.set_title(title, fontsize=10.5, color=INK, loc="left")
+        axes.set_yscale("log")
+        for (name, (step, factor)), colour in zip(runs.items(), FIELD_COLOURS, strict=False):
+            steps, factors = checked_series("step", step), checked_series("factor", factor)
+            check_curves(steps, factor=factors)
+            if not factors.min() > 0:
+                raise ValueError(f"factors must be above 0, got {factors.min()} in {name!r}")
+            axes.plot(steps, factors, color=colour, linewidth=1.2, label=name)
+        reach = max(1.05, *(float(np.exp(np.abs(np.log(np.asarray(f, float))).max())) for _, f in runs.values())) ** 1.1
+        axes.set_ylim(1 / reach, reach)
+        axes.yaxis.set_minor_locator(NullLocator())
+        ticks = np.geomspace(1 / reach, reach, 5)
+        axes.set_yticks(ticks, [number(tick) for tick in ticks])
+        step_axis(axes, checked_series("step", [0, max(float(np.max(step)) for step, _ in runs.values())]))
+        axes.legend(loc="lower left", bbox_to_anchor=(0.3, 1.0), ncols=5, **LEGEND)
+    return figure
+
+
+def _apart(dilations: Sequence[float]) -> list[float]:
+    """Those of the dilations whose labels have room on a logarithmic axis."""
+    span = np.log(dilations[-1] / dilations[0]) or 1.0
+    kept = [dilations[0]]
+    for dilation in dilations[1:]:
+        if np.log(dilation / kept[-1]) / span >= _LEAST_GAP:
+            kept.append(dilation)
+    return kept

@@ -1,0 +1,29 @@
+"""Training a parsing network with a learned receptive field; Lightning runs the loop."""
+
+from rfield.segmentation.training.callbacks import (
+    FACTOR_COLUMNS,
+    FactorLog,
+    LastValidation,
+    LineProgress,
+    read_factor_csv,
+)
+from rfield.segmentation.training.module import ParsingModule, present_field
+from rfield.segmentation.training.run import check_classes, clear_run_folder, prepare, train, write_json, write_text
+from rfield.segmentation.training.stopping import Interrupted
+
+__all__ = [
+    "FACTOR_COLUMNS",
+    "FactorLog",
+    "Interrupted",
+    "LastValidation",
+    "LineProgress",
+    "ParsingModule",
+    "check_classes",
+    "clear_run_folder",
+    "prepare",
+    "present_field",
+    "read_factor_csv",
+    "train",
+    "write_json",
+    "write_text",
+]

@@ -1,0 +1,234 @@
+"""What is written and shown while a network trains."""
+
+import csv
+import io
+import os
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+from lightning.pytorch.callbacks import Callback, RichProgressBar
+from lightning.pytorch.utilities import rank_zero_only
+
+from rfield.layers import LearnedFactor
+from rfield.search import GradientSearch, SampledSearch, SpsaSearch
+from rfield.segmentation.files.checkpoints import write_error, written_whole
+from rfield.segmentation.training.module import ParsingModule, present_field, present_fields
+
+FACTOR_COLUMNS = (
+    "step",
+    "factor",
+    "effective_dilation",
+    "receptive_field_px",
+    "grad_inflation",
+    "grad_interpolation",
+    "loss",
+)
+_AXES = ("height", "width")
+# Fewer steps at a bound mean nothing, however short the search.
+_LEAST_PINNED = 20
+PATH_COLUMNS = ("step", "path", "axis", "factor", "effective_dilation", "receptive_field_px")
+
+
+class _StepLog(Callback):
+    """Writes a CSV file, a row a step or more; on resuming, drops the rows after the checkpoint."""
+
+    columns: tuple[str, ...]
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._rows: list[list[Any]] = []
+
+    def rows(self, trainer: L.Trainer, module: ParsingModule, loss: float) -> list[list[Any]]:
+        """What a step adds after the step's number."""
+        raise NotImplementedError
+
+    @rank_zero_only
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        kept: list[list[str]] = []
+        if trainer.global_step and self.path.is_file():
+            with self.path.open(newline="", encoding="utf-8") as file:
+                whole = [row for row in list(csv.reader(file))[1:] if len(row) == len(self.columns)]
+            kept = [row for row in whole if int(row[0]) <= trainer.global_step]
+        text = io.StringIO(newline="")
+        csv.writer(text).writerows([self.columns, *kept])
+        with written_whole(self.path) as file:
+            file.write(text.getvalue().encode())
+
+    @rank_zero_only
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_index: int
+    ) -> None:
+        assert isinstance(pl_module, ParsingModule)
+        rows = self.rows(trainer, pl_module, float(pl_module.mean_loss))
+        self._rows += [[trainer.global_step, *row] for row in rows]
+        if len(self._rows) >= 50:
+            self._flush()
+
+    @rank_zero_only
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._flush()  # No checkpoint is ahead of its rows.
+
+    def _flush(self) -> None:
+        try:
+            with self.path.open("a", newline="", encoding="utf-8") as file:
+                csv.writer(file).writerows(self._rows)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise write_error(self.path, error, "the checkpoints are untouched") from error
+        self._rows = []
+
+
+class FactorLog(_StepLog):
+    """`factor.csv`: a row a step, of the first path along the height."""
+
+    columns = FACTOR_COLUMNS
+
+    def rows(self, trainer: L.Trainer, module: ParsingModule, loss: float) -> list[list[Any]]:
+        gradients = module.factor_gradients or ("", "")
+        return [[*(f"{x:.6g}" for x in present_field(module.network)), *gradients, f"{loss:.6g}"]]
+
+
+class PathLog(_StepLog):
+    """`paths.csv`: a row a step, path and axis."""
+
+    columns = PATH_COLUMNS
+
+    def rows(self, trainer: L.Trainer, module: ParsingModule, loss: float) -> list[list[Any]]:
+        return [
+            [
+                field.path + 1,
+                _AXES[field.axis],
+                *(f"{x:.6g}" for x in (field.factor, field.effective_dilation, field.receptive_field_px)),
+            ]
+            for field in present_fields(module.network)
+        ]
+
+
+class PinnedFactor(Callback):
+    """Says once for each factor that it has been at a bound for a fifth of its search, and what to do."""
+
+    def __init__(self) -> None:
+        self.steps: dict[tuple[int, int, bool], int] = {}
+
+    @rank_zero_only
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_index: int
+    ) -> None:
+        assert isinstance(pl_module, ParsingModule)
+        search = pl_module.search
+        if search is None or search.done or isinstance(search, SampledSearch):
+            return  # A sampled search reads a curve, whose end may be the best.
+        if isinstance(search, GradientSearch) and trainer.global_step <= pl_module.factor_start:
+            return
+        for index, group in enumerate(search.groups):
+            for axis, at_most in bounds_reached(group[0], isinstance(search, SpsaSearch)).items():
+                for large in (False, True):
+                    key = (index, axis, large)
+                    self.steps[key] = self.steps.get(key, 0) + 1 if at_most == large else 0
+                    if self.steps[key] == max(_LEAST_PINNED, search.steps // 5):
+                        name = f"step {trainer.global_step}: the factor of path {index + 1}, {_AXES[axis]}"
+                        _tell_of_pinned(name, large, self.steps[key])
+
+
+def bounds_reached(layer: LearnedFactor, tighter: bool) -> dict[int, bool | None]:
+    """For each axis with a factor: whether the field is as large (True) or small (False) as it may be, or neither.
+
+    Args:
+        layer: has seen a map.
+        tighter: whether the factor is kept within the tighter axis's bounds, as in a search that holds dilations.
+    """
+    if layer.map_size is None:
+        return {}
+    axes = layer.log_factor.numel()
+    lower, upper = layer.factor_bounds(layer.map_size)
+    reached: dict[int, bool | None] = {}
+    for axis, factor in enumerate(layer.factor.tolist()):
+        if tighter:
+            low, high = max(lower), min(upper)
+        else:
+            low, high = (min(lower), max(upper)) if axes == 1 else (lower[axis], upper[axis])
+        near = 1 + 1e-3
+        at_most = True if factor <= low * near else False if factor >= high / near else None
+        reached[axis] = at_most if low * near < high else None
+    return reached
+
+
+def _tell_of_pinned(name: str, large: bool, steps: int) -> None:
+    if large:
+        bound = "lower bound, where the dilation is the map's size"
+        advice = "Use a larger crop_size or canvas, a smaller factor_lr or a later factor_start"
+    else:
+        bound = "upper bound, where the dilation is 1"
+        advice = "Use a smaller output_stride, whose features are finer, or a smaller factor_lr"
+    warnings.warn(
+        f"{name}, has been at its {bound} for {steps} steps. {advice}; or search sampled, which reads the whole curve",
+        stacklevel=2,
+    )
+
+
+class LastValidation(Callback):
+    """Has the last epoch end with a validation, whatever the interval, so that it can be the best."""
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.on_train_epoch_start(trainer, pl_module)  # A run resumed inside an epoch does not start it again.
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.current_epoch + 1 == trainer.max_epochs:
+            trainer.check_val_every_n_epoch = 1
+
+
+class _FreshScore(Callback):
+    """Knows whether the score at hand is of this epoch; Lightning keeps the last one."""
+
+    _validated = -1
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._validated = trainer.current_epoch
+        super().on_validation_end(trainer, pl_module)
+
+    def names(self, trainer: L.Trainer, names: Iterable[str]) -> list[str]:
+        """The names of the metrics to show."""
+        return [name for name in names if name != "miou" or self._validated == trainer.current_epoch]
+
+
+class BarProgress(_FreshScore, RichProgressBar):
+    """A progress bar that moves, for terminals."""
+
+    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Any:
+        metrics = super().get_metrics(trainer, pl_module)
+        return {name: metrics[name] for name in self.names(trainer, metrics)}
+
+
+class LineProgress(_FreshScore):
+    """One line an epoch, for logs and pipes where a progress bar cannot move."""
+
+    @rank_zero_only
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        names = self.names(trainer, ("loss", "miou", "factor", "rf_px"))
+        metrics = trainer.callback_metrics
+        shown = [f"{name} {float(metrics[name]):.4g}" for name in names if name in metrics]
+        print(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}: {', '.join(shown)}", flush=True)
+
+
+def read_factor_csv(path: Path) -> dict[str, np.ndarray]:
+    """The columns of a run's `factor.csv`; an empty cell is NaN."""
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    return {name: np.array([float(row[name] or "nan") for row in rows]) for name in FACTOR_COLUMNS}
+
+
+def read_paths_csv(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Steps and factors of each path and axis of a run's `paths.csv`, by name."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    axes = {row["axis"] for row in rows}
+    for row in rows:
+        name = f"path {row['path']}" + (f", {row['axis']}" if len(axes) > 1 else "")
+        found.setdefault(name, []).append((float(row["step"]), float(row["factor"])))
+    return {name: (np.array(points)[:, 0], np.array(points)[:, 1]) for name, points in found.items()}

@@ -1,0 +1,178 @@
+"""Several processes that train one network: who started them, what they share, and what must be the same in all."""
+
+import dataclasses
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from rfield.segmentation.config.train import TrainConfig
+
+# How long one waits for another, which may have features to compute.
+_PATIENCE = timedelta(minutes=30)
+
+
+def launcher() -> ClusterEnvironment | None:
+    """What torchrun or srun says of this process, if it has started several."""
+    for kind in (TorchElasticEnvironment, SLURMEnvironment):
+        if kind.detect():
+            environment: ClusterEnvironment = kind()
+            return environment if environment.world_size() > 1 else None
+    return None
+
+
+def machines() -> int:
+    """How many machines the processes of torchrun or srun run on; 1 without them."""
+    if launcher() is None:
+        return 1
+    if "LOCAL_WORLD_SIZE" in os.environ:  # torchrun's
+        return int(os.environ["WORLD_SIZE"]) // int(os.environ["LOCAL_WORLD_SIZE"])
+    return int(os.environ["SLURM_NNODES"])
+
+
+def join(config: TrainConfig) -> TrainConfig:
+    """Joins the processes that torchrun or srun has started, if it has.
+
+    Returns:
+        The config, its `devices` being as many as they are.
+
+    Raises:
+        ValueError: if the config has another number of devices, or a batch that cannot be dealt to them.
+    """
+    environment = launcher()
+    if environment is not None:
+        processes = environment.world_size()
+        if config.devices not in (1, processes):
+            raise ValueError(f"devices is {config.devices}, but {processes} processes were started: leave devices out")
+        config = dataclasses.replace(config, devices=processes)
+    here = config.devices // machines()
+    if torch.cuda.is_available() and here > torch.cuda.device_count():
+        raise ValueError(f"{here} processes on this machine need as many GPUs, but it has {torch.cuda.device_count()}")
+    if environment is not None and not dist.is_initialized():
+        # Lightning would do so too, but only when there is nothing left to agree on.
+        os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = environment.main_address, str(environment.main_port)
+        if torch.cuda.is_available():
+            torch.cuda.set_device(environment.local_rank())
+        dist.init_process_group(
+            "nccl" if torch.cuda.is_available() else "gloo",
+            timeout=_PATIENCE,
+            rank=environment.global_rank(),
+            world_size=environment.world_size(),
+        )
+    return config
+
+
+def rank_and_processes() -> tuple[int, int]:
+    """Which process this is, and of how many; (0, 1) where there is one."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def is_first() -> bool:
+    """Whether this process is the one that reads, writes and speaks for all."""
+    return dist.get_rank() == 0 if dist.is_initialized() else int(os.environ.get("LOCAL_RANK", 0)) == 0
+
+
+def first_does(action: Callable[[], Any]) -> None:
+    """Has the first process do something before any goes on.
+
+    If it fails with a `ValueError` or `OSError`, the others end with status 2 and leave it to say why. (Processes that
+    Lightning has started by itself, for `devices`, come later.)
+    """
+    failure: BaseException | None = None
+    if is_first():
+        try:
+            action()
+        except (ValueError, OSError) as error:
+            failure = error
+    if dist.is_initialized():
+        failed = [failure is not None]
+        dist.broadcast_object_list(failed)
+        if failed[0] and not is_first():
+            raise SystemExit(2)
+    if failure is not None:
+        raise failure
+
+
+def refuse_unequal(factors: Tensor, where: str) -> None:
+    """Ends all processes if their factors differ by so much as a bit.
+
+    Args:
+        factors: Tensor[number of factors], on the device that trains.
+        where: what the error begins with.
+
+    Raises:
+        ValueError: with the least and the greatest value of each factor that differs.
+    """
+    least, most = factors.clone(), factors.clone()
+    dist.all_reduce(least, dist.ReduceOp.MIN)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    bounds = zip(least.tolist(), most.tolist(), strict=True)
+    differing = [f"{low:.9g} to {high:.9g}" for low, high in bounds if low != high]
+    if differing:
+        raise ValueError(
+            f"{where}: the processes no longer train one network, their factors differ: {', '.join(differing)}. The "
+            "last checkpoint is from before; --resume goes on from there, with the same factors in all processes"
+        )
+
+
+def share_statistics(network: nn.Module) -> None:
+    """Has every batch norm in training normalise by the statistics of all processes' samples, exactly as if in one.
+
+    In place, also for subclasses such as timm's, which add an activation. PyTorch's own `SyncBatchNorm` runs on GPUs
+    alone.
+    """
+    for module in network.modules():
+        if isinstance(module, _BatchNorm) and module.track_running_stats:
+            module.forward = partial(_normalise, module)  # type: ignore[method-assign]
+
+
+def _normalise(norm: _BatchNorm, input: Tensor) -> Tensor:
+    """A batch norm's forward, Tensor[N, C, ...] to the same."""
+    if not norm.training:
+        own: Tensor = type(norm).forward(norm, input)
+        return own
+    values = input.float()
+    axes = [axis for axis in range(input.dim()) if axis != 1]
+    shape = [1, -1] + [1] * (input.dim() - 2)
+    count = _SumOverProcesses.apply(values.new_tensor([values.numel() / values.shape[1]]))
+    mean = _SumOverProcesses.apply(values.sum(axes)) / count
+    centred = values - mean.view(shape)
+    variance = _SumOverProcesses.apply(centred.square().sum(axes)) / count
+    if norm.running_mean is not None and norm.running_var is not None and norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+        weight = 1 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
+        with torch.no_grad():
+            norm.running_mean.lerp_(mean, weight)
+            norm.running_var.lerp_(variance * count / (count - 1).clamp(min=1), weight)
+    whitened = (centred * (variance + norm.eps).rsqrt().view(shape)).to(input.dtype)
+    # What is left to the class itself is its weight and bias, and what it does besides.
+    neutral = {"running_mean": torch.zeros_like(mean), "running_var": torch.full_like(mean, 1 - norm.eps)}
+    norm.training = False
+    try:
+        result: Tensor = torch.func.functional_call(norm, neutral, whitened)
+    finally:
+        norm.training = True
+    return result
+
+
+class _SumOverProcesses(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        total = value.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
+        total = grad_outputs[0].clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total

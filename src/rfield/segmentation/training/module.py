@@ -1,0 +1,397 @@
+"""The training step of a parsing network, for Lightning."""
+
+import time
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+
+from rfield.layers import ReceptiveFieldRegulator
+from rfield.receptive_field.theoretical import receptive_field_px
+from rfield.search import (
+    GradientSearch,
+    SampledSearch,
+    Search,
+    SpsaSearch,
+    class_share_loss,
+    factor_parameters,
+    learned_layers,
+)
+from rfield.search.factors import mean_over_processes
+from rfield.segmentation.config.train import TrainConfig
+from rfield.segmentation.data import IGNORE_INDEX, EpochSampler
+from rfield.segmentation.inference.predict import feature_logits, predict_logits
+from rfield.segmentation.metrics import confusion_matrix, segmentation_scores
+from rfield.segmentation.models import MultiPathHead, ParsingNetwork
+from rfield.segmentation.training.distributed import refuse_unequal
+from rfield.segmentation.training.losses import make_loss, norm_over_processes
+
+Batch = tuple[Tensor, Tensor]
+# Logits of a path over those of the sum that count as a drift of the paths, and logits of a path that always do.
+_DRIFT, _LARGEST_LOGITS = 5.0, 50.0
+
+
+class ParsingModule(L.LightningModule):
+    """The training step of a parsing network: the loss, poly schedule, a factor with its own rate.
+
+    Args:
+        network: what to train.
+        config: resolved.
+        class_names: the classes' names.
+        held_out: gives the batches that a sampled search reads its curve on.
+        class_groups: the classes of each path, to guide its receptive field by.
+        class_weights: how much each class counts in the loss; `config.class_weights` may say how to find them.
+        reading_weights: how much each class counts when a sampled search reads its curve, Tensor[num_classes]; by
+            default the curve is the loss.
+
+    Raises:
+        ValueError: the loss does not fit the weights or the classes, or needs a package that is missing.
+    """
+
+    def __init__(
+        self,
+        network: ParsingNetwork,
+        config: TrainConfig,
+        class_names: tuple[str, ...],
+        held_out: Iterable[Batch] = (),
+        class_groups: Sequence[tuple[int, ...]] | None = None,
+        class_weights: Sequence[float] | None = None,
+        reading_weights: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        # Plain types only, so that a checkpoint loads with weights_only.
+        self.save_hyperparameters({"config": config.plain(), "class_names": list(class_names)})
+        self.network = network
+        self.config = config
+        self.class_names = class_names
+        self.confusion = confusion_matrix(len(class_names))
+        self.regulators = [module for module in network.modules() if isinstance(module, ReceptiveFieldRegulator)]
+        self.factor_gradients: tuple[float, float] | None = None
+        self.held_out = held_out
+        self.class_groups = class_groups
+        self.criterion = make_loss(config.loss, len(class_names), class_weights, config.label_smoothing)
+        self.class_weights = class_weights
+        self.reading_weights = reading_weights
+        self.factor_start = 0
+        self.search: Search | None = None
+        self.search_seconds = 0.0
+        # What a callback wants to know of the step, and who wants to know when it is over.
+        self.step_loss = self.mean_loss = torch.zeros(())
+        self.end_step: Callable[[L.Trainer], None] = lambda trainer: None
+        self._drifting = False
+        # A batch, and its features, with or without a graph.
+        self._seen: tuple[Batch, bool, tuple[Tensor, ...]] | None = None
+        self._search_state: dict[str, Any] | None = None
+        if config.freeze_backbone:
+            network.backbone.requires_grad_(False)
+
+    def on_fit_start(self) -> None:
+        for regulator in self.regulators:
+            regulator.record_gradients = True
+
+    def on_train_epoch_start(self) -> None:
+        self._freeze()
+
+    def _freeze(self) -> None:
+        if self.config.freeze_backbone:
+            self.network.backbone.eval()
+
+    def on_train_batch_start(self, batch: Any, batch_index: int) -> None:
+        # Dropout depends on seed, step and process alone, so that a resumed epoch repeats itself. Not an epoch's
+        # affair: whether its loader draws before or after the hook is another matter in a resumed run.
+        seeds = np.random.SeedSequence([self.config.seed, self.global_step, self.global_rank])
+        torch.manual_seed(int(seeds.generate_state(1)[0]))
+
+    def training_step(self, batch: Batch, batch_index: int) -> Tensor:
+        """The loss of a batch, at the dilations that the search wants to see."""
+        self.factor_gradients = None
+        if self.trainer.world_size > 1:
+            batch = self._without_repeats(batch, batch_index)
+        loss = self._loss(self.network, batch) if self.search is None else self.search.loss(batch)
+        self._seen = None
+        self.step_loss = loss.detach()
+        self.mean_loss = mean_over_processes(self.step_loss)
+        self.log("loss", self.mean_loss, prog_bar=True)
+        return loss
+
+    def _without_repeats(self, batch: Batch, batch_index: int) -> Batch:
+        """An epoch's last batch without what only fills it up; all of it without labels, if there is nothing else."""
+        input, mask = batch
+        kept = ~torch.tensor(self._sampler.repeated(batch_index * self._share, len(mask)), device=mask.device)
+        return (input[kept], mask[kept]) if kept.any() else (input, torch.full_like(mask, IGNORE_INDEX))
+
+    def _loss(self, network: nn.Module, batch: Batch) -> Tensor:
+        """The loss over the batch's labelled pixels."""
+        logits, mask = self._logits(network, batch)
+        return self.criterion(logits, mask)
+
+    def _guided_loss(self, network: nn.Module, batch: Batch) -> Tensor | tuple[Tensor, Tensor]:
+        """The same, and for each factor what it is learned by: the cross-entropy, its path's classes weighing more."""
+        assert self.search is not None
+        logits, mask = self._logits(network, batch)
+        loss = self.criterion(logits, mask)
+        reading = isinstance(self.search, SampledSearch)
+        if reading and torch.is_grad_enabled():
+            return loss  # A drawn step teaches the weights alone.
+        losses = F.cross_entropy(logits, mask, ignore_index=IGNORE_INDEX, reduction="none")
+        if reading and self.reading_weights is not None:
+            losses = losses * self.reading_weights.to(mask.device)[mask.clamp(max=len(self.class_names) - 1)]
+        if self._guided:
+            owned = [torch.isin(mask, torch.tensor(group, device=mask.device)) for group in self.class_groups or ()]
+            weighted = [losses * torch.where(own, self.config.path_weight, 1.0) for own in owned]
+        else:
+            weighted = [losses] * len(self.search.groups)
+        count = norm_over_processes((mask != IGNORE_INDEX).sum())
+        return loss, torch.stack([path.sum() / count for path in weighted])
+
+    @torch.no_grad()
+    def chances(self, batches: Iterable[Batch]) -> list[float]:
+        """For each factor the loss of predicting the classes' shares everywhere, read as a sampled search reads it.
+
+        Args:
+            batches: the held-out images, one each.
+
+        Raises:
+            ValueError: if no pixel that the loss sees has a label.
+        """
+        masks = [self._target(self.network, batch)[1] for batch in batches]
+        classes, factors = len(self.class_names), len(learned_layers(self.network))
+        counts = torch.stack([mask[mask != IGNORE_INDEX].bincount(minlength=classes) for mask in masks]).cpu()
+        if not counts.any():
+            raise ValueError("no pixel of the held-out images has a label where the loss is taken")
+        if self._reads_cross_entropy:
+            weights = torch.ones(classes) if self.reading_weights is None else self.reading_weights
+            if not self._guided:
+                return [class_share_loss(counts, weights)] * factors
+            guides = []
+            for group in self.class_groups or ():
+                guide = weights.clone()
+                guide[list(group)] *= self.config.path_weight
+                guides.append(class_share_loss(counts, guide))
+            return guides
+        weighted = counts * counts.new_tensor(self.class_weights or [1.0] * classes, dtype=torch.float64)
+        kept = weighted[weighted.sum(1) > 0]
+        shares = (kept / kept.sum(1, keepdim=True)).mean(0)
+        logits = shares.clamp(min=1e-12).log().float().to(masks[0].device)[None, :, None, None]
+        losses = [float(self.criterion(logits.expand(-1, -1, *mask.shape[1:]), mask)) for mask in masks]
+        return [sum(losses) / len(losses)] * factors
+
+    def _logits(self, network: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Logits and mask where the loss is taken."""
+        assert isinstance(network, ParsingNetwork)
+        input, mask, output_size = self._target(network, batch)
+        if not self.config.freeze_backbone:
+            return network.logits_of(self._features(network, input, batch), output_size, mask).float(), mask
+        if isinstance(network.head, MultiPathHead):
+            return network.head(input, output_size, mask).float(), mask
+        return network.head(input, output_size).float(), mask
+
+    def _target(self, network: ParsingNetwork, batch: Batch) -> tuple[Tensor, Tensor, tuple[int, int] | None]:
+        """What the network sees, and the mask where the loss is taken, with its size where that is the image's."""
+        input, mask = (part.to(self.device) for part in batch)
+        input = input.contiguous(memory_format=torch.channels_last)
+        frozen = self.config.freeze_backbone
+        input = input.float() if frozen else network.pad(input)
+        height, width = ((size - 1) * network.stride + 1 if frozen else size for size in input.shape[2:])
+        mask = F.pad(mask, (0, width - mask.shape[2], 0, height - mask.shape[1]), value=IGNORE_INDEX)
+        output_size = None
+        if self.config.loss_resolution == "features":
+            mask = mask[:, :: network.logit_stride, :: network.logit_stride]
+        else:
+            output_size = (mask.shape[1], mask.shape[2])
+        return input, mask, output_size
+
+    def _features(self, network: ParsingNetwork, input: Tensor, batch: Batch) -> tuple[Tensor, ...]:
+        """Those of a batch that a search sees at several dilations are computed once."""
+        seen = self._seen
+        if seen is None or seen[0] is not batch or seen[1] != torch.is_grad_enabled():
+            self._seen = seen = batch, torch.is_grad_enabled(), network.features(input)
+        return seen[2]
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        learned = [regulator for regulator in self.regulators if regulator.log_factor.requires_grad]
+        if learned:
+            scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+            scale = scaler.get_scale() if scaler is not None else 1.0
+            terms = [regulator.pop_factor_gradients() for regulator in learned]
+            sums = torch.stack([torch.stack([part.sum() for part in each]) for each in terms]).sum(0)
+            inflation, interpolation = (mean_over_processes(sums) / scale).tolist()
+            self.factor_gradients = inflation, interpolation
+        if self.global_step < self.factor_start:
+            for factor in factor_parameters(self.network):
+                factor.grad = None
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_index: int) -> None:
+        factor, _, field = present_field(self.network)
+        self.log_dict({"factor": factor, "rf_px": field}, prog_bar=True)
+        self._warn_of_drift()
+        if self.search is not None and not self.search.done:
+            started = time.monotonic()
+            with self.trainer.precision_plugin.train_step_context():
+                self.search.step()
+            self._seen = None
+            self.search_seconds += time.monotonic() - started
+        self.end_step(self.trainer)
+
+    def _warn_of_drift(self) -> None:
+        """Says once that the published guidance drives the paths apart."""
+        head = self.network.head
+        if self._drifting or not isinstance(head, MultiPathHead) or head.path_logits is None:
+            return
+        *paths, total = head.path_logits.tolist()
+        if max(paths) > min(_DRIFT * max(total, _DRIFT), _LARGEST_LOGITS):
+            self._drifting = True
+            warnings.warn(
+                f"step {self.global_step}: the paths' logits drift apart, {max(paths):.3g} in root mean square where "
+                f"their sum has {total:.3g}; weighted gradients of summed paths have no joint rest point. Use "
+                "path_guidance search, a smaller path_weight, or fewer steps with more weight decay",
+                stacklevel=2,
+            )
+
+    def on_train_start(self) -> None:
+        self._freeze()  # A run resumed inside an epoch does not start it again.
+        # Not earlier: the optimizer's state has been loaded by now, so its groups may change their gradients' needs.
+        if self._search_state is not None:
+            self.search_seconds = self._search_state["seconds"]
+            if self.search is not None:
+                self.search.load_state_dict(self._search_state["search"])
+            else:  # It has ended; where nothing could be snapped, the factor is still to be frozen.
+                for group in learned_layers(self.network):
+                    group[0].freeze_factor()
+
+    def on_train_epoch_end(self) -> None:
+        factors = factor_parameters(self.network)
+        if self.trainer.world_size > 1 and factors:
+            refuse_unequal(torch.cat([factor.detach() for factor in factors]).exp(), f"step {self.global_step}")
+        if self.search is None or self.search.done:
+            # The held-out images come back.
+            self._sampler.held_out = frozenset()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        state = self._search_state and self._search_state["search"]
+        if self.search is not None:
+            state = self.search.state_dict()
+        if state is not None:
+            checkpoint["search"] = {
+                "search": state,
+                "seconds": self.search_seconds,
+                "holding_out": bool(self._sampler.held_out),
+            }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._search_state = checkpoint.get("search")
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
+        """Scores one image, or one image's cached features, at the image's own size."""
+        input, mask = batch[0][0], batch[1][0]
+        if self.config.freeze_backbone:
+            logits = feature_logits(self.network, input, (mask.shape[0], mask.shape[1]))
+        else:
+            logits = predict_logits(self.network, input)
+        self.confusion.update(logits.argmax(0), mask)
+
+    def on_validation_epoch_end(self) -> None:
+        scores = segmentation_scores(self.confusion.compute(), self.class_names)
+        # The matrix is that of all processes, which need the score to agree on the best checkpoint.
+        self.log("miou", scores["miou"] or 0.0, prog_bar=True, sync_dist=True)
+        self.confusion.reset()
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        config = self.config
+        lr, factor_lr = config.lr or 0.0, config.factor_lr or 0.0
+        steps = int(self.trainer.estimated_stepping_batches)
+        self.factor_start = steps // 10 if config.factor_start is None else config.factor_start
+        self.search = self._make_search(max(1, round((config.search_share or 1.0) * steps)))
+        factors = factor_parameters(self.network)
+        known = {id(factor) for factor in factors}
+        # The head and the decoder, if there is one.
+        known |= {id(weight) for weight in self.network.backbone.parameters()}
+        head = [weight for weight in self.network.parameters() if id(weight) not in known]
+        groups: list[dict[str, Any]] = [{"params": head, "lr": lr * config.head_lr_scale}]
+        if factors:
+            groups.append({"params": factors, "lr": factor_lr, "weight_decay": 0.0})
+        if not config.freeze_backbone:
+            groups.append({"params": list(self.network.backbone.parameters()), "lr": lr})
+        optimizer: torch.optim.Optimizer
+        if config.optimizer == "sgd":
+            optimizer = torch.optim.SGD(groups, lr=lr, momentum=0.9, weight_decay=config.weight_decay)
+        else:
+            optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=config.weight_decay)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.0, 1 - step / steps) ** 0.9)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    @property
+    def _sampler(self) -> EpochSampler:
+        loader: Any = self.trainer.train_dataloader
+        assert isinstance(loader.sampler, EpochSampler)
+        return loader.sampler
+
+    @property
+    def _share(self) -> int:
+        """Images a step in each process."""
+        return (self.config.batch_size or 1) // self.trainer.world_size
+
+    @property
+    def _guided(self) -> bool:
+        """Whether each path's factor is learned by that path's classes."""
+        return self.class_groups is not None and self.config.path_guidance == "search"
+
+    @property
+    def _reads_cross_entropy(self) -> bool:
+        """Whether a sampled search reads a cross-entropy of its own, and not the loss that trains."""
+        return self._guided or self.reading_weights is not None
+
+    def _make_search(self, steps: int) -> Search | None:
+        kind, seed = self.config.search, self.config.seed
+        if kind == "none" or (self._search_state is not None and self._search_state["search"]["done"]):
+            return None
+        loss = self._guided_loss if self._guided or (kind == "sampled" and self._reads_cross_entropy) else self._loss
+        if kind == "gradient":
+            return GradientSearch(self.network, loss, steps, seed)
+        if kind == "spsa":
+            return SpsaSearch(self.network, loss, steps, seed)
+        if not self.config.search_narrowing:
+            return SampledSearch(self.network, loss, steps, self.held_out, seed, narrowings={})
+        return SampledSearch(self.network, loss, steps, self.held_out, seed)
+
+
+@dataclass(frozen=True)
+class Field:
+    """What one path sees along one axis."""
+
+    path: int
+    axis: int
+    factor: float
+    effective_dilation: float
+    receptive_field_px: float
+
+
+def present_fields(network: ParsingNetwork) -> list[Field]:
+    """What the network sees now: path by path; along the height, then along the width where that is learned apart."""
+    head = network.head
+    paths = head.heads() if isinstance(head, MultiPathHead) else [head]
+    realised = [path.realised_dilation for path in paths]
+    layers = [path.factor_layer for path in paths]
+    total = receptive_field_px(network)
+    fields = []
+    for index, (layer, dilation) in enumerate(zip(layers, realised, strict=True)):
+        base = dilation if layer is None else layer.base_dilation
+        for axis in range(1 if layer is None else layer.log_factor.numel()):
+            # The network's field is that of the path that sees farthest along the axis; fc6 is 3x3.
+            farthest = max(each[axis] for each in realised)
+            field = total[axis] - 2 * network.stride * (farthest - dilation[axis])
+            fields.append(Field(index, axis, base[axis] / dilation[axis], dilation[axis], field))
+    return fields
+
+
+def present_field(network: ParsingNetwork) -> tuple[float, float, float]:
+    """Factor, dilation and receptive field in px of the first path, along the height."""
+    first = present_fields(network)[0]
+    return first.factor, first.effective_dilation, first.receptive_field_px

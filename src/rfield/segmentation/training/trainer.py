@@ -1,0 +1,89 @@
+"""Lightning's trainer as a run needs it: its callbacks, its checkpoints, and less talk."""
+
+import logging
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.strategies import DDPStrategy
+
+from rfield.segmentation.config.train import TrainConfig
+from rfield.segmentation.inference.predict import compute_device
+from rfield.segmentation.training.callbacks import (
+    BarProgress,
+    FactorLog,
+    LastValidation,
+    LineProgress,
+    PathLog,
+    PinnedFactor,
+)
+from rfield.segmentation.training.distributed import machines
+from rfield.segmentation.training.stopping import WholeCheckpoints
+
+
+def make_trainer(config: TrainConfig, out: Path, callbacks: list[Callback]) -> L.Trainer:
+    """The trainer of a run in the folder `out`."""
+    checkpoints = out / "checkpoints"
+    return L.Trainer(
+        accelerator=compute_device().type,
+        devices=config.devices // machines(),
+        num_nodes=machines(),
+        # A factor takes no part in the loss before and after its search. Buffers are the same in all processes: batch
+        # norms share their statistics, and each process validates as many images as it has.
+        strategy=DDPStrategy(find_unused_parameters=True, broadcast_buffers=False) if config.devices > 1 else "auto",
+        precision=config.precision,
+        gradient_clip_val=config.clip_norm or None,
+        max_epochs=config.epochs,
+        max_steps=config.max_steps or -1,
+        check_val_every_n_epoch=config.val_every,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        enable_model_summary=False,
+        log_every_n_steps=10,
+        logger=[TensorBoardLogger(out / "logs", name="", version="tensorboard"), CSVLogger(out / "logs", name="csv")],
+        plugins=[WholeCheckpoints()],
+        callbacks=[
+            *callbacks,
+            FactorLog(out / "factor.csv"),
+            *([PathLog(out / "paths.csv")] if config.paths > 1 or config.rectangular else []),
+            ModelCheckpoint(
+                checkpoints,
+                "best",
+                monitor="miou",
+                mode="max",
+                save_on_train_epoch_end=False,
+                enable_version_counter=False,
+                auto_insert_metric_name=False,
+            ),
+            ModelCheckpoint(checkpoints, "last", save_on_train_epoch_end=True, enable_version_counter=False),
+            PinnedFactor(),
+            LastValidation(),
+            BarProgress() if sys.stdout.isatty() else LineProgress(),
+        ],
+        enable_progress_bar=sys.stdout.isatty(),
+    )
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps Lightning's advice, which is for those who wrote the loop, from those who run it."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*does not have many workers.*")
+        warnings.filterwarnings("ignore", ".*in eval mode at the start of training.*")
+        warnings.filterwarnings("ignore", ".*smaller than the logging interval.*")
+        warnings.filterwarnings("ignore", ".*isinstance.treespec, LeafSpec.*")
+        warnings.filterwarnings("ignore", ".*your dataloader is not resumable.*")  # Its sampler is.
+        warnings.filterwarnings("ignore", ".*Checkpoint directory .* exists and is not empty.*")
+        warnings.filterwarnings("ignore", ".*broadcast_buffers. is deprecated.*")  # Its successor is too new.
+        try:
+            yield
+        finally:
+            logger.setLevel(level)

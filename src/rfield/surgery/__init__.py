@@ -1,0 +1,1 @@
+"""Learned layers put into a model that exists, and taken out again."""

@@ -1,0 +1,341 @@
+"""A learned network becomes a plain one: torch's own modules, under the state-dict keys of the network as it was."""
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
+
+from rfield.layers import AdaptiveConv2d, LearnedFactor, ReceptiveFieldRegulator, WeightedGradient
+from rfield.layers.adaptive_conv import carry_parametrizations, carry_state_hooks, has_hooks, unchanged
+from rfield.layers.factor import followed_padding, set_dilation, whole_dilation
+from rfield.receptive_field.theoretical import copied, is_pointwise
+
+Mode = Literal["resize", "dilation"]
+Pair = tuple[int, int]
+
+
+def fuse(model: nn.Module, mode: Mode = "resize") -> nn.Module:
+    """A copy of a model without rfield's layers in it; it needs no rfield to be saved, loaded and run.
+
+    An `AdaptiveConv2d` becomes an `nn.Conv2d` with its dilation, rounded per axis, and the padding that follows. After
+    a search has ended the dilation is whole, and the copy computes what the model did in eval mode; before, it is
+    rounded. Whatever a search holds at the moment does not count. A `ReceptiveFieldRegulator` gives way to what it
+    wraps, with two resizes of fixed factors around it, or dilated. A `WeightedGradient` becomes an identity.
+
+    State-dict keys are those that the model had before `adapt` and `regulate`, so that the weights load strictly into
+    the model as its own library builds it; `dilations` lists what is to be set there. A model without rfield's layers
+    is copied as it is. Modules of the caller's own, and rfield's networks and heads, are kept; the layers in them are
+    exchanged.
+
+    Args:
+        model: on one device, not wrapped (for DistributedDataParallel or an averaged model give `.module`).
+        mode: what becomes of a regulator that has not been snapped. `resize`: resizes by plain torch operations in a
+            `torch.fx.GraphModule`, exact. `dilation`: convolutions at the nearest whole dilations, for parts of
+            convolutions and layers that see one pixel; faster and close, but not the same.
+
+    Raises:
+        ValueError: if a regulated part cannot be traced by `torch.fx` (`resize`) or holds other layers that see more
+            than one pixel (`dilation`), or a layer to exchange has hooks.
+
+    >>> layer = AdaptiveConv2d(8, 8, 3, padding=4, dilation=4, factor=2.0)
+    >>> fuse(nn.Sequential(layer))[0]
+    Conv2d(8, 8, kernel_size=(3, 3), stride=(1, 1), padding=(2, 2), dilation=(2, 2))
+    """
+    if mode not in ("resize", "dilation"):
+        raise ValueError(f"mode must be 'resize' or 'dilation', got {mode!r}")
+    plain = copied(model)
+    holder = nn.ModuleDict({"model": plain})
+    modules = dict(holder.named_modules(remove_duplicate=False))
+    fused: dict[int, nn.Module] = {}
+    # From the inside out: what a regulator wraps may have changed before it goes.
+    for name in sorted(modules, key=lambda name: -name.count(".")):
+        module = modules[name]
+        if isinstance(module, AdaptiveConv2d | ReceptiveFieldRegulator | WeightedGradient):
+            if id(module) not in fused:
+                try:
+                    fused[id(module)] = _plain(module, mode)
+                except ValueError as error:
+                    raise ValueError(f"{name.removeprefix('model.')}: {error}") from error
+            parent, _, child = name.rpartition(".")
+            setattr(holder.get_submodule(parent), child, fused[id(module)])
+    return holder["model"]
+
+
+def dilations(model: nn.Module) -> dict[str, Pair]:
+    """The dilations (height, width) of a plain model's convolutions of more than one pixel, by their names.
+
+    >>> dilations(nn.Sequential(nn.Conv2d(8, 8, 3, dilation=2), nn.Conv2d(8, 8, 1)))
+    {'0': (2, 2)}
+    """
+    return {
+        name: (module.dilation[0], module.dilation[1])
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Conv2d) and max(module.kernel_size) > 1
+    }
+
+
+def set_dilations(model: nn.Module, values: dict[str, Pair]) -> None:
+    """Sets the dilations of a plain model's convolutions in place; paddings follow, so that maps keep their sizes.
+
+    Together with `dilations` it brings a fused model's weights into the model that a library builds:
+    `set_dilations(stock, dilations(fused)); stock.load_state_dict(fused.state_dict())`.
+
+    Args:
+        model: holds `nn.Conv2d`s under the names that `values` has.
+        values: (height, width) for each convolution to set.
+
+    Raises:
+        ValueError: if there is no such convolution, or its padding cannot follow.
+
+    >>> conv = nn.Conv2d(8, 8, 3, padding=4, dilation=4)
+    >>> set_dilations(nn.Sequential(conv), {"0": (2, 3)}), conv.padding
+    (None, (2, 3))
+    """
+    modules = dict(model.named_modules())
+    for name, dilation in values.items():
+        conv = modules.get(name)
+        if not isinstance(conv, nn.Conv2d):
+            raise ValueError(f"the model has no convolution {name!r} to dilate by {tuple(dilation)}")
+        set_dilation(conv, (int(dilation[0]), int(dilation[1])))
+
+
+def fixed_resize(module: nn.Module, factor: tuple[float, float]) -> fx.GraphModule:
+    """A module between two fixed resizes, as a `ReceptiveFieldRegulator` has it, in torch's own operations.
+
+    Args:
+        module: maps Tensor[N, C, h, w] to Tensor[N, K, h, w]; its own parameters and children, under their names, are
+            those of the result.
+        factor: (height, width) of the resize.
+
+    Returns:
+        Maps Tensor[N, C, h, w], and an output size (H, W) if wanted, to Tensor[N, K, H, W]; (0, 0), the default, goes
+        back to (h, w).
+
+    Raises:
+        ValueError: if `torch.fx` cannot trace the module's forward.
+
+    >>> fixed_resize(nn.Conv2d(8, 4, 3, padding=1), (1.5, 1.5))(torch.rand(1, 8, 7, 9), (13, 17)).shape
+    torch.Size([1, 4, 13, 17])
+    """
+    tensors = [tensor for tensor in module.parameters() if tensor.is_floating_point()]
+    dtype = torch.promote_types(tensors[0].dtype, torch.float32) if tensors else torch.float32
+    resized = _graft(_FixedResize(module, factor, dtype), module)
+    resized.meta["factor"] = factor  # `meta` is kept by copies.
+    return resized
+
+
+def restore_fused(model: nn.Module, record: dict[str, Any]) -> None:
+    """Gives a plain model, in place, the dilations and resizes of a fused one.
+
+    Args:
+        model: as it is built without learned layers.
+        record: `dilations`, (height, width) by the convolution's name, and `resizes`, the factors (height, width) by
+            the part's name.
+
+    Raises:
+        ValueError: if the model has no such part, or what `set_dilations` and `fixed_resize` raise.
+
+    >>> model = nn.Sequential(nn.Conv2d(8, 8, 3, padding=4, dilation=4))
+    >>> restore_fused(model, {"dilations": {"0": [2, 2]}, "resizes": {}})
+    >>> dilations(model)
+    {'0': (2, 2)}
+    """
+    set_dilations(model, record["dilations"])
+    for name, (height, width) in record["resizes"].items():
+        parent, _, child = name.rpartition(".")
+        try:
+            part = model.get_submodule(name)
+        except AttributeError as error:
+            raise ValueError(f"the model has no part {name!r} to resize") from error
+        setattr(model.get_submodule(parent), child, fixed_resize(part, (height, width)))
+
+
+class _FixedResize(nn.Module):
+    """What `fixed_resize` traces: whole-number arithmetic on sizes, and tensor methods, which fx records."""
+
+    def __init__(self, part: nn.Module, factor: tuple[float, float], dtype: torch.dtype) -> None:
+        super().__init__()
+        self.part = part
+        self.factor = factor
+        self.dtype = dtype
+
+    def forward(self, input: Tensor, output_size: Any = (0, 0)) -> Tensor:
+        grid = (input.shape[2], input.shape[3])
+        size = [inflated_size(grid[axis], self.factor[axis]) for axis in (0, 1)]
+        rows, columns = (
+            self._matrix(self._count(input, size[axis]) / self.factor[axis], grid[axis]) for axis in (0, 1)
+        )
+        inflated = rows.matmul(input.to(self.dtype)).matmul(columns.t()).to(input.dtype)
+        output = self.part.forward(inflated)
+        matrices = []
+        for axis in (0, 1):
+            # 0 asks for the grid's own size. An axis of one pixel, before or after, may have any scale.
+            target = output_size[axis] + grid[axis] * (output_size[axis] < 1)
+            scale = (target - 1 + (target < 2)) / (grid[axis] - 1 + (grid[axis] < 2))
+            # In the precision of the learned factor.
+            ratio = (input.new_ones(1, dtype=torch.float32) * scale / self.factor[axis]).to(self.dtype)
+            matrices.append(self._matrix(self._count(input, target) / ratio, size[axis]))
+        resized: Tensor = matrices[0].matmul(output.to(self.dtype)).matmul(matrices[1].t()).to(output.dtype)
+        return resized
+
+    def _count(self, input: Tensor, size: int) -> Tensor:
+        """0, 1, ... size - 1; `torch.arange` of a traced size would not be recorded."""
+        return input.new_ones(size, dtype=self.dtype).cumsum(0) - 1
+
+    def _matrix(self, position: Tensor, source: int) -> Tensor:
+        """Tent weights of samples at `position`, see `rfield.ops.sampling.sampling_matrix`."""
+        pixel = self._count(position, source)
+        return (1 - (position.clamp(max=source - 1).unsqueeze(1) - pixel).abs()).clamp(min=0)
+
+
+def inflated_size(size: int, factor: float) -> int:
+    """`resized_size` of `rfield.ops` in whole numbers alone, the factor being a fraction of two.
+
+    >>> inflated_size(41, 0.63), inflated_size(1, 7.0)
+    (27, 1)
+    """
+    numerator, denominator = factor.as_integer_ratio()
+    # ceil(x - 1e-4) = -floor(1e-4 - x)
+    return -((denominator - (size - 1) * numerator * 10_000) // (denominator * 10_000)) + 1
+
+
+class _Cropped(nn.Module):
+    """A convolution after a crop of its input, which stands for a negative padding."""
+
+    def __init__(self, part: nn.Conv2d, crop: Pair) -> None:
+        super().__init__()
+        self.part = part
+        self.crop = crop
+
+    def forward(self, input: Tensor) -> Tensor:
+        for axis, crop in zip((2, 3), self.crop, strict=True):
+            if crop:
+                input = input.narrow(axis, crop, input.shape[axis] - 2 * crop)
+        output: Tensor = self.part.forward(input)
+        return output
+
+
+class _TopTracer(fx.Tracer):
+    """Looks into the forward of the part alone, not into the layers it calls."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+
+def _graft(root: nn.Module, part: nn.Module) -> fx.GraphModule:
+    """The forward of `root`, whose child `part` is, as a module with the parameters and children of `part`."""
+    modes = {module: module.training for module in part.modules()}
+    part.eval()  # What the forward does by its mode, it does as in eval mode from now on.
+    try:
+        graph = _TopTracer().trace(root)
+    except Exception as error:  # Tracing runs the part's own code.
+        raise ValueError(
+            f"the forward of {type(part).__name__} cannot be traced ({error}): regulate a part of it, or use "
+            "mode='dilation'"
+        ) from error
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    graph._tracer_cls = fx.Tracer  # It is pickled with the graph.
+    for node in graph.nodes:
+        if node.op in ("call_module", "get_attr"):
+            node.target = node.target.removeprefix("part.")
+    result = fx.GraphModule(part, graph, class_name=parametrize.type_before_parametrizations(part).__name__)
+    # Also what the forward does not use, so that no key is lost.
+    for name, parameter in part.named_parameters(recurse=False):
+        result.register_parameter(name, parameter)
+    for name, buffer in part.named_buffers(recurse=False):
+        result.register_buffer(name, buffer, persistent=name not in part._non_persistent_buffers_set)
+    for name, child in part.named_children():
+        result.add_module(name, child)
+    carry_state_hooks(part, result)
+    return result
+
+
+def _plain(module: AdaptiveConv2d | ReceptiveFieldRegulator | WeightedGradient, mode: Mode) -> nn.Module:
+    if has_hooks(module):
+        raise ValueError(
+            f"the {type(module).__name__} has hooks, which the plain layer would lose: remove them; the fused model "
+            "may have them"
+        )
+    if isinstance(module, AdaptiveConv2d):
+        with unchanged(module):
+            plain = _plain_conv(module)
+        carried = set(module.modules())
+        for part in plain.modules():
+            if part not in carried:
+                part.training = module.training
+        return plain
+    if isinstance(module, WeightedGradient):
+        return _identity()
+    factor = _factors(module)
+    if module.snapped:
+        module.realise_snap()
+    elif mode == "dilation":
+        _dilate(module.module, factor)
+    elif factor != (1.0, 1.0):
+        if has_hooks(module.module):
+            raise ValueError(
+                "the regulated part has hooks, which the fused one would lose: remove them, or use mode='dilation'"
+            )
+        return fixed_resize(module.module, factor)
+    return module.module
+
+
+def _factors(layer: LearnedFactor) -> tuple[float, float]:
+    height, width = layer.factor.expand(2).tolist()
+    return height, width
+
+
+def _nearest(dilation: Pair, factor: tuple[float, float]) -> Pair:
+    height, width = (whole_dilation(d / f) for d, f in zip(dilation, factor, strict=True))
+    return height, width
+
+
+def _plain_conv(layer: AdaptiveConv2d) -> nn.Module:
+    dilation = layer.nearest_dilation(layer.effective_dilation)
+    padding = followed_padding(layer, dilation)
+    conv = nn.Conv2d(
+        layer.in_channels,
+        layer.out_channels,
+        layer.kernel_size,
+        layer.stride,
+        (max(padding[0], 0), max(padding[1], 0)),
+        dilation,
+        layer.groups,
+        layer.bias is not None,
+        device="meta",
+        dtype=layer.weight.dtype,
+    )
+    for name in ("weight", "bias"):
+        value = getattr(layer, name)
+        if value is not None:
+            setattr(conv, name, value if isinstance(value, nn.Parameter) else nn.Parameter(value))
+    carry_parametrizations(layer, conv)
+    if min(padding) >= 0:
+        return conv
+    return _graft(_Cropped(conv, (max(-padding[0], 0), max(-padding[1], 0))), conv)
+
+
+def _identity() -> fx.GraphModule:
+    """An identity that may be given a mask, too."""
+    graph = fx.Graph()
+    input = graph.placeholder("input")
+    graph.placeholder("mask", default_value=None)
+    graph.output(input)
+    return fx.GraphModule(nn.Module(), graph, class_name="Identity")
+
+
+def _dilate(module: nn.Module, factor: tuple[float, float]) -> None:
+    for name, layer in module.named_modules():
+        if "parametrizations" in name.split("."):  # of weights, not of maps
+            continue
+        if isinstance(layer, nn.Conv2d):
+            if max(layer.kernel_size) > 1:
+                set_dilation(layer, _nearest((layer.dilation[0], layer.dilation[1]), factor))
+        elif not (list(layer.children()) or is_pointwise(layer) or isinstance(layer, nn.Sequential)):
+            raise ValueError(
+                f"{name or 'it'} is a {type(layer).__name__}, and only convolutions and layers that see one pixel "
+                "can be dilated instead of resized: use mode='resize'"
+            )

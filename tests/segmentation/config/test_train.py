@@ -1,0 +1,183 @@
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from docstring_parser import parse_from_object
+
+from rfield.segmentation.config.export import EvaluateConfig, PredictConfig
+from rfield.segmentation.config.train import (
+    DemoConfig,
+    ReproduceConfig,
+    SweepConfig,
+    TrainConfig,
+    TuneConfig,
+    differences,
+    parse_class_weights,
+    parse_ints,
+    parse_range,
+    parse_size,
+)
+from rfield.segmentation.runs import load_config
+
+
+def config_of(**values: Any) -> TrainConfig:
+    return TrainConfig(**{"data": "synthetic", "out": "runs/x"} | values)
+
+
+@pytest.mark.parametrize("value", ["520x640", "520X640", [520, 640], (520, 640), ["520", "640"]])
+def test_sizes(value: Any) -> None:
+    assert parse_size(value) == (520, 640)
+
+
+@pytest.mark.parametrize("value", ["", "x", "520x", "520x640x3", "0x5", [1, 2, 3], [], None, 5.5, "-5", "a", 0])
+def test_wrong_sizes_say_what_a_size_is(value: Any) -> None:
+    with pytest.raises(ValueError, match="a size is HEIGHTxWIDTH in px, such as 520x640, got"):
+        parse_size(value)
+
+
+@pytest.mark.parametrize("value", ["1", "a,b", "1,2,3", [1], 5, None, ""])
+def test_wrong_ranges_say_what_a_range_is(value: Any) -> None:
+    with pytest.raises(ValueError, match=r"a range is LOW,HIGH, such as 0\.5,2, got"):
+        parse_range(value)
+
+
+@pytest.mark.parametrize("value", ["2,6", [2, 6], (2, 6), ["2", "6"], " 2, 6"])
+def test_lists(value: Any) -> None:
+    assert parse_ints(value) == (2, 6)
+
+
+@pytest.mark.parametrize("value", ["", "2,", "2;6", "2,2", [], [1, 1], 2.5, [2.5], "2.5", None, {"a": 1}, [None]])
+def test_wrong_lists_say_what_a_list_is(value: Any) -> None:
+    with pytest.raises(
+        ValueError, match="a list is whole numbers with commas, none of them twice, such as 2,6,14, got"
+    ):
+        parse_ints(value)
+
+
+@pytest.mark.parametrize(
+    ("value", "weights"),
+    [
+        (None, None),
+        ("none", None),
+        ("balanced", "balanced"),
+        ("1,2.5", (1.0, 2.5)),
+        ([1, 0], (1.0, 0.0)),
+        ((0.5,), (0.5,)),
+    ],
+)
+def test_class_weights(value: Any, weights: Any) -> None:
+    assert parse_class_weights(value) == weights
+    assert config_of(class_weights=value).class_weights == weights
+
+
+@pytest.mark.parametrize("value", ["", "even", "1,", "1,-2", [], [float("nan")], "inf", 3, ["a"], {"a": 1}])
+def test_wrong_class_weights_say_what_they_are(value: Any) -> None:
+    with pytest.raises(ValueError, match="class weights are none, balanced, or one number a class, such as"):
+        parse_class_weights(value)
+
+
+def test_a_decoder_needs_the_whole_backbone() -> None:
+    assert config_of(decoder=True).decoder
+    with pytest.raises(ValueError, match="decoder needs the backbone's finer map, but freeze_backbone keeps its"):
+        config_of(decoder=True, freeze_backbone=True)
+
+
+def test_label_smoothing_goes_with_cross_entropy() -> None:
+    assert config_of(label_smoothing=0.1).label_smoothing == 0.1
+    with pytest.raises(ValueError, match="label_smoothing goes with the loss cross_entropy, not dice"):
+        config_of(label_smoothing=0.1, loss="dice")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("dilation", 0),
+        ("head_channels", -1),
+        ("factor", 0.0),
+        ("factor", float("nan")),
+        ("lr", 0.0),
+        ("factor_lr", float("inf")),
+        ("epochs", 0),
+        ("max_steps", 0),
+        ("val_every", 0),
+        ("weight_decay", -1.0),
+        ("factor_start", -1),
+        ("seed", -1),
+        ("workers", -1),
+        ("dropout", 1.0),
+        ("label_smoothing", 1.0),
+        ("label_smoothing", -0.1),
+        ("scale_range", (2.0, 1.0)),
+        ("scale_range", (0.0, 1.0)),
+        ("crop_size", (0, 5)),
+    ],
+)
+def test_values_out_of_range_are_named(key: str, value: Any) -> None:
+    with pytest.raises(ValueError, match="a size is HEIGHTxWIDTH" if key == "crop_size" else key):
+        config_of(**{key: value})
+
+
+def test_a_batch_is_dealt_evenly() -> None:
+    assert config_of(batch_size=6, devices=3).devices == 3
+    with pytest.raises(ValueError, match="batch_size 8 cannot be dealt evenly to 3 devices"):
+        config_of(batch_size=8, devices=3)
+
+
+def test_defaults_follow_the_kind_of_run() -> None:
+    whole, frozen = config_of().resolved(), config_of(freeze_backbone=True).resolved()
+    assert (whole.optimizer, whole.lr) == ("sgd", 1e-3)
+    assert frozen.optimizer == "adamw"
+    assert config_of(freeze_backbone=True, optimizer="sgd").resolved().lr == whole.lr
+    for config in (whole, frozen):
+        assert None not in (config.lr, config.factor_lr, config.val_every)
+        assert config.resolved() == config
+
+
+def test_given_values_stay() -> None:
+    given = {"optimizer": "adamw", "lr": 0.5, "factor_lr": 0.25, "val_every": 7}
+    resolved = config_of(**given).resolved()
+    assert {name: getattr(resolved, name) for name in given} == given
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        config_of(),
+        config_of(canvas="30x40", lr=1e-5, freeze_backbone=True).resolved(),
+        config_of(class_weights="1,2"),
+        config_of(class_weights="balanced", loss="dice"),
+    ],
+)
+def test_plain_goes_through_yaml(tmp_path: Path, config: TrainConfig) -> None:
+    assert "resume" not in config.plain()
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config.plain()))
+    assert load_config(tmp_path / "config.yaml") == config
+
+
+@pytest.mark.parametrize("text", ["", "[", "data: x", "data: x\nout: y\nnonsense: 1", "data: x\nout: y\nepochs: many"])
+def test_a_damaged_run_config_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(ValueError, match=r"config\.yaml is not (a run's config|valid YAML)"):
+        load_config(tmp_path / "config.yaml")
+
+
+@pytest.mark.parametrize(
+    "config_class",
+    [TrainConfig, EvaluateConfig, PredictConfig, DemoConfig, SweepConfig, TuneConfig, ReproduceConfig],
+)
+def test_every_field_is_documented(config_class: Any) -> None:
+    documented = {
+        param.arg_name: param.description
+        for base in config_class.__mro__[:-1]
+        for param in parse_from_object(base).params
+        if param.description
+    }
+    assert {field.name for field in dataclasses.fields(config_class)} <= documented.keys()
+
+
+def test_differences() -> None:
+    old, new = config_of().plain(), config_of(seed=3, crop_size="65", out="runs/y").plain()
+    assert differences(old, new, ignored=["out"]) == ["crop_size: [321, 321] -> [65, 65]", "seed: 0 -> 3"]
+    assert differences(old, old) == []

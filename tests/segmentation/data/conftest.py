@@ -1,0 +1,38 @@
+"""Small devkits in the layout of PASCAL VOC."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from rfield.segmentation.data import voc_palette
+
+
+@pytest.fixture
+def make_devkit(tmp_path: Path) -> Callable[..., Path]:
+    """Writes a devkit of images of 12x16 px (height x width) and returns its root; `classes` None: no classes.txt."""
+
+    def make(
+        lists: dict[str, Sequence[str]] | None = None,
+        classes: Sequence[str] | None = ("road", "car", "sky"),
+        values: Sequence[int] = (0, 1, 2, 255),
+    ) -> Path:
+        root = tmp_path / "devkit"
+        for folder in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
+            (root / folder).mkdir(parents=True)
+        if classes is not None:
+            (root / "classes.txt").write_text("".join(f"{name}\n" for name in classes))
+        random = np.random.default_rng(0)
+        for split, names in (lists or {"train": ["a", "b"], "val": ["c"]}).items():
+            (root / f"ImageSets/Segmentation/{split}.txt").write_text("".join(f"{name}\n" for name in names))
+            for name in names:
+                photograph = PIL.Image.fromarray(random.integers(0, 256, (12, 16, 3), dtype=np.uint8))
+                photograph.save(root / f"JPEGImages/{name}.jpg")
+                mask = PIL.Image.fromarray(random.choice(values, (12, 16)).astype(np.uint8))
+                mask.putpalette([level for colour in voc_palette() for level in colour])
+                mask.save(root / f"SegmentationClass/{name}.png")
+        return root
+
+    return make

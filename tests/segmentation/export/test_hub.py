@@ -1,0 +1,188 @@
+"""Networks as folders and on the Hub, whose downloads and uploads are played here."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import PIL.Image
+import pytest
+import torch
+import yaml
+
+from rfield.layers import LearnedFactor
+from rfield.segmentation.cli import main, parse
+from rfield.segmentation.config.export import PushConfig
+from rfield.segmentation.config.train import TrainConfig
+from rfield.segmentation.data import SyntheticCues
+from rfield.segmentation.export.hub import share_run
+from rfield.segmentation.models import ParsingNetwork, Paths, small_cnn
+from rfield.segmentation.models.hub import find_folder
+from rfield.segmentation.runs import build_network, load_run
+from rfield.surgery.fuse import fuse
+
+IMAGE = torch.randn(1, 3, 61, 45, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run folder whose search has ended, with scores and the curve's picture."""
+    out = tmp_path / "run"
+    (out / "checkpoints").mkdir(parents=True)
+    config = TrainConfig(
+        data="/secret/data", out=str(out), model="small_cnn", dilation=4, head_channels=8, canvas=(70, 70)
+    ).resolved()
+    torch.manual_seed(0)
+    network = build_network(config, 4)
+    for module in network.modules():
+        if isinstance(module, LearnedFactor):
+            module.set_factor(4 / 7)
+            module.snap()
+    (out / "config.yaml").write_text(yaml.safe_dump(config.plain()))
+    data = SyntheticCues("val")
+    (out / "classes.json").write_text(json.dumps({"class_names": data.class_names, "palette": data.palette}))
+    state = {f"network.{key}": value for key, value in network.state_dict().items()}
+    torch.save({"state_dict": state}, out / "checkpoints/last.ckpt")
+    scores = {"miou": 0.625, "pixel_accuracy": 0.75, "per_class": dict.fromkeys(data.class_names, 0.625)}
+    (out / "metrics.json").write_text(json.dumps(scores))
+    PIL.Image.new("RGB", (4, 4)).save(out / "curve.png")
+    return out
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"mechanism": "dilation", "min_size": (70, 50)},
+        {"paths": Paths(2, class_groups=((1,), (2, 3)), gradient_weight=5.0)},
+        {"paths": Paths(rates=(1, 3)), "regulate": False},
+        {"paths": Paths(rectangular=True), "mechanism": "dilation", "decoder": True},
+    ],
+)
+def test_round_trip(values: dict[str, Any], fused: bool, tmp_path: Path) -> None:
+    network = small_cnn(4, head_channels=8, **values)
+    for index, module in enumerate(module for module in network.modules() if isinstance(module, LearnedFactor)):
+        module.set_factor(0.62 + index)
+    network = fuse(network) if fused else network
+    network.eval().save_pretrained(tmp_path)
+    loaded = ParsingNetwork.from_pretrained(tmp_path)
+    assert loaded.min_size == network.min_size
+    with torch.no_grad():
+        assert torch.equal(loaded(IMAGE), network(IMAGE))
+    learned = [module for module in loaded.modules() if isinstance(module, LearnedFactor)]
+    assert bool(learned) == (not fused and values.get("regulate", True))
+    assert "library_name: rfield" in (tmp_path / "README.md").read_text()
+
+
+def test_share(run: Path, tmp_path: Path) -> None:
+    share_run(run, tmp_path / "shared", repo_id="me/fields")
+    files = {file.name for file in (tmp_path / "shared").iterdir()}
+    assert files == {"README.md", "config.json", "model.safetensors", "curve.png"}
+    card = (tmp_path / "shared/README.md").read_text()
+    for part in ("mIoU 0.625", "Receptive field 71 px", "](curve.png)", "rfield predict hf:me/fields"):
+        assert part in card
+    assert "secret" not in card + (tmp_path / "shared/config.json").read_text()
+    before, after = load_run(run), load_run(tmp_path / "shared")
+    assert (after.class_names, after.palette, after.size) == (before.class_names, before.palette, None)
+    with torch.no_grad():
+        assert torch.allclose(before.network(IMAGE), after.network(IMAGE), rtol=0, atol=1e-5)
+
+
+def test_predict_and_evaluate_from_the_hub(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    share_run(run, tmp_path / "shared")
+    asked = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda repo_id: asked.append(repo_id) or str(tmp_path / "shared")
+    )
+    PIL.Image.effect_noise((40, 30), 80).convert("RGB").save(tmp_path / "photograph.png")
+    name = "hf:me/fields"
+    for model, out in ((name, "there"), (str(run), "here")):
+        main(["predict", model, "photograph.png", "--out", out])
+    assert (tmp_path / "there/photograph.png").read_bytes() == (tmp_path / "here/photograph.png").read_bytes()
+    assert asked == ["me/fields"]
+    main(["evaluate", name, "--data", "synthetic", "--json", "scores.json"])
+    assert 0 <= json.loads((tmp_path / "scores.json").read_text())["miou"] <= 1
+    with pytest.raises(SystemExit):
+        main(["evaluate", name])
+    assert "does not say what it was trained on: give --data" in capsys.readouterr().err
+
+
+def test_push(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    sent: dict[str, Any] = {}
+
+    class Hub:
+        def create_repo(self, repo_id: str, private: bool, exist_ok: bool) -> str:
+            sent.update(repo_id=repo_id, private=private)
+            return f"https://hub/{repo_id}"
+
+        def upload_folder(self, repo_id: str, folder_path: Path, commit_message: str) -> None:
+            sent["files"] = sorted(file.name for file in folder_path.iterdir())
+
+    assert parse(["push", "r", "me/fields"]) == ("push", PushConfig("r", "me/fields"))
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    main(["push", str(run), "me/fields", "--private"])
+    assert capsys.readouterr().out == "the network is at https://hub/me/fields\n"
+    assert sent == {
+        "repo_id": "me/fields",
+        "private": True,
+        "files": ["README.md", "config.json", "curve.png", "model.safetensors"],
+    }
+    assert small_cnn(2).push_to_hub("me/other") == "https://hub/me/other"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "evaluate runs/typo",
+        "predict runs/typo image.png",
+        "fuse runs/typo --out plain",
+        "export runs/typo --out model.onnx",
+        "push runs/typo me/fields",
+        "inspect runs/typo",
+    ],
+)
+def test_a_missing_folder_is_never_looked_up_on_the_hub(
+    words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("snapshot_download", "hf_hub_download", "HfApi"):
+        monkeypatch.setattr(huggingface_hub, name, lambda *args, **options: pytest.fail("the Hub was asked"))
+    with pytest.raises(SystemExit) as exit_:
+        main(words.split())
+    assert exit_.value.code == 2
+    message = "runs/typo is not a run folder: it has no config.yaml; a model of the Hub is hf:runs/typo\n"
+    assert capsys.readouterr().err.endswith(message)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(FileNotFoundError, match=r"runs/typo has no config\.json; a model of the Hub is hf:runs/typo"):
+        ParsingNetwork.from_pretrained("runs/typo")
+
+
+def test_mistakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(repo_id: str) -> str:
+        raise RuntimeError("no network")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    with pytest.raises(FileNotFoundError, match="there is no model me/fields from the Hub: no network"):
+        find_folder("hf:me/fields")
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(FileNotFoundError, match="runs/typo is not a run folder"):
+        load_run("runs/typo")
+    network = small_cnn(2)
+    network.save_pretrained(tmp_path / "saved")
+    with pytest.raises(ValueError, match="does not say what rfield writes of the classes"):
+        load_run(tmp_path / "saved")
+    config = json.loads((tmp_path / "saved/config.json").read_text())
+    config["network"]["head_channels"] = 4
+    (tmp_path / "saved/config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"does not fit config\.json"):
+        ParsingNetwork.from_pretrained(tmp_path / "saved")
+    (tmp_path / "saved/config.json").write_text("{}")
+    with pytest.raises(ValueError, match="no config of rfield's"):
+        ParsingNetwork.from_pretrained(tmp_path / "saved")
+    with pytest.raises(ValueError, match="know how to be built again"):
+        ParsingNetwork(network.backbone, network.head).save_pretrained(tmp_path)

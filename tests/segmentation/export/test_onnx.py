@@ -1,0 +1,268 @@
+"""`rfield export`: files that compute what the network does, and are not kept where they do not."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx
+import PIL.Image
+import pytest
+import torch
+import yaml
+
+from rfield.layers import LearnedFactor
+from rfield.segmentation.cli import main, parse
+from rfield.segmentation.config.export import ExportConfig
+from rfield.segmentation.config.train import TrainConfig
+from rfield.segmentation.data import SyntheticCues
+from rfield.segmentation.export import onnx as exporting
+from rfield.segmentation.export.int8 import quantise
+from rfield.segmentation.export.onnx import compare, export_run, read_exported
+from rfield.segmentation.inference.onnx import load_onnx
+from rfield.segmentation.runs import Run, build_network, load_run
+
+MakeRun = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def make_run(tmp_path_factory: pytest.TempPathFactory) -> MakeRun:
+    """The folder of a run of a random network with learned dilations or, not snapped, resizes."""
+
+    def make(factors: Any = ((4 / 7,),), snap: bool = True, seed: int = 0, **values: Any) -> Path:
+        out = tmp_path_factory.mktemp("run")
+        (out / "checkpoints").mkdir()
+        given = {"model": "small_cnn", "dilation": 4, "head_channels": 8, "search": "sampled"}
+        config = TrainConfig(data="synthetic", out=str(out), **given | values).resolved()
+        torch.manual_seed(seed)
+        network = build_network(config, 4)
+        layers = [module for module in network.modules() if isinstance(module, LearnedFactor)]
+        for layer, factor in zip(layers, factors, strict=True):
+            layer.set_factor(factor)
+            if snap:
+                layer.snap()
+        (out / "config.yaml").write_text(yaml.safe_dump(config.plain()))
+        classes = {
+            "class_names": SyntheticCues.class_names,
+            "palette": [list(colour) for colour in SyntheticCues("val").palette],
+        }
+        (out / "classes.json").write_text(json.dumps(classes))
+        state = {f"network.{key}": value for key, value in network.state_dict().items()}
+        torch.save({"state_dict": state}, out / "checkpoints/last.ckpt")
+        return out
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def any_size(make_run: MakeRun) -> tuple[Path, Path]:
+    """A run with a canvas, and its ONNX file for any size."""
+    folder = make_run(canvas=(80, 90))
+    made = export_run(load_run(folder), folder / "model.onnx")
+    assert made.size is None
+    assert made.difference < 1e-5
+    return folder, made.path
+
+
+@pytest.fixture(scope="module")
+def one_size(make_run: MakeRun) -> tuple[Path, Path]:
+    """A run whose regulator is not snapped, and its ONNX file for one size."""
+    folder = make_run(((0.62,),), snap=False, mechanism="regulator")
+    made = export_run(load_run(folder), folder / "model.onnx", (61, 45))
+    assert made.size == (61, 45)
+    return folder, made.path
+
+
+def assert_same(run: Run, path: Path, *shapes: tuple[int, int, int]) -> None:
+    batches = [torch.randn(count, 3, height, width) for count, height, width in shapes]
+    difference, agreement = compare(run.network, read_exported(path), batches)
+    assert difference < 1e-5
+    assert agreement == 1
+
+
+def test_commands() -> None:
+    assert parse(["export", "runs/msrc-from-24", "--out", "model.onnx"]) == (
+        "export",
+        ExportConfig("runs/msrc-from-24", out="model.onnx"),
+    )
+    words = ["export", "r", "--out", "m.onnx", "--size", "48x64", "--int8", "--data", "synthetic"]
+    assert parse(words)[1] == ExportConfig("r", out="m.onnx", size=(48, 64), int8=True, data="synthetic")
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (["--out", "model.tflite"], "out must end in .onnx or .pt2"),
+        (["--out", "m.onnx", "--int8"], "int8 needs data"),
+        (["--out", "m.pt2", "--int8", "--data", "synthetic"], "int8 needs data to be calibrated on, and an .onnx"),
+        (["--out", "m.onnx", "--size", "no"], "a size is HEIGHTxWIDTH"),
+        (["--out", "m.onnx"], "is not a run folder"),
+    ],
+)
+def test_mistakes(words: list[str], error: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["export", str(tmp_path / "no"), *words])
+    assert caught.value.code == 2
+    assert error in capsys.readouterr().err
+
+
+def test_any_size(any_size: tuple[Path, Path]) -> None:
+    # Below the canvas and above it, at the corners of the padding and off them.
+    assert_same(load_run(any_size[0]), any_size[1], (1, 80, 90), (2, 81, 93), (3, 61, 45), (1, 96, 128), (2, 107, 59))
+
+
+def test_metadata(any_size: tuple[Path, Path]) -> None:
+    notes = {prop.key: json.loads(prop.value) for prop in onnx.load(any_size[1]).metadata_props}
+    assert notes["class_names"] == list(SyntheticCues.class_names)
+    assert notes["palette"] == [list(colour) for colour in SyntheticCues("val").palette]
+    assert notes["mean"] == [0.485, 0.456, 0.406]
+    assert notes["size"] is None
+    model = load_onnx(any_size[1])
+    assert (model.class_names, model.fixed_size, model.size) == (SyntheticCues.class_names, None, None)
+
+
+def test_one_size(one_size: tuple[Path, Path]) -> None:
+    folder, path = one_size
+    assert_same(load_run(folder), path, (1, 61, 45), (4, 61, 45))
+    model = load_onnx(path)
+    assert model.fixed_size == (61, 45)
+    with pytest.raises(ValueError, match=r"60x45 px, but .*model.onnx takes 61x45 px alone: .* --size 60x45"):
+        model(torch.randn(1, 3, 60, 45))
+    with pytest.raises(ValueError, match="give --size HEIGHTxWIDTH, or --mode dilation"):
+        export_run(load_run(folder), folder / "other.onnx")
+
+
+def test_several_paths_and_a_decoder(make_run: MakeRun) -> None:
+    folder = make_run(((2.0,), (0.5,)), paths=2, decoder=True)
+    made = export_run(load_run(folder), folder / "model.onnx")
+    assert_same(load_run(folder), made.path, (1, 50, 39), (2, 64, 64))
+
+
+def test_torch_export(make_run: MakeRun) -> None:
+    folder = make_run()
+    main(["export", str(folder), "--out", str(folder / "model.pt2")])
+    assert_same(load_run(folder), folder / "model.pt2", (1, 50, 39), (2, 64, 64))
+    extra = {"rfield.json": ""}
+    torch.export.load(folder / "model.pt2", extra_files=extra)
+    assert json.loads(json.loads(extra["rfield.json"])["class_names"]) == list(SyntheticCues.class_names)
+
+
+REAL = {
+    "vgg16": ({"model": "largefov_vgg16", "dilation": 12, "mechanism": "dilation"}, ((3.0,),)),
+    "efficientnet": (
+        {"model": "efficientnet_lite0", "output_stride": 16, "paths": 2, "decoder": True, "mechanism": "dilation"},
+        ((2.0,), (0.5,)),
+    ),
+    "timm": ({"model": "timm:resnet18", "output_stride": 16, "mechanism": "dilation", "rectangular": True}, ((2, 4),)),
+}
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
+@pytest.mark.parametrize("name", REAL)
+def test_real_networks(name: str, suffix: str, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Export compares at three sizes, alone and in a batch, before it keeps a file; here smaller ones, for speed.
+    for size, sides in {"_TRACED": (66, 83), "_OTHER": (50, 45), "_WHOLE": (65, 49)}.items():
+        monkeypatch.setattr(exporting, size, sides)
+    values, factors = REAL[name]
+    folder = make_run(factors, weights="random", **values)
+    made = export_run(load_run(folder), folder / f"model{suffix}")
+    assert made.size is None
+    assert_same(load_run(folder), made.path, (1, 40, 71), (3, 57, 33))
+
+
+def test_sizes_that_pt2_cannot_hold(make_run: MakeRun) -> None:
+    # Its pooling rounds sizes up by math.ceil, for which torch.export's files have no word.
+    folder = make_run(model="timm:resnet10t", output_stride=16, weights="random")
+    with pytest.raises(ValueError, match=r"cannot be saved as .pt2 \(.*ceil.*\); as .onnx, or with --size"):
+        export_run(load_run(folder), folder / "model.pt2")
+    assert not list(folder.glob("*model*"))
+
+
+def test_what_differs_is_not_kept(
+    any_size: tuple[Path, Path],
+    make_run: MakeRun,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    other = make_run(canvas=(80, 90), seed=1)
+    monkeypatch.setattr(exporting, "write_onnx", lambda program, notes, path: shutil.copy(any_size[1], path))
+    (tmp_path / "model.onnx").write_text("an earlier one")
+    with pytest.raises(SystemExit) as caught:
+        main(["export", str(other), "--out", str(tmp_path / "model.onnx")])
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    assert "model.onnx was not kept: its logits differ from the network's by" in error
+    assert error.count("\n") == 1
+    assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
+    assert (tmp_path / "model.onnx").read_text() == "an earlier one"
+
+
+def test_nan_differs() -> None:
+    images = [torch.zeros(1, 3, 2, 2)]
+    assert compare(lambda x: x, lambda x: x * torch.nan, images)[0] == float("inf")
+    assert compare(lambda x: x, lambda x: x[..., :1], images) == (float("inf"), 0.0)
+
+
+def test_predict_and_evaluate(any_size: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, path = any_size
+    (tmp_path / "photographs").mkdir()
+    for name, size in (("a", (70, 50)), ("b", (33, 101))):
+        PIL.Image.effect_noise(size, 80).convert("RGB").save(tmp_path / f"photographs/{name}.png")
+    for model, out in ((path, "deployed"), (folder, "eager")):
+        main(["predict", str(model), str(tmp_path / "photographs"), "--out", str(tmp_path / out)])
+    for name in ("a.png", "b.png", "a_overlay.jpg"):
+        assert (tmp_path / "deployed" / name).read_bytes() == (tmp_path / "eager" / name).read_bytes()
+    scores = []
+    for model in (path, folder):
+        main(["evaluate", str(model), "--data", "synthetic", "--json", str(tmp_path / "scores.json")])
+        scores.append(json.loads((tmp_path / "scores.json").read_text())["miou"])
+    assert scores[0] == pytest.approx(scores[1], abs=1e-4)
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main(["evaluate", str(path)])
+    assert "give --data" in capsys.readouterr().err
+
+
+def test_refusals(one_size: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    PIL.Image.new("RGB", (45, 60)).save(tmp_path / "photograph.png")
+    (tmp_path / "broken.onnx").write_text("no model")
+    foreign = onnx.load(one_size[1])
+    del foreign.metadata_props[:]
+    onnx.save(foreign, tmp_path / "foreign.onnx")
+    for model, error in (
+        (one_size[1], "photograph.png: an image of 60x45 px, but"),
+        (tmp_path / "broken.onnx", "cannot be read as an ONNX model"),
+        (tmp_path / "foreign.onnx", "has no notes of rfield export"),
+        (tmp_path / "no.onnx", "there is no model"),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            main(["predict", str(model), str(tmp_path / "photograph.png"), "--out", str(tmp_path / "out")])
+        assert caught.value.code == 2
+        message = capsys.readouterr().err
+        assert error in message
+        assert message.count("\n") == 1
+
+
+def test_int8(any_size: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--int8", "--data", "synthetic", "--calibration-images", "4"]
+    main(["export", str(any_size[0]), "--out", str(tmp_path / "model.onnx"), *words])
+    lines = capsys.readouterr().out.splitlines()
+    assert "model.onnx takes images of any size; its logits before int8 differ" in lines[0]
+    assert lines[1].startswith("mIoU 0.")
+    assert "before int8" in lines[1]
+    assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
+    nodes = {node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node}
+    assert {"QuantizeLinear", "DequantizeLinear"} <= nodes
+    network, model = load_run(any_size[0]).network, load_onnx(tmp_path / "model.onnx")
+    assert model.class_names == SyntheticCues.class_names
+    difference, agreement = compare(network, model, [torch.randn(2, 3, 97, 97), torch.randn(1, 3, 60, 50)])
+    assert 1e-5 < difference < 0.2
+    assert agreement > 0.8
+
+
+def test_int8_of_another_size(one_size: tuple[Path, Path], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"an image of 129x129 px, but .* takes 61x45 px alone"):
+        quantise(one_size[1], tmp_path / "model.onnx", SyntheticCues("train"), 4)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,82 @@
+from typing import Any
+
+import pytest
+import torch
+
+from rfield import fuse
+from rfield.layers import ReceptiveFieldRegulator
+from rfield.search import learned_layers
+from rfield.search.factors import hold_dilation
+from rfield.segmentation.models import SinglePathHead
+
+
+def heads(dilation: int = 3) -> tuple[SinglePathHead, SinglePathHead]:
+    """A plain and a regulated head of equal weights."""
+    plain = SinglePathHead(8, 5, dilation, head_channels=16, regulate=False).eval()
+    regulated = SinglePathHead(8, 5, dilation, head_channels=16).eval()
+    assert isinstance(regulated.layers, ReceptiveFieldRegulator)
+    regulated.layers.module.load_state_dict(plain.layers.state_dict())
+    return plain, regulated
+
+
+@pytest.mark.parametrize("grid", [(9, 6), (1, 7), (1, 1)])
+@pytest.mark.parametrize("output_size", [None, (65, 41), (1, 50), (4, 3)])
+def test_regulated_at_factor_1_equals_plain(grid: tuple[int, int], output_size: tuple[int, int] | None) -> None:
+    plain, regulated = heads()
+    features = torch.randn(2, 8, *grid)
+    expected, actual = plain(features, output_size), regulated(features, output_size)
+    assert actual.shape == (2, 5, *(output_size or grid))
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
+
+
+def test_upsampling_keeps_the_logits_at_the_features() -> None:
+    plain, _ = heads()
+    features = torch.randn(1, 8, 5, 3)
+    torch.testing.assert_close(plain(features, (33, 17))[..., ::8, ::8], plain(features))
+
+
+def test_effective_dilation() -> None:
+    plain, regulated = heads(dilation=6)
+    assert plain.effective_dilation == regulated.effective_dilation == (6.0, 6.0)
+    assert isinstance(regulated.layers, ReceptiveFieldRegulator)
+    regulated.layers.set_factor(1.5)
+    assert regulated.effective_dilation == pytest.approx((4.0, 4.0))
+    regulated.layers = ReceptiveFieldRegulator(regulated.layers.module, factor=(2.0, 3.0))
+    assert regulated.effective_dilation == pytest.approx((3.0, 2.0))
+
+
+@pytest.mark.parametrize("mechanism", ["regulator", "dilation"])
+def test_a_held_dilation_is_realised_and_not_effective(mechanism: Any) -> None:
+    head = SinglePathHead(8, 5, 6, head_channels=4, mechanism=mechanism, rectangular=True)
+    hold_dilation(learned_layers(head)[0], [3.0, 4.0])
+    assert (head.effective_dilation, head.realised_dilation) == ((6.0, 6.0), (3.0, 4.0))
+    plain = SinglePathHead(8, 5, 6, head_channels=4, regulate=False)
+    plain.layers.fc6.dilation = (2, 5)  # type: ignore[union-attr]
+    assert plain.effective_dilation == plain.realised_dilation == (2.0, 5.0)
+
+
+def test_effective_dilation_of_a_fused_rectangle() -> None:
+    head = SinglePathHead(8, 5, 4, head_channels=4, mechanism="dilation", rectangular=True).eval()
+    head.factor_layer.set_factor((2.0, 1.0))
+    fused = fuse(head)
+    assert fused.layers.fc6.dilation == (2, 4)
+    assert fused.effective_dilation == fused.realised_dilation == (2.0, 4.0)
+
+
+def test_initialisation() -> None:
+    torch.manual_seed(0)
+    state = SinglePathHead(64, 50, 1, head_channels=64, regulate=False).layers.state_dict()
+    assert not any(state[f"{name}.bias"].any() for name in ("fc6", "fc7", "fc8"))
+    assert state["fc6.weight"].std().item() == pytest.approx((1 / (3 * 64 * 9)) ** 0.5, rel=0.05)
+    assert state["fc7.weight"].std().item() == pytest.approx((1 / (3 * 64)) ** 0.5, rel=0.05)
+    assert state["fc8.weight"].std().item() == pytest.approx(0.01, rel=0.05)
+
+
+def test_wrong_sizes_are_refused() -> None:
+    for wrong in (0, -1, 1.5):
+        with pytest.raises(ValueError, match=f"dilation must be a whole number of at least 1, got {wrong}"):
+            SinglePathHead(8, 2, dilation=wrong)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="num_classes"):
+        SinglePathHead(8, 0, dilation=1)
+    with pytest.raises(ValueError, match="dropout"):
+        SinglePathHead(8, 2, dilation=1, dropout=1.5)

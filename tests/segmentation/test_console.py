@@ -1,0 +1,130 @@
+"""What the command line shows: help, hints for what is mistyped, and text on consoles of any encoding."""
+
+import io
+import re
+import shlex
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from rfield.segmentation.cli import COMMANDS, main
+from rfield.segmentation.config.train import DemoConfig
+from rfield.segmentation.console import print_scores, show_progress
+from rfield.segmentation.experiments import trials
+from rfield.segmentation.training.callbacks import BarProgress, LineProgress
+
+SCORES = {"miou": 0.5, "per_class": {"Straße": 0.5, "дом": None, "家": 1.0}, "pixel_accuracy": 0.9}
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])
+def test_help_is_for_readers(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main([*command, "--help"])
+    assert exit_.value.code == 0
+    shown = capsys.readouterr().out
+    assert not re.search(r"<|\b0x|None|object at", shown), shown
+
+
+@pytest.mark.parametrize(
+    ("words", "end"),
+    [
+        ("trian", r"; did you mean train\? \(see rfield --help\)"),
+        ("Check_Data x", r"; did you mean check-data\? \(see rfield --help\)"),
+        ("dance", r"'check-data'\) \(see rfield --help\)"),
+        ("--verison", r"; did you mean --version\? \(see rfield --help\)"),
+        ("train --data x --out y --epoch 3", r"--epoch 3; did you mean --epochs\? \(see rfield train --help\)"),
+        ("train --dta=x --otu y", r"; did you mean --data and --out\? \(see rfield train --help\)"),
+        ("train --data x --out y --crop_size 3", r"; did you mean --crop-size\? \(see rfield train --help\)"),
+        ("train --data x --out y --no-flp", r"; did you mean --no-flip\? \(see rfield train --help\)"),
+        ("predict x y --ouput z", r"; did you mean --out\? \(see rfield predict --help\)"),
+        ("evaluate", r"required: run \(see rfield evaluate --help\)"),
+        ("train --config config.yaml", r"'epoch'; did you mean --epochs\? \(see rfield train --help\)"),
+        ("train --data x --out y --epochs many", r"train: epochs: expected int, got many \(see rfield train --help\)"),
+        ("train --data x --out y --lr many", r"train: lr: expected float, got many \(see rfield train --help\)"),
+        ("train --data x --out y --epochs 0", r"epochs must be positive, got 0 \(see rfield train --help\)"),
+        ("export x --out y.pt", r"got y\.pt \(see rfield export --help\)"),
+        ("evaluate x --checkpoint first", r"expected one of 'last', 'best', got first \(see rfield evaluate --help\)"),
+    ],
+)
+def test_mistakes_name_what_was_meant_and_the_right_help(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: str, end: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("config.yaml").write_text("data: synthetic\nout: x\nepoch: 3\n")
+    with pytest.raises(SystemExit) as exit_:
+        main(shlex.split(words))
+    assert exit_.value.code == 2
+    assert re.search(end + "\n$", shown := capsys.readouterr().err), shown
+    assert shown.count("\n") == 1
+
+
+def console(monkeypatch: pytest.MonkeyPatch, encoding: str) -> tuple[io.BytesIO, io.BytesIO]:
+    """The bytes of stdout and stderr of a console of that encoding."""
+    streams = io.BytesIO(), io.BytesIO()
+    for name, stream in zip(("stdout", "stderr"), streams, strict=True):
+        monkeypatch.setattr(sys, name, io.TextIOWrapper(stream, encoding, write_through=True))
+    return streams
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+def test_names_that_the_console_cannot_show_fail_nothing(monkeypatch: pytest.MonkeyPatch, encoding: str) -> None:
+    def show(config: DemoConfig) -> None:
+        print_scores(SCORES)
+        print("дом")
+        with show_progress("дом") as progress:
+            progress(1, 2)
+        raise ValueError("дом \udcff is no folder")
+
+    out, err = console(monkeypatch, encoding)
+    monkeypatch.setitem(COMMANDS, "demo", (DemoConfig, show))
+    with pytest.raises(SystemExit) as exit_:
+        main(["demo"])
+    assert exit_.value.code == 2
+    shown = out.getvalue().decode(encoding)
+    house = "дом" if encoding == "utf-8" else r"\u0434\u043e\u043c"
+    assert f"{house} " in shown
+    assert f"\n{house}\n" in shown
+    assert ("Straße" if encoding != "ascii" else r"Stra\xdfe") in shown
+    assert "mIoU 0.5000" in shown
+    assert err.getvalue().decode(encoding) == f"rfield demo: {house} \\udcff is no folder\n"
+
+
+def test_workers_of_a_sweep_show_such_names_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    out, _ = console(monkeypatch, "ascii")
+    monkeypatch.setattr(trials, "_work", lambda config: print("see runs/дом/train.log"))
+    config: Any = None
+    trials._worker(config, 1)
+    assert out.getvalue() == rb"see runs/\u0434\u043e\u043c/train.log" + b"\n"
+
+
+def test_a_mistyped_word_that_the_console_cannot_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, err = console(monkeypatch, "cp1252")
+    with pytest.raises(SystemExit) as exit_:
+        main(["дом"])
+    assert exit_.value.code == 2
+    assert rb"invalid choice: '\u0434\u043e\u043c'" in err.getvalue()
+
+
+def test_an_epoch_without_validation_shows_no_score(capsys: pytest.CaptureFixture[str]) -> None:
+    trainer: Any = SimpleNamespace(current_epoch=0, max_epochs=2, callback_metrics={"loss": 1.0, "miou": 0.5})
+    module: Any = None
+    progress = LineProgress()
+    progress.on_validation_end(trainer, module)
+    progress.on_train_epoch_end(trainer, module)
+    trainer.current_epoch = 1
+    progress.on_train_epoch_end(trainer, module)
+    assert capsys.readouterr().out == "epoch 1/2: loss 1, miou 0.5\nepoch 2/2: loss 1\n"
+
+
+def test_the_bar_shows_no_old_score(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer: Any = SimpleNamespace(current_epoch=0, progress_bar_metrics={"loss": 1.0, "miou": 0.5}, loggers=[])
+    module: Any = None
+    bar = BarProgress()
+    monkeypatch.setattr("lightning.pytorch.callbacks.RichProgressBar.on_validation_end", lambda *args: None)
+    bar.on_validation_end(trainer, module)
+    assert set(bar.get_metrics(trainer, module)) == {"loss", "miou"}
+    trainer.current_epoch = 1
+    assert set(bar.get_metrics(trainer, module)) == {"loss"}

@@ -1,0 +1,251 @@
+"""What a run is put together from: its trainer, its logs, its advice, what it says of a search. No run is trained."""
+
+import csv
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+from rfield.search import GradientSearch, SampledSearch, SpsaSearch, learned_layers
+from rfield.segmentation.config.train import TrainConfig
+from rfield.segmentation.runs import build_network
+from rfield.segmentation.training import LineProgress, ParsingModule, prepare, read_factor_csv, train
+from rfield.segmentation.training import run as run_module
+from rfield.segmentation.training.callbacks import FactorLog, LastValidation, PathLog, PinnedFactor, read_paths_csv
+from rfield.segmentation.training.run import _canvas, _position
+from rfield.segmentation.training.search_report import describe_search
+from rfield.segmentation.training.trainer import make_trainer, quiet
+
+Make = Any
+
+
+def module_of(**values: Any) -> ParsingModule:
+    torch.manual_seed(0)
+    tiny: dict[str, Any] = {"model": "small_cnn", "dilation": 3, "head_channels": 4, "dropout": 0.0, "batch_size": 2}
+    config = TrainConfig(data="synthetic", out="x", **tiny | values).resolved()
+    return ParsingModule(build_network(config, 4), config, ("a", "b", "c", "d"))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"epochs": 5, "val_every": 2, "clip_norm": 0.5},
+        {"epochs": 7, "val_every": 3, "clip_norm": 0.0, "max_steps": 11, "precision": "bf16-mixed", "paths": 2},
+        {"rectangular": True, "search": "sampled"},
+    ],
+)
+def test_a_trainer_is_as_its_config_says(make: Make, values: dict[str, Any], tmp_path: Path) -> None:
+    config = make(**values).resolved()
+    with quiet():
+        trainer = make_trainer(config, tmp_path, [])
+    assert trainer.gradient_clip_val == (config.clip_norm or None)
+    assert (trainer.max_epochs, trainer.max_steps) == (config.epochs, config.max_steps or -1)
+    assert (trainer.check_val_every_n_epoch, trainer.log_every_n_steps) == (config.val_every, 10)
+    assert (trainer.precision, trainer.num_devices, trainer.num_nodes) == (config.precision, 1, 1)
+    assert [type(logger) for logger in trainer.loggers] == [TensorBoardLogger, CSVLogger]
+    assert {Path(logger.save_dir or "") for logger in trainer.loggers} == {tmp_path / "logs"}
+    kinds = [type(callback) for callback in trainer.callbacks]
+    assert (PathLog in kinds) == (config.paths > 1 or config.rectangular)
+    assert {FactorLog, PinnedFactor, LastValidation, LineProgress} <= set(kinds)
+    saved = {each.filename: each for each in trainer.callbacks if isinstance(each, ModelCheckpoint)}
+    assert {Path(each.dirpath or "") for each in saved.values()} == {tmp_path / "checkpoints"}
+    best, last = saved["best"], saved["last"]
+    assert (best.monitor, best.mode, best._save_on_train_epoch_end) == ("miou", "max", False)
+    assert (last.monitor, last._save_on_train_epoch_end) == (None, True)
+
+
+def test_advice_is_kept_from_those_who_run_a_training_and_no_other_warning() -> None:
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        with quiet():
+            warnings.warn("The 'train_dataloader' does not have many workers which may be", stacklevel=1)
+            warnings.warn("something else", stacklevel=1)
+    assert [str(each.message) for each in told] == ["something else"]
+
+
+# -------------------------------------------------------------------------------------------------------------- logs
+
+
+def trainer_at(step: int, **values: Any) -> Any:
+    return SimpleNamespace(global_step=step, **values)
+
+
+def test_rows_are_written_in_fifties_and_with_every_checkpoint(tmp_path: Path) -> None:
+    module, log = module_of(search="gradient"), FactorLog(tmp_path / "factor.csv")
+    log.on_train_start(trainer_at(0), module)
+    for step in range(1, 53):
+        module.mean_loss = torch.tensor(step / 4)
+        log.on_train_batch_end(trainer_at(step), module, None, None, 0)
+        assert len(read_factor_csv(log.path)["step"]) == (0 if step < 50 else 50)
+    log.on_save_checkpoint(trainer_at(52), module, {})
+    columns = read_factor_csv(log.path)
+    assert columns["step"].tolist() == list(range(1, 53))
+    assert columns["loss"].tolist() == [step / 4 for step in range(1, 53)]
+    log.on_save_checkpoint(trainer_at(52), module, {})
+    assert len(read_factor_csv(log.path)["step"]) == 52, "each row once"
+
+
+def test_a_resumed_log_keeps_the_rows_of_its_checkpoint(tmp_path: Path) -> None:
+    module, log = module_of(search="gradient"), FactorLog(tmp_path / "factor.csv")
+    rows = [[step, 1, 3, 39, "", "", 0.5] for step in range(1, 8)]
+    for step, kept in ((4, 4), (7, 7), (0, 0)):
+        with log.path.open("w", newline="") as file:
+            csv.writer(file).writerows([log.columns, *rows, [2, 1, 3]])
+        log.on_train_start(trainer_at(step), module)
+        assert read_factor_csv(log.path)["step"].tolist() == list(range(1, kept + 1))
+
+
+@pytest.mark.parametrize("rectangular", [False, True])
+def test_paths_are_logged_by_name(tmp_path: Path, rectangular: bool) -> None:
+    module = module_of(search="sampled", paths=2, rectangular=rectangular)
+    log = PathLog(tmp_path / "paths.csv")
+    log.on_train_start(trainer_at(0), module)
+    for step in (1, 2):
+        learned_layers(module.network)[1][0].set_factor((1.0 + step, 1.5) if rectangular else 1.0 + step)
+        log.on_train_batch_end(trainer_at(step), module, None, None, 0)
+    log.on_save_checkpoint(trainer_at(2), module, {})
+    found = {name: (steps.tolist(), factors.tolist()) for name, (steps, factors) in read_paths_csv(log.path).items()}
+    if rectangular:
+        names = [f"path {path}, {axis}" for path in (1, 2) for axis in ("height", "width")]
+        assert list(found) == names
+        assert found["path 2, width"] == ([1, 2], [1.5, 1.5])
+        assert found["path 2, height"] == ([1, 2], [2, 3])
+    else:
+        assert found == {"path 1": ([1, 2], [1, 1]), "path 2": ([1, 2], [2, 3])}
+
+
+def test_a_line_an_epoch(capsys: pytest.CaptureFixture[str]) -> None:
+    metrics = {"loss": torch.tensor(0.123456), "miou": torch.tensor(0.5), "factor": torch.tensor(2.0), "other": 1}
+    trainer = trainer_at(3, callback_metrics=metrics, current_epoch=1, max_epochs=4)
+    LineProgress().on_train_epoch_end(trainer, module_of(search="none"))
+    assert capsys.readouterr().out == "epoch 2/4: loss 0.1235, factor 2\n", "an earlier epoch's score is none of this"
+    progress = LineProgress()
+    progress.on_validation_end(trainer, module_of(search="none"))
+    progress.on_train_epoch_end(trainer, module_of(search="none"))
+    assert capsys.readouterr().out == "epoch 2/4: loss 0.1235, miou 0.5, factor 2\n"
+
+
+def test_the_last_epoch_is_validated() -> None:
+    for epoch, expected in ((0, 3), (2, 3), (3, 1)):
+        trainer = trainer_at(0, current_epoch=epoch, max_epochs=4, check_val_every_n_epoch=3)
+        LastValidation().on_train_start(trainer, module_of(search="none"))  # As one that is resumed inside it.
+        assert trainer.check_val_every_n_epoch == expected
+
+
+# ------------------------------------------------------------------------------------------------ a factor at a bound
+
+
+def watched(kind: str, steps: int, factor: float, seen: int, start: int = 0) -> list[str]:
+    """What is said of a search of so many steps whose factor is at a bound for so many."""
+    module = module_of(search=kind)
+    layer = learned_layers(module.network)[0][0]
+    kinds: dict[str, Any] = {"gradient": GradientSearch, "spsa": SpsaSearch}
+    if kind == "sampled":
+        module.search = SampledSearch(module.network, module._loss, steps, [0])
+    else:
+        module.search = kinds[kind](module.network, module._loss, steps)
+    module.factor_start = start
+    module.network(torch.zeros(1, 3, 33, 33))  # Shows the layer its map, of 9x9.
+    layer.set_factor(factor)
+    watch = PinnedFactor()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for step in range(1, seen + 1):
+            watch.on_train_batch_end(trainer_at(step), module, None, None, 0)
+    return [str(each.message).split(". ")[0] for each in caught]
+
+
+@pytest.mark.parametrize("kind", ["gradient", "spsa"])
+def test_a_fifth_of_a_search_at_a_bound_is_told(kind: str) -> None:
+    large = "the factor of path 1, height, has been at its lower bound, where the dilation is the map's size for"
+    small = "the factor of path 1, height, has been at its upper bound, where the dilation is 1 for"
+    assert watched(kind, 200, 3.0, 39) == []
+    assert watched(kind, 200, 3.0, 80) == [f"step 40: {small} 40 steps"]
+    assert watched(kind, 200, 3 / 9, 40) == [f"step 40: {large} 40 steps"]
+    assert watched(kind, 50, 3.0, 19) == [], "fewer than 20 mean nothing"
+    assert watched(kind, 50, 3.0, 20) == [f"step 20: {small} 20 steps"]
+    assert watched(kind, 50, 1.5, 50) == []
+
+
+def test_a_curve_s_end_and_a_factor_that_waits_are_no_bounds() -> None:
+    assert watched("sampled", 200, 3.0, 100) == []
+    assert watched("gradient", 50, 3.0, 29, start=10) == []
+    assert watched("gradient", 50, 3.0, 30, start=10)[0].startswith("step 30: ")
+    assert watched("spsa", 50, 3.0, 20, start=10)[0].startswith("step 20: ")
+
+
+# --------------------------------------------------------------------------------------------- what a run says and does
+
+
+@pytest.mark.parametrize(("count", "shown"), [(1, 1), (200, 200), (201, 101), (1000, 200), (1001, 167)])
+def test_a_search_s_way_has_at_most_200_points(make: Make, count: int, shown: int) -> None:
+    search = {"steps": count, "done": False, "trajectory": [(step, [float(step), 2.0]) for step in range(count)]}
+    described = describe_search(make(search="spsa"), {"search": search, "seconds": 1.5})
+    assert (described["kind"], described["steps"], described["seconds"]) == ("spsa", count, 1.5)
+    assert len(described["trajectory"]) == len(described["trajectories"]) == shown
+    assert described["trajectory"][0] == [0, 0.0]
+    assert described["trajectories"][-1] == [*described["trajectory"][-1], 2.0]
+    assert "unsnapped_dilation" not in described
+    one = {**search, "done": True, "unsnapped": [[4.5], [2.0, 3.0]], "trajectory": [(1, [4.0])]}
+    described = describe_search(make(search="gradient"), {"search": one, "seconds": 1.5})
+    assert described["unsnapped_dilation"] == [4.5, 2.0, 3.0]
+    assert "trajectories" not in described
+
+
+def test_a_canvas_holds_every_image_of_both_splits() -> None:
+    splits: Any = [SimpleNamespace(sizes=lambda sizes=sizes: sizes) for sizes in ([(5, 9), (7, 3)], [(2, 11), (6, 1)])]
+    assert _canvas(splits) == (7, 11)
+
+
+def test_where_a_checkpoint_goes_on() -> None:
+    for processed, started, batches, expected in ((2, 2, 3, (2, 0)), (1, 2, 2, (1, 2)), (0, 1, 1, (0, 1))):
+        epochs = {"current": {"processed": processed, "started": started}}
+        loop = {"epoch_progress": epochs, "epoch_loop.batch_progress": {"current": {"processed": batches}}}
+        assert _position({"loops": {"fit_loop": loop}}) == expected
+
+
+@pytest.mark.parametrize(
+    ("values", "read"),
+    [
+        ({"search": "sampled"}, True),
+        ({"search": "sampled", "loss": "focal"}, False),
+        ({"search": "sampled", "class_weights": "balanced"}, False),
+        ({"search": "sampled", "class_weights": (1, 2, 3, 4)}, False),
+        ({"search": "gradient"}, False),
+    ],
+)
+def test_a_loss_that_says_what_counts_is_read_as_it_is(
+    make: Make, values: dict[str, Any], read: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[Any] = []
+
+    def module(*arguments: Any) -> None:
+        given.extend(arguments)
+        raise InterruptedError
+
+    monkeypatch.setattr(run_module, "ParsingModule", module)
+    with pytest.raises(InterruptedError):
+        train(make(**values))
+    _, config, names, _, groups, weights, reading_weights = given
+    assert (len(names), groups) == (4, None)
+    assert (reading_weights is not None) == read
+    assert (weights is not None) == ("class_weights" in values)
+    assert config.epochs == 3
+
+
+def test_preparing_computes_what_a_frozen_run_needs_and_writes_no_run(make: Make) -> None:
+    frozen = make(freeze_backbone=True, search="none")
+    done: list[int] = []
+    prepare(frozen, lambda count, total: done.append(total))
+    assert done, "the features of both splits"
+    assert not Path(frozen.out).exists()
+    done.clear()
+    prepare(make(search="none"), lambda count, total: done.append(total))
+    assert not done
+    with pytest.raises(ValueError, match="larger than the canvas"):
+        prepare(make(freeze_backbone=True, canvas=(35, 41)))

@@ -1,0 +1,259 @@
+"""`adapt` and `regulate`: what they choose, what they share, what they refuse, and whom they get along with."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import rfield
+from rfield import adapt, regulate
+from rfield.layers import AdaptiveConv2d, ReceptiveFieldRegulator
+from rfield.search import learned_layers
+
+IMAGE = torch.randn(2, 3, 24, 20, generator=torch.Generator().manual_seed(0))
+
+
+def dilated(channels: int, dilation: int, **options: Any) -> nn.Conv2d:
+    return nn.Conv2d(channels, channels, 3, padding=dilation, dilation=dilation, **options)
+
+
+class Block(nn.Module):
+    def __init__(self, dilation: int) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = dilated(4, dilation), dilated(4, dilation)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return input + F.relu(self.conv2(F.relu(self.conv1(input))))
+
+
+class Pyramid(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(
+            [nn.Sequential(nn.Conv2d(4, 4, 1)), *(nn.Sequential(dilated(4, rate)) for rate in (2, 4))]
+        )
+
+    def forward(self, input: Tensor) -> Tensor:
+        return torch.stack([conv(input) for conv in self.convs]).sum(0)
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    stages = {"stem": nn.Conv2d(3, 4, 3, padding=1), "layer3": nn.Sequential(Block(2), Block(2)), "head": Pyramid()}
+    model = nn.Sequential()
+    for name, stage in stages.items():
+        model.add_module(name, stage)
+    return model
+
+
+CONVS = [f"layer3.{block}.conv{number}" for block in (0, 1) for number in (1, 2)]
+BRANCHES = ["head.convs.1.0", "head.convs.2.0"]
+
+
+def names_of(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module, AdaptiveConv2d)]
+
+
+class TestSelect:
+    def test_default_is_every_dilated_convolution(self) -> None:
+        model = network()
+        layers = adapt(model)
+        assert names_of(model) == CONVS + BRANCHES
+        assert layers == [module for module in model.modules() if isinstance(module, AdaptiveConv2d)]
+
+    @pytest.mark.parametrize(
+        ("select", "expected"),
+        [
+            ("stem", ["stem"]),
+            ("layer3", CONVS),
+            ("*.conv2", CONVS[1::2]),
+            (["layer3.0", "head.*"], CONVS[:2] + BRANCHES),
+            (lambda name, conv: conv.dilation[0] == 4, BRANCHES[1:]),
+        ],
+    )
+    def test_by_name_pattern_or_function(self, select: Any, expected: list[str]) -> None:
+        model = network()
+        adapt(model, select)
+        assert names_of(model) == expected
+
+    def test_changes_nothing_until_the_factor_moves(self) -> None:
+        model = network()
+        before, keys, weights = model(IMAGE), list(model.state_dict()), list(model.parameters())
+        layers = adapt(model)
+        assert torch.allclose(model(IMAGE), before, atol=1e-6)
+        assert [key for key in model.state_dict() if not key.endswith(".log_factor")] == keys
+        kept = {id(parameter) for parameter in model.parameters()}
+        assert all(id(parameter) in kept for parameter in weights)
+        layers[0].set_factor(0.5)
+        assert not torch.allclose(model(IMAGE), before, atol=1e-3)
+
+    def test_rectangular(self) -> None:
+        assert adapt(network(), "head", axes=2)[0].log_factor.shape == (2,)
+
+    def test_a_convolution_under_two_names(self) -> None:
+        conv = dilated(3, 2)
+        model = nn.Sequential(conv, nn.ReLU(), conv)
+        (layer,) = adapt(model)
+        assert model[0] is layer
+        assert model[2] is layer
+
+    def test_mode_and_frozen_weights_are_kept(self) -> None:
+        model = network().eval().requires_grad_(False)
+        layer = adapt(model)[0]
+        assert not layer.training
+        assert not layer.weight.requires_grad
+        assert layer.log_factor.requires_grad
+
+
+class TestShare:
+    @pytest.mark.parametrize(
+        ("share", "groups"),
+        [
+            (None, [[name] for name in CONVS + BRANCHES]),
+            ("parallel", [[name] for name in CONVS] + [BRANCHES]),
+            ("layer", [CONVS[:2], CONVS[2:], BRANCHES]),
+            ("stage", [CONVS, *([name] for name in BRANCHES)]),
+        ],
+    )
+    def test_who_shares(self, share: Any, groups: list[list[str]]) -> None:
+        model = network()
+        adapt(model, share=share)
+        names = {module: name for name, module in model.named_modules()}
+        assert [[names[layer] for layer in group] for group in learned_layers(model)] == groups
+
+    def test_dilations_keep_their_ratio(self) -> None:
+        model = network()
+        first, second = adapt(model, "head", share="parallel")
+        first.set_factor(0.5)
+        assert (first.effective_dilation[0], second.effective_dilation[0]) == pytest.approx((4, 8))
+        assert len(rfield.parameter_groups(model, 0.1, 0.01)[1]["params"]) == 1
+
+    def test_is_saved_by_safetensors(self, tmp_path: Path) -> None:
+        safetensors = pytest.importorskip("safetensors.torch")
+        model, other = network(), network()
+        adapt(model, "head", share="parallel")[0].set_factor(0.5)
+        safetensors.save_file(model.state_dict(), tmp_path / "model.safetensors")
+        adapt(other, "head", share="parallel")
+        other.load_state_dict(safetensors.load_file(tmp_path / "model.safetensors"))
+        assert [layer.factor.item() for (layer, *_) in learned_layers(other)] == [0.5]
+        assert torch.equal(other(IMAGE), model(IMAGE))
+
+    def test_a_flat_model_is_one_block(self) -> None:
+        model = nn.Sequential(dilated(3, 2), nn.ReLU(), dilated(3, 4))
+        adapt(model, share="layer")
+        assert len(learned_layers(model)) == 1
+
+
+class OwnForward(nn.Conv2d):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * 2
+
+
+class TestRefused:
+    def test_nothing_chosen(self) -> None:
+        with pytest.raises(ValueError, match=r"nothing to adapt; .* those that can be: 0 \(kernel 3x3, dilation 1\)"):
+            adapt(nn.Sequential(nn.Conv2d(3, 3, 3)))
+        with pytest.raises(ValueError, match=r"the model has no nn.Conv2d of more than one pixel"):
+            adapt(nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU()))
+        with pytest.raises(ValueError, match="nothing to adapt"):
+            adapt(network(), lambda name, conv: False)
+
+    def test_unknown_name_has_near_ones(self) -> None:
+        with pytest.raises(ValueError, match=r"'layer3.0.conv3' names no convolution .* layer3.0.conv"):
+            adapt(network(), ["head", "layer3.0.conv3"])
+
+    @pytest.mark.parametrize(
+        ("conv", "reason"),
+        [
+            (nn.Conv2d(3, 3, 4, dilation=2), "is even along an axis"),
+            (nn.Conv2d(3, 3, 3, padding=2, dilation=2, padding_mode="reflect"), "padding_mode='reflect'"),
+            (OwnForward(3, 3, 3, padding=2, dilation=2), "OwnForward has a forward of its own"),
+            (nn.LazyConv2d(3, 3, padding=2, dilation=2), "run the model once"),
+        ],
+    )
+    def test_what_cannot_be_adapted(self, conv: nn.Conv2d, reason: str) -> None:
+        model = nn.Sequential(dilated(3, 2), conv)
+        with pytest.raises(ValueError, match=f"the convolution 1 cannot be adapted: .*{reason}"):
+            adapt(model, "*")
+        assert names_of(model) == []
+        with pytest.warns(UserWarning, match=f"the convolution 1 is left as it is: .*{reason}"):
+            adapt(model)
+        assert names_of(model) == ["0"]
+        assert model[1] is conv
+
+    def test_hooks_and_replaced_forwards(self) -> None:
+        hooked, patched = dilated(3, 2), dilated(3, 2)
+        hooked.register_forward_pre_hook(lambda module, args: None)
+        patched.forward = lambda map_: map_  # type: ignore[method-assign]
+        for conv, reason in ((hooked, "hooks"), (patched, "forward of its own")):
+            with pytest.raises(ValueError, match=reason):
+                adapt(nn.Sequential(conv), "0")
+
+    def test_timm_s_own_convolutions(self) -> None:
+        timm = pytest.importorskip("timm")
+        for kind in (timm.layers.Conv2dSame, timm.layers.StdConv2d, timm.layers.ScaledStdConv2d):
+            with pytest.raises(ValueError, match="has a forward of its own"):
+                adapt(nn.Sequential(kind(3, 3, 3, dilation=2)), "0")
+
+    def test_values(self) -> None:
+        with pytest.raises(ValueError, match="share must be None, 'parallel', 'layer' or 'stage', got 'all'"):
+            adapt(network(), share="all")  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="axes must be 1 or 2, got 3"):
+            adapt(network(), axes=3)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=r"use AdaptiveConv2d\.from_conv"):
+            adapt(dilated(3, 2))
+
+    def test_a_regulated_convolution(self) -> None:
+        model = network()
+        regulate(model, "head")
+        with pytest.raises(ValueError, match=r"head.module.convs.1.0 cannot be adapted: it is inside a regulator"):
+            adapt(model, "head.*")
+
+
+class TestRegulate:
+    def test_wraps_one_part(self) -> None:
+        model = network().eval()
+        before, keys = model(IMAGE), set(model.state_dict())
+        regulator = regulate(model, "layer3.1", axes=2)
+        assert model.get_submodule("layer3.1") is regulator
+        assert not regulator.training
+        assert torch.allclose(model(IMAGE), before, atol=1e-5)
+        others = {key for key in keys if not key.startswith("layer3.1.")}
+        assert {key for key in model.state_dict() if not key.startswith("layer3.1.")} == others
+        regulator.set_factor((0.8, 1.6))
+        assert regulator.effective_dilation == pytest.approx((2.5, 1.25))
+
+    @pytest.mark.parametrize(
+        ("name", "error"),
+        [
+            ("layer3.2", r"has no part 'layer3.2'; is it 'layer3"),
+            ("", "has no part ''; is it 'stem' or"),
+            ("head.convs", "'head.convs' is a ModuleList, which cannot be called"),
+            ("layer3.0.module.conv1", "is inside a regulator already"),
+            ("layer3", "holds a learned receptive field already"),
+        ],
+    )
+    def test_refused(self, name: str, error: str) -> None:
+        model = network()
+        regulate(model, "layer3.0")
+        with pytest.raises(ValueError, match=error):
+            regulate(model, name)
+
+    def test_a_part_that_sees_one_pixel(self) -> None:
+        with pytest.warns(UserWarning, match=r"no convolution in 'head.convs.0' sees more than one pixel"):
+            regulate(network(), "head.convs.0")
+
+
+def test_public_names_stay_functions_whatever_was_imported() -> None:
+    import rfield.surgery.adapt
+    import rfield.surgery.fuse
+
+    model = nn.Sequential(dilated(3, 2))
+    assert isinstance(rfield.adapt(model)[0], AdaptiveConv2d)
+    assert isinstance(rfield.fuse(model), nn.Sequential)
+    assert isinstance(rfield.regulate(nn.Sequential(dilated(3, 2)), "0"), ReceptiveFieldRegulator)
+    assert copy.deepcopy(model)[0].effective_dilation == (2.0, 2.0)
