@@ -38,7 +38,7 @@ def test_blocks_and_links_of_the_page() -> None:
 def test_torchvision(tmp_path: Path) -> None:
     from torchvision.models.segmentation import deeplabv3_mobilenet_v3_large
 
-    plain = load("adapt_torchvision")(steps=5, out=str(tmp_path / "plain.pt"))
+    plain = load("adapt_torchvision")(steps=2, out=str(tmp_path / "plain.pt"))
     assert is_plain(plain)
     stock = deeplabv3_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=4)
     stock.load_state_dict(torch.load(tmp_path / "plain.pt"))
@@ -60,7 +60,7 @@ def test_smp_with_lightning(tmp_path: Path) -> None:
 def test_transformers_with_the_trainer(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
-    plain = load("adapt_hf_trainer")(steps=5, folder=str(tmp_path))
+    plain = load("adapt_hf_trainer")(steps=2, folder=str(tmp_path))
     assert is_plain(plain)
     found = [rate for name, rate in dilations(plain).items() if ".aspp." in name]
     assert found != [(6, 6), (12, 12), (18, 18)]

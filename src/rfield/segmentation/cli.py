@@ -6,6 +6,7 @@ Torch and the rest are imported inside the commands, so that `rfield --help` ans
 import argparse
 import dataclasses
 import difflib
+import functools
 import os
 import re
 import signal
@@ -374,11 +375,18 @@ def _parser() -> tuple[ArgumentParser, dict[str, ArgumentParser]]:
     return parser, commands
 
 
-def _add_fields(parser: ArgumentParser, config_class: Any) -> None:
-    """One flag for each field; its help is the field's docstring."""
+@functools.cache  # Who parses many command lines in one process waits for this most.
+def _texts(config_class: Any) -> dict[str, str | None]:
+    """The docstring of each field."""
     texts: dict[str, str | None] = {}
     for base in reversed(config_class.__mro__[:-1]):
         texts |= {param.arg_name: param.description for param in docstring_parser.parse_from_object(base).params}
+    return texts
+
+
+def _add_fields(parser: ArgumentParser, config_class: Any) -> None:
+    """One flag for each field; its help is the field's docstring."""
+    texts = _texts(config_class)
     for field in dataclasses.fields(config_class):
         if field.metadata.get("fixed"):
             continue

@@ -165,7 +165,7 @@ def test_real_networks(name: str, suffix: str, make_run: MakeRun, monkeypatch: p
     for size, sides in {"_TRACED": (66, 83), "_OTHER": (50, 45), "_WHOLE": (65, 49)}.items():
         monkeypatch.setattr(exporting, size, sides)
     values, factors = REAL[name]
-    folder = make_run(factors, weights="random", **values)
+    folder = make_run(factors, weights="random", head_channels=16, **values)
     made = export_run(load_run(folder), folder / f"model{suffix}")
     assert made.size is None
     assert_same(load_run(folder), made.path, (1, 40, 71), (3, 57, 33))
