@@ -83,7 +83,7 @@ def test_learned_dilations_are_the_effective_ones() -> None:
 class Attends(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(3, 4, 3, stride=2, padding=1)
+        self.conv = nn.Conv2d(3, 4, 3, stride=4, padding=1)
         self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
         self.gate = nn.Conv2d(4, 4, 1)
 

@@ -162,7 +162,7 @@ REAL = {
 @pytest.mark.parametrize("name", REAL)
 def test_real_networks(name: str, suffix: str, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
     # Export compares at three sizes, alone and in a batch, before it keeps a file; here smaller ones, for speed.
-    for size, sides in {"_TRACED": (66, 83), "_OTHER": (50, 45), "_WHOLE": (65, 49)}.items():
+    for size, sides in {"_TRACED": (34, 43), "_OTHER": (26, 29), "_WHOLE": (33, 49)}.items():
         monkeypatch.setattr(exporting, size, sides)
     values, factors = REAL[name]
     folder = make_run(factors, weights="random", head_channels=16, **values)

@@ -84,7 +84,7 @@ def before_step(patch: pytest.MonkeyPatch, step: int, act: Callable[[ParsingModu
         (5, signal.SIGTERM, {"search": "sampled", "search_share": 0.55, "freeze_backbone": True}),
         (7, signal.SIGTERM, {"search": "sampled", "search_share": 0.55}),
         (8, signal.SIGTERM, {"freeze_backbone": True, "val_every": 2}),
-        (5, signal.SIGTERM, {"model": "timm:resnet18", "output_stride": 32, "epochs": 2}),
+        (5, signal.SIGTERM, {"model": "timm:lcnet_035", "output_stride": 32, "epochs": 2}),
     ],
 )
 def test_a_signal_saves_the_step_and_the_run_goes_on_exactly(
