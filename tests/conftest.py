@@ -29,6 +29,10 @@ SERVER.set_forkserver_preload(
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if {"forked", "in_processes"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker("processes")
+            item.add_marker("slow")
     if SHARED.is_dir():
         return
     skip = pytest.mark.skip(reason="needs ../shared, the real photographs and weights, beside the repository")

@@ -143,6 +143,7 @@ def imported_after(statement: str) -> set[str]:
     return set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
 
 
+@pytest.mark.slow
 def test_import_rfield_needs_torch_alone() -> None:
     third_party = {"torchvision", "lightning", "PIL", "matplotlib", "jsonargparse", "torchmetrics", "rich"}
     assert not third_party & imported_after("import rfield; rfield.ReceptiveFieldRegulator")

@@ -35,6 +35,7 @@ def test_blocks_and_links_of_the_page() -> None:
         assert (page.parent / link).exists(), link
 
 
+@pytest.mark.slow
 def test_torchvision(tmp_path: Path) -> None:
     from torchvision.models.segmentation import deeplabv3_mobilenet_v3_large
 
@@ -45,6 +46,7 @@ def test_torchvision(tmp_path: Path) -> None:
     assert dilations(plain) != dilations(stock)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_smp_with_lightning(tmp_path: Path) -> None:
     pytest.importorskip("segmentation_models_pytorch")
@@ -56,6 +58,7 @@ def test_smp_with_lightning(tmp_path: Path) -> None:
     assert search["unsnapped"] != [[12.0]]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_transformers_with_the_trainer(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")

@@ -44,6 +44,7 @@ def test_every_parser_is_named(parsers: Any) -> None:
     assert sorted(parsers) == sorted(NAMES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.filterwarnings("ignore")
 def test_hostile_inputs_are_refused(fuzz: Any, parsers: Any, name: str) -> None:

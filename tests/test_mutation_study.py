@@ -128,6 +128,7 @@ def test_fast_tests_of_the_module_come_first_and_time_is_bounded(tools: SimpleNa
     assert tools.study.choose(mutant, {}, 10.0) == ([], 0)
 
 
+@pytest.mark.slow
 def test_a_study_is_run_and_gone_on_with(tmp_path: Path) -> None:
     """A mutant survives; then an assertion is added that kills it, and the study is run again."""
     for name in ("mutants.py", "forks.py", "cover.py", "study.py"):

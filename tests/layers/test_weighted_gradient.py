@@ -68,6 +68,7 @@ def test_under_autocast_and_in_low_precision() -> None:
     assert input.grad[0, 0].tolist() == [[1.0, 5.0], [5.0, 1.0]]
 
 
+@pytest.mark.slow
 def test_compiles() -> None:
     layer = nn.ModuleList([nn.Conv2d(1, 2, 1), WeightedGradient([1], 5.0)])
     mask = torch.tensor([[[0, 1], [1, 0]]])

@@ -215,6 +215,7 @@ class TestPrecisionAndCompile:
         output = resize_bilinear(input, torch.tensor([1.5]), (7, 6))
         assert output.is_contiguous(memory_format=memory_format)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         "backend",
         [

@@ -164,6 +164,7 @@ def test_the_mean_of_a_map_with_channels_last_is_global() -> None:
     assert (window.size, window.local) == (math.inf, 1.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(MODELS))
 @pytest.mark.parametrize("regulate", [False, True])
 def test_the_probe_agrees_with_the_reckoning(name: str, regulate: bool) -> None:

@@ -89,6 +89,7 @@ def test_pairs_that_mirror_each_other_keep_their_names(make_data: MakeData) -> N
     assert {NAMES[label] for label in pair} == {"left", "right"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["evaluate", "evaluate model.onnx", "fuse", "export"])
 def test_other_names_are_refused_unless_asked_for(
     run: Path,

@@ -173,6 +173,7 @@ def test_switches() -> None:
     assert train_config("--scale-range", "0.75,1.25").scale_range == (0.75, 1.25)
 
 
+@pytest.mark.slow
 def test_every_field_has_a_flag_and_a_text(capsys: pytest.CaptureFixture[str]) -> None:
     for command in COMMANDS:
         with pytest.raises(SystemExit) as exit_:

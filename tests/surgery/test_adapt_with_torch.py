@@ -227,6 +227,7 @@ def test_a_deep_copy_takes_no_part_in_the_search() -> None:
     assert copied[2].effective_dilation[0] == pytest.approx(3 / 1.34986, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_compiles_when_the_search_is_done() -> None:
     model = network()
     rfield.adapt(model)

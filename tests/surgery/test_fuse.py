@@ -223,6 +223,7 @@ class TestAnyModel:
         plain = rfield.fuse(model)
         assert plain[0] is plain[2]
 
+    @pytest.mark.slow
     def test_is_saved_and_loaded_without_rfield(self, tmp_path: Path) -> None:
         model = nn.Sequential(dilated(padding=0), dilated(padding=5), nn.Sequential(dilated(), nn.BatchNorm2d(4)))
         model.append(nn.Sequential(WeightedGradient([1], 5.0)))

@@ -14,6 +14,8 @@ from rfield.layers import LearnedFactor
 from rfield.search import GradientSearch, SampledSearch, Search, SpsaSearch
 from rfield.surgery.fuse import dilations, set_dilations
 
+pytestmark = pytest.mark.slow
+
 CLASSES = 3
 
 

@@ -203,6 +203,7 @@ fuzz = settings(
 )
 
 
+@pytest.mark.slow
 @fuzz
 @given(st.sampled_from(["voc", "camvid", "helen"]), st.one_of(st.binary(max_size=60), st.text(max_size=60)))
 def test_fuzzed_lists(tmp_path_factory: pytest.TempPathFactory, layout: str, content: bytes | str) -> None:

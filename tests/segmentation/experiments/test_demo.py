@@ -13,6 +13,8 @@ from rfield.segmentation.experiments import run_demo
 from rfield.segmentation.runs import load_config, load_run
 from rfield.segmentation.training import read_factor_csv, train
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:

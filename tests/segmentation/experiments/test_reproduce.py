@@ -8,6 +8,8 @@ import pytest
 from rfield.segmentation.cli import main
 from rfield.segmentation.data import voc_palette
 
+pytestmark = pytest.mark.slow
+
 NAMES = [
     *("d02-seed0", "d06-seed0", "d14-seed0"),
     *(f"d{d:02d}-seed0-{kind}" for kind in ("gradient", "spsa", "sampled") for d in (6, 14)),

@@ -23,6 +23,8 @@ from rfield.segmentation.experiments import run_sweep, trials
 from rfield.segmentation.experiments.trials import Point
 from rfield.segmentation.training import read_factor_csv, train
 
+pytestmark = pytest.mark.slow
+
 Make = Callable[..., SweepConfig]
 NAMES = ["d02-seed0", "d02-seed1", "d05-seed0", "d05-seed1"]
 
@@ -181,6 +183,7 @@ def test_an_interrupted_trial_is_run_again(
     assert names_in(study_of(config), TrialState.COMPLETE) == ["d02-seed0", "d05-seed0"]
 
 
+@pytest.mark.processes
 def test_two_workers_share_a_journal(make: Make, capfd: pytest.CaptureFixture[str]) -> None:
     config = make(jobs=2)
     main(["sweep", "--config", write_yaml(config)])
@@ -195,6 +198,7 @@ def test_two_workers_share_a_journal(make: Make, capfd: pytest.CaptureFixture[st
     assert metrics_of(one, "d05-seed0")["miou"] == metrics_of(config, "d05-seed0")["miou"]
 
 
+@pytest.mark.processes
 def test_a_worker_s_failure_is_one_line(
     make: Make, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

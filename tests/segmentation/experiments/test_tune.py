@@ -11,6 +11,7 @@ from rfield.segmentation.experiments import run_tune
 from rfield.segmentation.experiments.tune import _headline, common_curve, curve_at
 
 
+@pytest.mark.slow
 def test_the_answer_is_the_curve_s_minimum_and_what_it_is_worth(tmp_path: Path, tiny: dict[str, Any]) -> None:
     out = tmp_path / "tune"
     values = {**tiny, "out": str(out), "seeds": (1, 0), "dilations": (2, 3)}

@@ -19,6 +19,8 @@ from rfield.segmentation.export.fused_run import fuse_run
 from rfield.segmentation.runs import build_network, load_run
 from rfield.surgery.fuse import dilations
 
+pytestmark = pytest.mark.slow
+
 IMAGE = torch.randn(1, 3, 61, 45, generator=torch.Generator().manual_seed(0))
 MakeRun = Callable[..., Path]
 

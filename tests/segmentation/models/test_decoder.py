@@ -123,6 +123,7 @@ def test_the_field_grows_by_the_decoder_s_convolutions(name: str, regulate: bool
     assert window.centre == pytest.approx(window.position * network.logit_stride)
 
 
+@pytest.mark.slow
 def test_borders_finer_than_the_features_can_be_told() -> None:
     """A step between two columns of one feature: a head alone blurs it, whatever its weights."""
     torch.manual_seed(0)

@@ -100,6 +100,7 @@ def linearised(backbone: Backbone) -> Backbone:
     return backbone.double()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("output_stride", "block"), [(8, 0), (8, 2), (16, 3), (8, 4), (16, 4), (16, 6)])
 def test_receptive_field_and_centre_equal_those_of_the_gradient(output_stride: int, block: int) -> None:
     """Through the network itself, shortcuts and all."""

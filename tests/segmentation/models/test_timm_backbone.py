@@ -62,6 +62,7 @@ def test_features_are_timms(name: str, output_stride: int, tmp_path: Path) -> No
     assert abs(backbone.offset_px) < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "output_stride", "field"),
     [
@@ -159,6 +160,7 @@ def test_padding_is_split_so_that_features_lie_on_the_grid() -> None:
     assert theoretical_receptive_field(backbone) == (3, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 @pytest.mark.parametrize(
     "name", ["resnet10t", "convnext_atto", "xception41", "legacy_xception", "xcit_nano_12_p16_224"]

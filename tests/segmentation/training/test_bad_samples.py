@@ -18,7 +18,7 @@ from rfield.segmentation.training import run as run_module
 from rfield.segmentation.training import train
 
 Make = Callable[..., TrainConfig]
-pytestmark = pytest.mark.filterwarnings("ignore:skipped")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:skipped")]
 
 
 @pytest.fixture

@@ -14,6 +14,8 @@ from rfield.segmentation.runs import load_run
 from rfield.segmentation.training import train
 from rfield.segmentation.training.callbacks import bounds_reached
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def tiny(tmp_path: Path) -> dict[str, Any]:

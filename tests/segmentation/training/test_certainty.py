@@ -19,6 +19,8 @@ from rfield.segmentation.training.losses import make_loss
 from rfield.segmentation.training.module import ParsingModule
 from rfield.segmentation.training.run import write_json
 
+pytestmark = pytest.mark.slow
+
 Make = Callable[..., TrainConfig]
 
 

@@ -86,6 +86,8 @@ def data(tmp_path: Path) -> str:
     return str(path)
 
 
+@pytest.mark.processes
+@pytest.mark.slow
 def test_two_processes_learn_what_one_does(make: Make, data: str) -> None:
     """Batch norms, two factors, images held out; and a signal ends both at one step, from which both go on."""
     values = {"data": data, "search": "sampled", "paths": 2, "dropout": 0.0, "batch_size": 4, "val_every": 1}
@@ -122,6 +124,8 @@ def test_two_processes_learn_what_one_does(make: Make, data: str) -> None:
     assert best[0] == best[1]
 
 
+@pytest.mark.processes
+@pytest.mark.slow
 def test_balanced_classes_are_those_of_all_pixels(make: Make, data: str) -> None:
     """The weights of the training set's masks, and of each step a mean over both processes' pixels."""
     # Logits far from 0 soon, so that classes of other weights have other losses.
@@ -139,6 +143,8 @@ def test_balanced_classes_are_those_of_all_pixels(make: Make, data: str) -> None
         torch.testing.assert_close(weight, expected[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
+@pytest.mark.processes
+@pytest.mark.slow
 def test_factors_that_differ_end_the_run(make: Make) -> None:
     nudge = "\n".join(
         [
@@ -159,6 +165,8 @@ def test_factors_that_differ_end_the_run(make: Make) -> None:
     assert checkpoint_of(config)["global_step"] == 3, "the last one is from before"
 
 
+@pytest.mark.processes
+@pytest.mark.slow
 @pytest.mark.parametrize("skip", [False, True])
 def test_a_bad_file_is_refused_or_skipped_by_all(make: Make, tmp_path: Path, skip: bool) -> None:
     for split, count in (("train", 4), ("val", 3)):

@@ -24,6 +24,8 @@ from rfield.segmentation.models import ParsingNetwork
 from rfield.segmentation.runs import build_network, load_config, load_run
 from rfield.segmentation.training import FACTOR_COLUMNS, ParsingModule, read_factor_csv, train
 
+pytestmark = pytest.mark.slow
+
 STEPS_AN_EPOCH = 3
 Make = Callable[..., TrainConfig]
 Forked = Callable[..., subprocess.CompletedProcess[str]]

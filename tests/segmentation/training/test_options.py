@@ -18,6 +18,8 @@ from rfield.segmentation.runs import build_network, load_config, load_run
 from rfield.segmentation.training import ParsingModule, read_factor_csv, train
 from rfield.segmentation.training.losses import make_loss
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def tiny(tmp_path: Path) -> dict[str, Any]:

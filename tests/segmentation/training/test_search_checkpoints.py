@@ -17,6 +17,8 @@ from rfield.segmentation.runs import load_run
 from rfield.segmentation.training import ParsingModule, train
 from rfield.segmentation.training.stopping import WholeCheckpoints
 
+pytestmark = pytest.mark.slow
+
 Make = Callable[..., TrainConfig]
 
 

@@ -25,6 +25,8 @@ from rfield.segmentation.runs import load_run
 from rfield.segmentation.training import Interrupted, ParsingModule, train
 from rfield.segmentation.training.stopping import leave_signals
 
+pytestmark = pytest.mark.slow
+
 Make = Callable[..., TrainConfig]
 
 
