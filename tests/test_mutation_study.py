@@ -139,7 +139,8 @@ def test_a_study_is_run_and_gone_on_with(tmp_path: Path) -> None:
     code, tests = tmp_path / "src/rfield/segmentation/metrics.py", tmp_path / "tests/segmentation/test_metrics.py"
     for path in (code, tests):
         path.parent.mkdir(parents=True)
-    (code.parent / "__init__.py").touch()
+    for folder in (code.parent, code.parents[1]):
+        (folder / "__init__.py").touch()
     code.write_text("def least(a):\n    return a < 3\n")
     tests.write_text(
         "from rfield.segmentation.metrics import least\n\ndef test_least():\n    assert least(1) and not least(5)\n"
