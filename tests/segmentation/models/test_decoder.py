@@ -148,7 +148,13 @@ def test_with_several_paths_and_their_guidance() -> None:
     logits = network.logits(image, output_size=(33, 41), mask=mask)
     nn.functional.cross_entropy(logits, mask).backward()
     assert network.head.path_logits is not None
+    guided = [parameter.grad for parameter in network.head.parameters()]
     assert all(parameter.grad is not None for parameter in network.parameters())
+    network.zero_grad()
+    nn.functional.cross_entropy(network.logits(image, output_size=(33, 41)), mask).backward()
+    biases = [index for index, parameter in enumerate(network.head.parameters()) if parameter.dim() == 1]
+    pairs = [(guided[index], [*network.head.parameters()][index].grad) for index in biases]
+    assert any(not torch.allclose(*pair, rtol=0.01) for pair in pairs), "the labels reach the paths"
 
 
 def test_the_head_starts_with_features_and_the_decoder_with_small_logits() -> None:

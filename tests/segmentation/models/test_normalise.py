@@ -20,7 +20,16 @@ def test_its_buffers_are_saved_with_the_network() -> None:
     assert set(InputNormalisation((0.5,) * 3, (0.5,) * 3).state_dict()) == {"scale", "shift"}
 
 
-@pytest.mark.parametrize(("mean", "std"), [((0.5,), (0.5,)), ((0.5,) * 3, (0.5, 0.0, 0.5)), ((0.5,) * 3, (-1.0,) * 3)])
+@pytest.mark.parametrize(
+    ("mean", "std"),
+    [
+        ((0.5,), (0.5,)),
+        ((0.5,) * 3, (0.5,) * 2),
+        ((0.5,) * 2, (0.5,) * 3),
+        ((0.5,) * 3, (0.5, 0.0, 0.5)),
+        ((0.5,) * 3, (-1.0,) * 3),
+    ],
+)
 def test_wrong_numbers(mean: tuple[float, ...], std: tuple[float, ...]) -> None:
     with pytest.raises(ValueError, match="three means and three positive deviations"):
         InputNormalisation(mean, std)

@@ -3,6 +3,7 @@
 import argparse
 import copy
 import warnings
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -214,3 +215,13 @@ def test_weights_saved_on_a_gpu_are_read_without_one(monkeypatch: pytest.MonkeyP
     bias = read_weights(tmp_path / "gpu.pth")["conv.bias"]
     assert bias.device == torch.device("cpu")
     assert bias.tolist() == [1.0, 1.0]
+
+
+def test_weights_that_swell_are_refused(tmp_path: Path) -> None:
+    torch.save({"conv.bias": torch.zeros(10_000)}, tmp_path / "whole.pth")
+    path = tmp_path / "packed.pth"
+    with zipfile.ZipFile(tmp_path / "whole.pth") as whole, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as packed:
+        for name in whole.namelist():
+            packed.writestr(name, whole.read(name))
+    with pytest.raises(ValueError, match=r"packed.pth cannot be read as weights \(its records are larger"):
+        read_weights(path)

@@ -140,6 +140,12 @@ def test_labels_of_no_weight_are_worth_0() -> None:
     assert cross_entropy(logits, torch.full((1, 2, 2), 3), WEIGHTS) == 0
 
 
+def test_small_weights_are_divided_by_too() -> None:
+    logits, mask = torch.randn(1, K, 1, 2), torch.tensor([[[0, 255]]])
+    expected = F.cross_entropy(logits[..., 0], mask[..., 0])
+    torch.testing.assert_close(cross_entropy(logits, mask, (0.1, 1.0, 1.0, 1.0, 1.0)), expected)
+
+
 def test_plain_cross_entropy_is_the_sum_over_the_count_bit_for_bit() -> None:
     logits, mask = batch()
     logits = logits.float()
