@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 
 from rfield.segmentation.config.train import TrainConfig
 from rfield.segmentation.plots import style
-from rfield.segmentation.training import run as run_module
+from rfield.segmentation.training import fit as fit_module
 from rfield.segmentation.training import train
 
 COLUMNS = ("memory_mib", "files", "threads", "children")
@@ -53,12 +53,12 @@ def measure(epochs: int, workers: int, scratch: Path) -> list[list[float]]:
     data = scratch / "data.yaml"
     data.write_text("format: synthetic\nsize: [36, 41]\ndistance: 12\nlength: 4\n")
     samples = scratch / f"samples-{workers}.txt"
-    make_trainer = run_module.make_trainer
+    make_trainer = fit_module.make_trainer
 
     def with_sampler(config: TrainConfig, out: Path, callbacks: list[Callback]) -> L.Trainer:
         return make_trainer(config, out, [*callbacks, Sampler(samples)])
 
-    run_module.make_trainer = with_sampler  # type: ignore[attr-defined]
+    fit_module.make_trainer = with_sampler  # type: ignore[attr-defined]
     config = TrainConfig(
         data=str(data),
         out=str(scratch / f"run-{workers}"),
@@ -76,7 +76,7 @@ def measure(epochs: int, workers: int, scratch: Path) -> list[list[float]]:
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
             train(config)
     finally:
-        run_module.make_trainer = make_trainer  # type: ignore[attr-defined]
+        fit_module.make_trainer = make_trainer  # type: ignore[attr-defined]
     return [json.loads(line) for line in samples.read_text().splitlines()]
 
 

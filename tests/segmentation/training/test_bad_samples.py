@@ -14,7 +14,7 @@ from rfield.segmentation.config.train import TrainConfig
 from rfield.segmentation.data import FolderDataset, ResizedDataset, SkippingDataset, SyntheticCues
 from rfield.segmentation.inference.feature_cache import cache_features
 from rfield.segmentation.models import small_cnn
-from rfield.segmentation.training import run as run_module
+from rfield.segmentation.training import fit as fit_module
 from rfield.segmentation.training import train
 
 Make = Callable[..., TrainConfig]
@@ -52,7 +52,7 @@ def truncate(path: Path) -> Path:
 
 def break_after_the_check(monkeypatch: pytest.MonkeyPatch, *paths: Path) -> None:
     """Truncates the files when the quick check has let them pass."""
-    check = run_module.refuse_bad_data
+    check = fit_module.refuse_bad_data
 
     def checked(*args: Any) -> list[str]:
         warnings = check(*args)
@@ -60,7 +60,7 @@ def break_after_the_check(monkeypatch: pytest.MonkeyPatch, *paths: Path) -> None
             truncate(path)
         return warnings
 
-    monkeypatch.setattr(run_module, "refuse_bad_data", checked)
+    monkeypatch.setattr(fit_module, "refuse_bad_data", checked)
 
 
 def test_a_training_is_refused_before_it_begins(make: Make, root: Path) -> None:

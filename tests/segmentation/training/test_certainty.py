@@ -17,7 +17,7 @@ from rfield.segmentation.training import train
 from rfield.segmentation.training.held_out import HeldOut, WholeImages, draw_held_out
 from rfield.segmentation.training.losses import make_loss
 from rfield.segmentation.training.module import ParsingModule
-from rfield.segmentation.training.run import write_json
+from rfield.segmentation.training.run_folder import write_json
 
 pytestmark = pytest.mark.slow
 

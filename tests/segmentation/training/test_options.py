@@ -131,7 +131,7 @@ def test_the_default_weights_of_efficientnet_lite0(
     train(TrainConfig(**tiny | values))
     assert "random weights" not in capsys.readouterr().err
     assert load_config(Path(tiny["out"]) / "config.yaml").weights == "imagenet"
-    monkeypatch.setattr("rfield.segmentation.training.run.default_weights", lambda model: None)
+    monkeypatch.setattr("rfield.segmentation.training.fit.default_weights", lambda model: None)
     for name, weights, told in (("none", None, True), ("random", "random", False)):
         train(TrainConfig(**tiny | values | {"out": str(Path(tiny["out"]) / name), "weights": weights}))
         note = "note: efficientnet_lite0 starts from random weights"

@@ -15,9 +15,10 @@ from rfield.search import GradientSearch, SampledSearch, SpsaSearch, learned_lay
 from rfield.segmentation.config.train import TrainConfig
 from rfield.segmentation.runs import build_network
 from rfield.segmentation.training import LineProgress, ParsingModule, prepare, read_factor_csv, train
-from rfield.segmentation.training import run as run_module
+from rfield.segmentation.training import fit as fit_module
 from rfield.segmentation.training.callbacks import FactorLog, LastValidation, PathLog, PinnedFactor, read_paths_csv
-from rfield.segmentation.training.run import _canvas, _position
+from rfield.segmentation.training.fit import _canvas
+from rfield.segmentation.training.loaders import loader_position
 from rfield.segmentation.training.search_report import describe_search
 from rfield.segmentation.training.trainer import make_trainer, quiet
 
@@ -206,7 +207,7 @@ def test_where_a_checkpoint_goes_on() -> None:
     for processed, started, batches, expected in ((2, 2, 3, (2, 0)), (1, 2, 2, (1, 2)), (0, 1, 1, (0, 1))):
         epochs = {"current": {"processed": processed, "started": started}}
         loop = {"epoch_progress": epochs, "epoch_loop.batch_progress": {"current": {"processed": batches}}}
-        assert _position({"loops": {"fit_loop": loop}}) == expected
+        assert loader_position({"loops": {"fit_loop": loop}}) == expected
 
 
 @pytest.mark.parametrize(
@@ -228,7 +229,7 @@ def test_a_loss_that_says_what_counts_is_read_as_it_is(
         given.extend(arguments)
         raise InterruptedError
 
-    monkeypatch.setattr(run_module, "ParsingModule", module)
+    monkeypatch.setattr(fit_module, "ParsingModule", module)
     with pytest.raises(InterruptedError):
         train(make(**values))
     _, config, names, _, groups, weights, reading_weights = given

@@ -20,8 +20,8 @@ from rfield.segmentation.training.distributed import (
     share_statistics,
 )
 from rfield.segmentation.training.held_out import HeldOut
+from rfield.segmentation.training.loaders import Loaders
 from rfield.segmentation.training.losses import make_loss, norm_over_processes
-from rfield.segmentation.training.run import _Loaders
 
 # Of five images the first process has three. None of these numbers is special.
 SHARES = ([0, 1, 2], [3, 4])
@@ -111,9 +111,9 @@ def meet(rank: int) -> dict[str, Any]:
     met["held out"] = [mask.tolist() for _, mask in HeldOut(samples, [4, 2, 0])]
     config = TrainConfig(data="synthetic", out="x", batch_size=4, workers=0, devices=2, seed=3)
     for count in (1, 2, 5):
-        loaders = _Loaders(samples, samples[:count], config, (0, 0), frozenset())
+        loaders = Loaders(samples, samples[:count], config, (0, 0), frozenset())
         met[f"scored of {count}"] = [mask.item() for _, mask in loaders.val_dataloader()]
-    loader = _Loaders(samples, samples, config, (2, 1), frozenset([1])).train_dataloader()
+    loader = Loaders(samples, samples, config, (2, 1), frozenset([1])).train_dataloader()
     sampler: Any = loader.sampler
     met["dealt"] = loader.batch_size, sampler.epoch, sampler.seen, sorted(sampler.held_out), list(sampler), sampler.seed
     return met

@@ -7,8 +7,9 @@ from rfield.segmentation.training.callbacks import (
     LineProgress,
     read_factor_csv,
 )
+from rfield.segmentation.training.fit import prepare, train
 from rfield.segmentation.training.module import ParsingModule, present_field
-from rfield.segmentation.training.run import check_classes, clear_run_folder, prepare, train, write_json, write_text
+from rfield.segmentation.training.run_folder import check_classes, clear_run_folder, write_json, write_text
 from rfield.segmentation.training.stopping import Interrupted
 
 __all__ = [

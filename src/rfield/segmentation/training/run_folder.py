@@ -1,0 +1,98 @@
+"""The run folder that a training writes: checked, started, and cleared."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rfield.segmentation.config.train import TrainConfig, differences
+from rfield.segmentation.data import ParsingDataset, ResizedDataset, SkippingDataset, class_difference
+from rfield.segmentation.data.class_groups import ClassGroups
+from rfield.segmentation.files.checkpoints import written_whole
+from rfield.segmentation.files.untrusted import read_json
+from rfield.segmentation.runs import load_config, read_classes
+
+# What a resumed run may do otherwise.
+_MAY_CHANGE = ("out", "workers", "cache", "skip_bad", "devices")
+_RUN_FILES = (
+    "config.yaml",
+    "classes.json",
+    "metrics.json",
+    "factor.csv",
+    "factor.png",
+    "paths.csv",
+    "paths.png",
+    "curve.png",
+    "checkpoints",
+    "logs",
+)
+
+
+def check_run_folder(out: Path, config: TrainConfig, dataset: ParsingDataset) -> None:
+    """Refuses what would overwrite a run, or continue one with other settings."""
+    if not (out / "config.yaml").is_file():
+        return
+    if not config.resume:
+        raise FileExistsError(f"{out} holds a run already: give --resume to continue it, or another --out")
+    changed = differences(load_config(out / "config.yaml").plain(), config.plain(), ignored=_MAY_CHANGE)
+    if changed:
+        raise ValueError(f"{out} cannot be resumed with other settings: {'; '.join(changed)}")
+    check_classes(out, dataset)
+
+
+def check_classes(out: Path, dataset: ParsingDataset) -> None:
+    """Raises ValueError where the data set's classes are no longer those of the run in a folder."""
+    if not (out / "classes.json").is_file():
+        return
+    class_names, _, size = read_classes(read_json(out / "classes.json"), out / "classes.json")
+    if class_names != dataset.class_names:
+        said = class_difference(f"{out} was trained on", class_names, dataset.class_names)
+        raise ValueError(f"{said}: give the earlier classes, or another --out")
+    now = _working_size(dataset)
+    if size != now:
+        raise ValueError(f"{out} was trained on images of size {size}, but the data set brings them to {now}")
+
+
+def _working_size(dataset: ParsingDataset) -> tuple[int, int] | None:
+    inner = dataset.dataset if isinstance(dataset, SkippingDataset) else dataset
+    return inner.size if isinstance(inner, ResizedDataset) else None
+
+
+def start_run_folder(out: Path, config: TrainConfig, dataset: ParsingDataset, groups: ClassGroups | None) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    classes: dict[str, Any] = {"class_names": dataset.class_names, "palette": dataset.palette}
+    if (size := _working_size(dataset)) is not None:
+        classes["size"] = list(size)
+    if groups is not None:
+        classes["class_groups"] = {
+            name: [dataset.class_names[index] for index in group] for name, group in groups.items()
+        }
+    write_json(out / "classes.json", classes)
+    write_text(out / "config.yaml", yaml.safe_dump(config.plain(), sort_keys=False))
+
+
+def clear_run_folder(out: Path) -> None:
+    """Removes an earlier run's files, and nothing else, from a folder."""
+    for name in _RUN_FILES:
+        path = out / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes a whole file or none."""
+    text = json.dumps(content, indent=2)
+    # A list of numbers is one line, however long; strings have no line breaks.
+    text = re.sub(r"\[\n([-+.\w\s,]*)\]", lambda found: f"[{' '.join(found[1].split())}]", text)
+    write_text(path, text + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a whole file or none."""
+    with written_whole(path) as file:
+        file.write(text.encode())
