@@ -487,16 +487,24 @@ def test_paths_are_learned_and_recorded(make: Make, search: str, rectangular: bo
     assert series == {(path, axis) for path in "12" for axis in (("height", "width") if rectangular else ("height",))}
     assert len(rows) == 2 * STEPS_AN_EPOCH * len(series)
     last = {(int(row["path"]), row["axis"]): float(row["effective_dilation"]) for row in rows[-len(series) :]}
-    for index, path in enumerate(metrics["paths"]):
-        # Snapped at the search's end, before the last step.
-        assert path["effective_dilation"] == pytest.approx(last[index + 1, "height"], abs=0.51)
-        assert path["receptive_field_px"] == pytest.approx(15 + 8 * path["effective_dilation"], abs=0.01)
+    # Snapped at the search's end, before the last step.
+    assert [path["effective_dilation"] for path in metrics["paths"]] == [last[index, "height"] for index in (1, 2)]
+    for path in metrics["paths"]:
+        assert path["receptive_field_px"] == pytest.approx(15 + 8 * path["effective_dilation"], rel=1e-6)
+        assert path["factor"] == pytest.approx(4 / path["effective_dilation"], rel=1e-6)
     assert ("rectangle" in metrics) == rectangular
+    for field in metrics.get("rectangle", ()):
+        assert field["effective_dilation"] == last[field["path"] + 1, field["axis"]]
+    # Each has gone its own way, and what a step ran at is what its row says.
+    ways = [[row["factor"] for row in rows if (row["path"], row["axis"]) == each] for each in sorted(series)]
+    assert all(len(set(way)) > 2 for way in ways)
+    assert all(ways.count(way) == 1 for way in ways)
     assert (Path(config.out) / "paths.png").is_file()
     if search == "sampled":
         assert len(metrics["search"]["factors"]) == len(series)
     again = load_run(config.out).network
-    assert again.head.paths[1].effective_dilation[0] == pytest.approx(metrics["paths"][1]["effective_dilation"])
+    for path, described in zip(again.head.paths, metrics["paths"], strict=True):
+        assert path.effective_dilation[0] == pytest.approx(described["effective_dilation"], rel=1e-6)
 
 
 @pytest.mark.parametrize(("search", "most"), [("sampled", 0.7), ("spsa", 0.8)])
