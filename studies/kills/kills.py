@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from rfield.segmentation.config.train import TrainConfig
-from rfield.segmentation.training import report, train, write_json
+from rfield.segmentation.training import fit, train, write_json
 
 RUNS: dict[str, dict[str, Any]] = {
     "spsa": {"search": "spsa", "search_share": 0.6},
@@ -65,7 +65,7 @@ def start(config: TrainConfig) -> int:
     os.dup2(log, 1)
     os.dup2(log, 2)
     # The pictures of a finished run take as long as its training, and are drawn from what is compared.
-    report._plot = lambda *arguments: None
+    fit.plot_results = lambda *arguments: None
     try:
         train(config)
         Path(f"{config.out}.modules").write_text("\n".join(sys.modules))

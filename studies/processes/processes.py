@@ -25,7 +25,7 @@ import torch
 import yaml
 
 from rfield.segmentation.config.train import TrainConfig
-from rfield.segmentation.training import read_factor_csv, report, train, write_json
+from rfield.segmentation.training import fit, read_factor_csv, train, write_json
 
 BATCH = 4
 # 11 images in either split: neither the batches nor the processes divide them.
@@ -83,7 +83,7 @@ def _fork(config: TrainConfig, rank: int, processes: int, port: int) -> int:
         os.environ.update({name: str(value) for name, value in names.items()})
         os.environ.update({"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "here"})
     # The pictures take as long as the training, and are drawn from what is compared.
-    report._plot = lambda *arguments: None
+    fit.plot_results = lambda *arguments: None
     try:
         train(config)
     except KeyboardInterrupt as error:

@@ -1,7 +1,10 @@
-"""One training run, from its config to its run folder."""
+"""One training run, from its config to its run folder: prepare the data, build, resume, fit, report."""
 
 import dataclasses
+import platform
 import sys
+from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +22,72 @@ from rfield.segmentation.data import (
     training_transform,
 )
 from rfield.segmentation.data.check import refuse_bad_data
-from rfield.segmentation.data.class_groups import class_groups
+from rfield.segmentation.data.class_groups import ClassGroups, class_groups
 from rfield.segmentation.files.checkpoints import LAST, settle_checkpoints
 from rfield.segmentation.inference.feature_cache import CachedFeatures, cache_features
-from rfield.segmentation.inference.predict import Progress, compute_device
+from rfield.segmentation.inference.predict import Progress, compute_device, evaluate
 from rfield.segmentation.models import ParsingNetwork, default_weights
 from rfield.segmentation.runs import build_network, load_run
-from rfield.segmentation.training.bad_samples import share_skipped, worker_message
+from rfield.segmentation.training.bad_samples import count_skipped, share_skipped, worker_message
 from rfield.segmentation.training.distributed import first_does, is_first, join, share_statistics
 from rfield.segmentation.training.held_out import HeldOut, WholeImages, draw_held_out, tell_of_few
 from rfield.segmentation.training.loaders import Loaders, loader_position
 from rfield.segmentation.training.losses import class_weights
-from rfield.segmentation.training.module import ParsingModule
-from rfield.segmentation.training.report import report_results
-from rfield.segmentation.training.run_folder import check_run_folder, start_run_folder
+from rfield.segmentation.training.module import ParsingModule, present_fields
+from rfield.segmentation.training.report import describe_fields, plot_results
+from rfield.segmentation.training.run_folder import check_run_folder, start_run_folder, write_json
 from rfield.segmentation.training.stopping import LossGuard, StopOnSignal
 from rfield.segmentation.training.trainer import make_trainer, quiet
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a run trains on: its resolved config, the splits, the paths' classes by name, the classes' weights."""
+
+    config: TrainConfig
+    train_set: ParsingDataset
+    val_set: ParsingDataset
+    groups: ClassGroups | None
+    weights: tuple[float, ...] | None
+
+
+@dataclass(frozen=True)
+class Built:
+    """What a run trains: the module, its samples, and the images that a sampled search reads its curve on.
+
+    `chances` holds for each factor the held-out loss of predicting the classes' shares everywhere.
+    """
+
+    module: ParsingModule
+    train_samples: Dataset[tuple[Tensor, Tensor]]
+    val_features: CachedFeatures | None
+    drawn: frozenset[int]
+    held_out: HeldOut
+    chances: list[float]
+
+
+@dataclass(frozen=True)
+class ResumeState:
+    """Where a run goes on: its checkpoint, if any, (epoch, batches done), and whether images are held out there."""
+
+    checkpoint: Path | None
+    position: tuple[int, int]
+    holding_out: bool
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What the training took, and whether this process is the one that reports it."""
+
+    seconds: float
+    reports: bool
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `metrics.json` holds."""
+
+    metrics: dict[str, Any]
 
 
 def train(config: TrainConfig, progress: Progress | None = None) -> dict[str, Any]:
@@ -53,61 +106,83 @@ def train(config: TrainConfig, progress: Progress | None = None) -> dict[str, An
         FileNotFoundError: if data or weights are missing.
     """
     progress = progress or (lambda done, total: None)
+    data = prepare_data(config, progress)
+    built = build(data, progress)
+    state = resume_state(data)
+    fitted = fit(data, built, state)
+    return report(data, built, fitted, progress).metrics if fitted.reports else {}
+
+
+def prepare_data(config: TrainConfig, progress: Progress) -> Data:
+    """Join the other processes, open and check the data, and refuse a run folder that does not fit."""
     config = join(config)
     torch.manual_seed(config.seed)
     config, train_set, val_set = _open_data(config)
-    out = Path(config.out)
-    first_does(lambda: check_run_folder(out, config, train_set))
+    first_does(lambda: check_run_folder(Path(config.out), config, train_set))
     groups = None if config.class_groups is None else class_groups(config.class_groups, config.paths, train_set)
-    indices = None if groups is None else list(groups.values())
     weights = class_weights(config.class_weights, train_set, progress)
+    return Data(config, train_set, val_set, groups, weights)
+
+
+def build(data: Data, progress: Progress) -> Built:
+    """Build the network and the module that trains it; compute the features of a frozen backbone."""
+    config, train_set = data.config, data.train_set
+    indices = None if data.groups is None else list(data.groups.values())
     network = build_network(config, train_set.num_classes, config.weights, indices)
     train_samples: Dataset[tuple[Tensor, Tensor]]
     train_features = val_features = None
     if config.freeze_backbone:
-        train_features, val_features = _features(network, config, train_set, val_set, progress)
+        train_features, val_features = _features(network, config, train_set, data.val_set, progress)
         train_samples = train_features
     else:
         transform = training_transform(
             config.crop_size, config.scale_range, config.flip, config.colour_jitter, train_set.mirrored_classes
         )
         train_samples = AugmentedDataset(train_set, transform, config.seed)
-    held_out = draw_held_out(len(train_set), config)
-    reading = HeldOut(WholeImages(train_set, train_features), held_out)
+    drawn = draw_held_out(len(train_set), config)
+    held_out = HeldOut(WholeImages(train_set, train_features), drawn)
     # A loss that says itself what counts is read as it is.
     plain = config.loss == "cross_entropy" and config.class_weights is None
-    reading_weights = reading.class_weights(train_set.num_classes) if held_out and plain else None
-    module = ParsingModule(network, config, train_set.class_names, reading, indices, weights, reading_weights)
-    chances = module.chances(reading.batches()) if held_out else []
+    reading_weights = held_out.class_weights(train_set.num_classes) if drawn and plain else None
+    module = ParsingModule(network, config, train_set.class_names, held_out, indices, data.weights, reading_weights)
+    chances = module.chances(held_out.batches()) if drawn else []
     if config.devices > 1:
         share_statistics(network)
     if is_first():
         _tell_of_random_weights(config)
-        tell_of_few(len(reading.indices), len(train_set))
-    first_does(lambda: start_run_folder(out, config, train_set, groups))
+        tell_of_few(len(held_out), len(train_set))
+    return Built(module, train_samples, val_features, frozenset(drawn), held_out, chances)
 
-    timer = Timer(verbose=False)
+
+def resume_state(data: Data) -> ResumeState:
+    """Start the run folder, or find where the run in it goes on."""
+    out = Path(data.config.out)
+    first_does(lambda: start_run_folder(out, data.config, data.train_set, data.groups))
     last = out / "checkpoints" / LAST
-    checkpoint = None
-    if config.resume:
+    if data.config.resume:
         first_does(lambda: settle_checkpoints(last.parent))
-        checkpoint = last if last.is_file() else None
-    position = (0, 0)
-    if checkpoint is not None:
-        load_run(out)  # A damaged checkpoint is named here, and not by Lightning.
-        saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        position = loader_position(saved)
-        search = saved.get("search", {})
-        if not search.get("holding_out", not search.get("search", {}).get("done")):
-            held_out = []
-    val_samples = WholeImages(val_set, val_features)
-    loaders = Loaders(train_samples, val_samples, config, position, frozenset(held_out))
-    stop = StopOnSignal(last)
-    module.end_step = stop.end_step
+    if not (data.config.resume and last.is_file()):
+        return ResumeState(None, (0, 0), holding_out=True)
+    load_run(out)  # A damaged checkpoint is named here, and not by Lightning.
+    saved = torch.load(last, map_location="cpu", weights_only=True)
+    search = saved.get("search", {})
+    holding_out = search.get("holding_out", not search.get("search", {}).get("done"))
+    return ResumeState(last, loader_position(saved), holding_out)
+
+
+def fit(data: Data, built: Built, state: ResumeState) -> Fitted:
+    """Train until the last step, or until a signal or a bad loss ends the run."""
+    out = Path(data.config.out)
+    last = out / "checkpoints" / LAST
+    held_out = built.drawn if state.holding_out else frozenset()
+    val_samples = WholeImages(data.val_set, built.val_features)
+    loaders = Loaders(built.train_samples, val_samples, data.config, state.position, held_out)
+    timer, stop = Timer(verbose=False), StopOnSignal(last)
+    built.module.end_step = stop.end_step
     with quiet():
-        trainer = make_trainer(config, out, [timer, stop, LossGuard(last, train_set.ids)])
+        trainer = make_trainer(data.config, out, [timer, stop, LossGuard(last, data.train_set.ids)])
         try:
-            trainer.fit(module, datamodule=loaders, ckpt_path=checkpoint, weights_only=True)
+            trainer.fit(built.module, datamodule=loaders, ckpt_path=state.checkpoint, weights_only=True)
         except SystemExit:  # Lightning's answer to Ctrl-C, and how `stop` ends it
             stop.raise_interrupted(stop.saved_step)
         except (ValueError, OSError) as error:
@@ -117,15 +192,33 @@ def train(config: TrainConfig, progress: Progress | None = None) -> dict[str, An
             raise type(error)(message) from error
         finally:
             stop.restore()
-    share_skipped([train_set, val_set])
+    share_skipped([data.train_set, data.val_set])
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()  # The first process scores the network alone.
-    if not trainer.is_global_zero:
-        return {}
-    if stop.signum is not None:
+    if trainer.is_global_zero and stop.signum is not None:
         stop.raise_interrupted(trainer.global_step)
-    judged = (reading.ids, chances)
-    return report_results(out, config, timer.time_elapsed("train"), train_set, val_set, val_features, judged, progress)
+    return Fitted(timer.time_elapsed("train"), reports=trainer.is_global_zero)
+
+
+def report(data: Data, built: Built, fitted: Fitted, progress: Progress) -> Report:
+    """Score the last checkpoint, just as `rfield evaluate` does, and write the run's results."""
+    out = Path(data.config.out)
+    network = load_run(out).network.to(compute_device())
+    metrics = {
+        **evaluate(network, data.val_set, data.config.freeze_backbone, built.val_features, progress),
+        **describe_fields(out, data.config, present_fields(network), built.held_out.ids, built.chances),
+        **count_skipped(data.train_set, data.val_set),
+        "val_images": len(data.val_set),
+        "train_seconds": fitted.seconds,
+        "seed": data.config.seed,
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("rfield", "torch", "torchvision", "lightning")},
+        },
+    }
+    write_json(out / "metrics.json", metrics)
+    plot_results(out, data.config.search, metrics)
+    return Report(metrics)
 
 
 def prepare(config: TrainConfig, progress: Progress | None = None) -> None:

@@ -1,7 +1,6 @@
-"""The results of a finished run: its scores and numbers in `metrics.json`, and its figures."""
+"""What a finished run says of its receptive field, and its figures."""
 
-import platform
-from importlib.metadata import version
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,57 +8,34 @@ import torch
 
 from rfield.segmentation import plots
 from rfield.segmentation.config.train import TrainConfig
-from rfield.segmentation.data import ParsingDataset
 from rfield.segmentation.files.checkpoints import LAST
 from rfield.segmentation.files.untrusted import read_json
-from rfield.segmentation.inference.feature_cache import CachedFeatures
-from rfield.segmentation.inference.predict import Progress, compute_device, evaluate
-from rfield.segmentation.runs import load_run
-from rfield.segmentation.training.bad_samples import count_skipped
 from rfield.segmentation.training.callbacks import read_factor_csv, read_paths_csv
-from rfield.segmentation.training.module import Field, present_fields
-from rfield.segmentation.training.run_folder import write_json
+from rfield.segmentation.training.module import Field
 from rfield.segmentation.training.search_report import describe_search
 
 
-def report_results(
-    out: Path,
-    config: TrainConfig,
-    seconds: float,
-    train_set: ParsingDataset,
-    val_set: ParsingDataset,
-    val_features: CachedFeatures | None,
-    held_out: tuple[list[str], list[float]],
-    progress: Progress,
+def describe_fields(
+    out: Path, config: TrainConfig, fields: list[Field], held_out: Sequence[str], chances: Sequence[float]
 ) -> dict[str, Any]:
-    """Scores the last checkpoint, just as `rfield evaluate` does, and writes the run's results."""
-    network = load_run(out).network.to(compute_device())
-    scores = evaluate(network, val_set, config.freeze_backbone, val_features, progress)
-    fields = present_fields(network)
+    """What a run's metrics say of its receptive field, its paths, and its search.
+
+    Args:
+        out: the run folder.
+        config: of the run.
+        fields: what the network sees at the end.
+        held_out: the names of the held-out images.
+        chances: for each factor the held-out loss of predicting the classes' shares everywhere.
+    """
     saved = torch.load(out / "checkpoints" / LAST, map_location="cpu", weights_only=True)
-    metrics = {
-        **scores,
-        "factor": fields[0].factor,
-        "effective_dilation": fields[0].effective_dilation,
-        "receptive_field_px": fields[0].receptive_field_px,
-        **_describe_paths(out, config, fields),
-        **({"search": describe_search(config, saved["search"], fields, *held_out)} if "search" in saved else {}),
-        **count_skipped(train_set, val_set),
-        "val_images": len(val_set),
-        "train_seconds": seconds,
-        "seed": config.seed,
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("rfield", "torch", "torchvision", "lightning")},
-        },
-    }
-    write_json(out / "metrics.json", metrics)
-    _plot(out, config, metrics)
-    return metrics
+    described = {**_numbers(fields[0]), **_describe_paths(out, config, fields)}
+    if "search" in saved:
+        described["search"] = describe_search(config, saved["search"], fields, held_out, chances)
+    return described
 
 
-def _plot(out: Path, config: TrainConfig, metrics: dict[str, Any]) -> None:
-    """The run's figures."""
+def plot_results(out: Path, search: str, metrics: dict[str, Any]) -> None:
+    """Draw the run's figures."""
     columns = read_factor_csv(out / "factor.csv")
     figure = plots.factor_curve(
         columns["step"], columns["effective_dilation"], columns["receptive_field_px"], columns["loss"]
@@ -67,11 +43,11 @@ def _plot(out: Path, config: TrainConfig, metrics: dict[str, Any]) -> None:
     plots.save(figure, out / "factor.png")
     if (out / "paths.csv").is_file():
         plots.save(plots.factor_paths({"the paths' factors": read_paths_csv(out / "paths.csv")}), out / "paths.png")
-    if config.search == "sampled":
-        search = metrics["search"]
-        last = search.get("factors", [{"path": 0, "axis": "height", **search}])
+    if search == "sampled":
+        found = metrics["search"]
+        last = found.get("factors", [{"path": 0, "axis": "height", **found}])
         curves = (
-            {f"step {reading['step']}": reading for reading in search["readings"][-5:]}
+            {f"step {reading['step']}": reading for reading in found["readings"][-5:]}
             if len(last) == 1
             else {f"path {each['path'] + 1}, {each['axis']}": each for each in last[:5]}
         )
