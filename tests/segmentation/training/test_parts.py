@@ -16,10 +16,18 @@ from rfield.segmentation.config.train import TrainConfig
 from rfield.segmentation.runs import build_network
 from rfield.segmentation.training import LineProgress, ParsingModule, prepare, read_factor_csv, train
 from rfield.segmentation.training import fit as fit_module
-from rfield.segmentation.training.callbacks import FactorLog, LastValidation, PathLog, PinnedFactor, read_paths_csv
+from rfield.segmentation.training.callbacks import (
+    FactorLog,
+    LastValidation,
+    PathLog,
+    PinnedFactor,
+    SearchStep,
+    read_paths_csv,
+)
 from rfield.segmentation.training.fit import _canvas
 from rfield.segmentation.training.loaders import loader_position
 from rfield.segmentation.training.search_report import describe_search
+from rfield.segmentation.training.stopping import StopOnSignal
 from rfield.segmentation.training.trainer import make_trainer, quiet
 
 Make = Any
@@ -43,7 +51,7 @@ def module_of(**values: Any) -> ParsingModule:
 def test_a_trainer_is_as_its_config_says(make: Make, values: dict[str, Any], tmp_path: Path) -> None:
     config = make(**values).resolved()
     with quiet():
-        trainer = make_trainer(config, tmp_path, [])
+        trainer = make_trainer(config, tmp_path, [stop := StopOnSignal(tmp_path / "last.ckpt")])
     assert trainer.gradient_clip_val == (config.clip_norm or None)
     assert (trainer.max_epochs, trainer.max_steps) == (config.epochs, config.max_steps or -1)
     assert (trainer.check_val_every_n_epoch, trainer.log_every_n_steps) == (config.val_every, 10)
@@ -53,6 +61,9 @@ def test_a_trainer_is_as_its_config_says(make: Make, values: dict[str, Any], tmp
     kinds = [type(callback) for callback in trainer.callbacks]
     assert (PathLog in kinds) == (config.paths > 1 or config.rectangular)
     assert {FactorLog, PinnedFactor, LastValidation, LineProgress} <= set(kinds)
+    # The logs show a step as it ran, the stop saves it with the search's part.
+    place = kinds.index(SearchStep)
+    assert max(kinds.index(FactorLog), kinds.index(PinnedFactor)) < place < trainer.callbacks.index(stop)
     saved = {each.filename: each for each in trainer.callbacks if isinstance(each, ModelCheckpoint)}
     assert {Path(each.dirpath or "") for each in saved.values()} == {tmp_path / "checkpoints"}
     best, last = saved["best"], saved["last"]

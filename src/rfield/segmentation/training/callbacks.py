@@ -171,6 +171,20 @@ def _tell_of_pinned(name: str, large: bool, steps: int) -> None:
     )
 
 
+class SearchStep(Callback):
+    """Does the search's part of each step.
+
+    It stands after the callbacks that log a step as it ran, and before those that may save its end and stop. Lightning
+    calls the module's own hook after all callbacks, which is too late for the second kind.
+    """
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_index: int
+    ) -> None:
+        assert isinstance(pl_module, ParsingModule)
+        pl_module.end_step()
+
+
 class LastValidation(Callback):
     """Has the last epoch end with a validation, whatever the interval, so that it can be the best."""
 

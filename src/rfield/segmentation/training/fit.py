@@ -178,7 +178,6 @@ def fit(data: Data, built: Built, state: ResumeState) -> Fitted:
     val_samples = WholeImages(data.val_set, built.val_features)
     loaders = Loaders(built.train_samples, val_samples, data.config, state.position, held_out)
     timer, stop = Timer(verbose=False), StopOnSignal(last)
-    built.module.end_step = stop.end_step
     with quiet():
         trainer = make_trainer(data.config, out, [timer, stop, LossGuard(last, data.train_set.ids)])
         try:

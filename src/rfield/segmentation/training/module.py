@@ -2,7 +2,7 @@
 
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,9 +82,8 @@ class ParsingModule(L.LightningModule):
         self.factor_start = 0
         self.search: Search | None = None
         self.search_seconds = 0.0
-        # What a callback wants to know of the step, and who wants to know when it is over.
+        # For the callbacks.
         self.step_loss = self.mean_loss = torch.zeros(())
-        self.end_step: Callable[[L.Trainer], None] = lambda trainer: None
         self._drifting = False
         # A batch, and its features, with or without a graph.
         self._seen: tuple[Batch, bool, tuple[Tensor, ...]] | None = None
@@ -228,7 +227,8 @@ class ParsingModule(L.LightningModule):
             for factor in factor_parameters(self.network):
                 factor.grad = None
 
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_index: int) -> None:
+    def end_step(self) -> None:
+        """Log the factor, then do the search's part of the step; the callback `SearchStep` calls it."""
         factor, _, field = present_field(self.network)
         self.log_dict({"factor": factor, "rf_px": field}, prog_bar=True)
         self._warn_of_drift()
@@ -238,7 +238,6 @@ class ParsingModule(L.LightningModule):
                 self.search.step()
             self._seen = None
             self.search_seconds += time.monotonic() - started
-        self.end_step(self.trainer)
 
     def _warn_of_drift(self) -> None:
         """Says once that the published guidance drives the paths apart."""

@@ -95,8 +95,10 @@ class StopOnSignal(Callback):
             signal.signal(signum, handler)
         self._replaced = {}
 
-    def end_step(self, trainer: L.Trainer) -> None:
-        """Called by the module when a step, and a search's part of it, is done."""
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_index: int
+    ) -> None:
+        """Saves and stops, if asked to; it stands after `SearchStep`, so that a search's part of the step is saved."""
         # At an epoch's or the run's last step, what ends it comes first.
         last = trainer.is_last_batch or trainer.global_step == trainer.max_steps
         if self._asked(trainer) and not last:

@@ -21,13 +21,20 @@ from rfield.segmentation.training.callbacks import (
     LineProgress,
     PathLog,
     PinnedFactor,
+    SearchStep,
 )
 from rfield.segmentation.training.distributed import machines
 from rfield.segmentation.training.stopping import WholeCheckpoints
 
 
 def make_trainer(config: TrainConfig, out: Path, callbacks: list[Callback]) -> L.Trainer:
-    """The trainer of a run in the folder `out`."""
+    """The trainer of a run in the folder `out`.
+
+    Args:
+        config: resolved.
+        out: the run folder.
+        callbacks: see each step when the search's part of it is done.
+    """
     checkpoints = out / "checkpoints"
     return L.Trainer(
         accelerator=compute_device().type,
@@ -48,7 +55,6 @@ def make_trainer(config: TrainConfig, out: Path, callbacks: list[Callback]) -> L
         logger=[TensorBoardLogger(out / "logs", name="", version="tensorboard"), CSVLogger(out / "logs", name="csv")],
         plugins=[WholeCheckpoints()],
         callbacks=[
-            *callbacks,
             FactorLog(out / "factor.csv"),
             *([PathLog(out / "paths.csv")] if config.paths > 1 or config.rectangular else []),
             ModelCheckpoint(
@@ -64,6 +70,8 @@ def make_trainer(config: TrainConfig, out: Path, callbacks: list[Callback]) -> L
             PinnedFactor(),
             LastValidation(),
             BarProgress() if sys.stdout.isatty() else LineProgress(),
+            SearchStep(),
+            *callbacks,
         ],
         enable_progress_bar=sys.stdout.isatty(),
     )
