@@ -12,7 +12,7 @@ from rfield.segmentation.data.camvid import list_camvid
 from rfield.segmentation.data.check_sample import Finding, Sample, check_sample, quiet_bombs
 from rfield.segmentation.data.check_split import Palettes, find_in_classes, find_in_names, find_repeated, shown_classes
 from rfield.segmentation.data.cityscapes import list_cityscapes
-from rfield.segmentation.data.folder import list_folder, splits_of
+from rfield.segmentation.data.folder import list_folder, mask_suffixes, splits_of
 from rfield.segmentation.data.helen import HELEN_LISTS, list_helen
 from rfield.segmentation.data.listing import Listing, Refuse
 from rfield.segmentation.data.mask_options import MaskOptions
@@ -158,7 +158,9 @@ def _default_splits(source: DataSource) -> list[str]:
         "camvid": root / f"{test}.txt",
         "helen": root / HELEN_LISTS["test"],
     }
-    there = test in splits_of(root) if source.format == "folder" else source.format in places
+    there = (
+        test in splits_of(root, mask_suffixes(source.masks)) if source.format == "folder" else source.format in places
+    )
     return ["train", "val", *(["test"] if there and places.get(source.format, root).exists() else [])]
 
 
@@ -172,7 +174,7 @@ def _list(source: DataSource, split: str, findings: list[Finding]) -> Listing | 
     try:
         return _LISTINGS[source.format](source.root, source.splits.get(split, split), source.masks, refuse)
     except (ValueError, OSError) as error:
-        refuse(source.root, error)
+        refuse(source.root, error if source.file is None else ValueError(f"{source.file}: {error}"))
         return None
 
 

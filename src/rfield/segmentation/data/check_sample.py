@@ -97,17 +97,16 @@ def check_sample(
     def found(level: Level, path: Path, text: str) -> None:
         sample.findings.append(Finding(level, str(path), split, index, f"{path} {text}"))
 
-    image_size = None
+    image_size, turned = None, 1
     opened = _open(entry.image, found)
     if opened is not None:
         with opened as image:
-            image_size = upright_size(image, entry.image)
-            _check_orientation(image, entry.image, image_size, found)
+            image_size, turned = upright_size(image, entry.image), orientation(image, entry.image)
             if _check_kind_of_image(image, entry.image, found) and _load(image, entry.image, pixels, found) and pixels:
                 sample.digest = _digest(image, entry.image, found)
     maps = []
     for path in entry.masks if values else entry.masks[:1]:
-        mask = _read_mask(path, entry, listing, image_size, values, sample, found)
+        mask = _read_mask(path, entry, listing, image_size, turned, values, sample, found)
         if mask is not None:
             maps.append(mask)
     if maps and len(maps) == len(entry.masks):
@@ -184,12 +183,17 @@ def _check_kind_of_image(image: PIL.Image.Image, path: Path, found: Found) -> bo
     return True
 
 
-def _check_orientation(image: PIL.Image.Image, path: Path, size: tuple[int, int], found: Found) -> None:
+def _check_orientations(entry: Entry, image: int, mask: int, size: tuple[int, int], found: Found) -> None:
     """Warns of EXIF orientations where a mask's size does not tell whether it was drawn on the turned image."""
-    value = orientation(image, path)
-    if value != 1 and (value < 5 or size[0] == size[1]):
-        text = f"has the EXIF orientation {value}, by which reading turns it, and its mask's size does not tell whether"
-        found("warning", path, f"{text} it was drawn on the turned image; look at both, or save both without EXIF data")
+    if image == mask or ((image < 5) != (mask < 5) and size[0] != size[1]):
+        return
+    path, value, other, its = entry.image, image, mask, "mask"
+    if image == 1:
+        path, value, other, its = entry.masks[0], mask, image, "image"
+    has = f"has {other}" if other > 1 else "has none"
+    text = f"has the EXIF orientation {value}, by which reading turns it, but its {its} {has}"
+    fix = "look at both, or save both without EXIF data"
+    found("warning", path, f"{text}, and their sizes do not tell whether the mask fits the turned image; {fix}")
 
 
 def _digest(image: PIL.Image.Image, path: Path, found: Found) -> bytes | None:
@@ -205,13 +209,22 @@ def _digest(image: PIL.Image.Image, path: Path, found: Found) -> bytes | None:
 
 
 def _read_mask(
-    path: Path, entry: Entry, listing: Listing, size: tuple[int, int] | None, values: bool, sample: Sample, found: Found
+    path: Path,
+    entry: Entry,
+    listing: Listing,
+    size: tuple[int, int] | None,
+    turned: int,
+    values: bool,
+    sample: Sample,
+    found: Found,
 ) -> npt.NDArray[Any] | None:
     """The values of a mask that is sound as far as its file goes; none where it is not, or `values` is not set."""
     opened = _open(path, found)
     if opened is None:
         return None
     with opened as mask:
+        if size is not None and path == entry.masks[0]:
+            _check_orientations(entry, turned, orientation(mask, path), size, found)
         if mask.format == "JPEG":
             found("warning", path, "is a JPEG file, whose compression changes values; save masks as PNG")
         wrong = listing.code.wrong_kind(mask)

@@ -1,8 +1,12 @@
 """What is wrong with a split as a whole, or with the names of its classes."""
 
+import json
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+
+import yaml
 
 from rfield.segmentation.data.check_sample import Finding, Sample
 from rfield.segmentation.data.dataset import IGNORE_INDEX
@@ -48,7 +52,7 @@ def find_in_names(source: DataSource, listing: Listing, split: str, flip: bool) 
         )
     pairs = unlisted_pairs(names, listing.mirrored_classes) if flip and source.masks.mirrored != () else []
     if pairs:
-        listed = ", ".join(f"[{one}, {other}]" for one, other in pairs)
+        listed = ", ".join(f"[{in_yaml(one)}, {in_yaml(other)}]" for one, other in pairs)
         texts.append(
             f"the classes {pairs[0][0]!r} and {pairs[0][1]!r} look like the two sides of one thing, which a mirrored "
             f"image exchanges; write `mirrored: [{listed}]` in a data config, or train with --no-flip (`mirrored: []` "
@@ -91,17 +95,29 @@ def find_in_classes(listing: Listing, split: str, samples: Sequence[Sample], roo
     return [Finding("warning", str(root), split, None, text)]
 
 
+def in_yaml(name: str) -> str:
+    """A class's name as it stands in a list of a data config, in quotation marks where it needs them.
+
+    >>> in_yaml("left hand"), in_yaml("hand, left"), in_yaml("no")
+    ('left hand', '"hand, left"', '"no"')
+    """
+    plain = re.fullmatch(r"[^\W\d][\w -]*", name) and yaml.safe_load(name) == name
+    return name if plain else json.dumps(name, ensure_ascii=False)
+
+
 def _remedy(void: set[int], names: Sequence[str]) -> str:
     """What to do where values without a label hide the other classes."""
     if IGNORE_INDEX in void:
-        colours = ", ".join(f"{name}: {[level] * 3}" for name, level in zip(names, (0, 255), strict=False))
+        two = names if len(names) > 1 else ("background", *names)
+        colours = ", ".join(f"{in_yaml(name)}: {[level] * 3}" for name, level in zip(two, (0, 255), strict=False))
         return (
             "255 means no label: if it stands for a class, save that class's index instead, or give the colours in a "
             f"data config, such as `colours: {{{colours}}}`"
         )
     if void:
         values = ", ".join(map(str, sorted(void)))
-        return f"the mask values {values} have no label here: see `ignore` and `reduce_zero_label` of the data config"
+        have = f"s {values} have" if len(void) > 1 else f" {values} has"
+        return f"the mask value{have} no label here: see `ignore` and `reduce_zero_label` of the data config"
     return ""
 
 

@@ -1,16 +1,19 @@
 """A plain folder of images and masks, the layout to bring one's own data in."""
 
 import os
+import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from rfield.segmentation.config.train import counted
 from rfield.segmentation.data.files import read_class_names
 from rfield.segmentation.data.images import IMAGE_SUFFIXES, image_files
 from rfield.segmentation.data.listed import ListedDataset
 from rfield.segmentation.data.listing import Entry, Listing, Refuse, entries_inside, make_listing, raise_error
 from rfield.segmentation.data.mask_options import MaskOptions
 from rfield.segmentation.data.masks import MaskCode, plain_labels
-from rfield.segmentation.data.paths import mask_ending, near_miss
+from rfield.segmentation.data.paths import mask_ending, near_miss, subfolders
 
 _IMAGES = ("images", "image", "imgs", "img")
 _MASKS = ("masks", "mask", "labels", "label", "annotations", "gt")
@@ -75,8 +78,8 @@ def list_folder(root: Path, split: str, options: MaskOptions, refuse: Refuse = r
             f"{classes} is missing; it must name the classes, one a line, from mask value {first} on"
         )
     class_names = read_class_names(classes, ())
-    images, masks = _folders(root, split)
-    suffixes = _SUFFIXES if options.mask_suffix is None else (options.mask_suffix,)
+    suffixes = mask_suffixes(options)
+    images, masks = _folders(root, split, suffixes)
     image_paths, mask_paths = image_files(images), image_files(masks)
     if images == masks:  # masks among their images
         mask_paths = [path for path in image_paths if _is_mask(path, suffixes)]
@@ -89,7 +92,8 @@ def list_folder(root: Path, split: str, options: MaskOptions, refuse: Refuse = r
     own = _masks_of(own_images, mask_paths, suffixes, refuse)
     _refuse_single(own_images, own, mask_paths, masks, images, suffixes[0], refuse)
     if not own_images:
-        raise ValueError(f"{images} holds no image ({', '.join(IMAGE_SUFFIXES)})")
+        inside = "".join(f", but the folder {path.name}: put its files right there" for path in subfolders(images)[:1])
+        raise ValueError(f"{images} holds no image ({', '.join(IMAGE_SUFFIXES)}){inside}")
 
     pairs = [Entry(name, image, (own[name],)) for name, image in own_images.items() if name in own]
     advice = f"correct the mask or name all classes, one a line, in {classes}"
@@ -97,47 +101,87 @@ def list_folder(root: Path, split: str, options: MaskOptions, refuse: Refuse = r
     return make_listing(class_names, code, entries_inside(pairs, root, refuse), advice, options, own_names)
 
 
-def splits_of(root: Path) -> dict[str, tuple[Path, list[Path]]]:
+def mask_suffixes(options: MaskOptions) -> Sequence[str]:
+    """What a mask's name may have behind its image's."""
+    return _SUFFIXES if options.mask_suffix is None else (options.mask_suffix,)
+
+
+def splits_of(root: Path, suffixes: Sequence[str] = _SUFFIXES) -> dict[str, tuple[Path, list[Path]]]:
     """The folder of images of each split, and those that may hold its masks."""
     found: dict[str, tuple[Path, list[Path]]] = {}
-    folders = _subfolders(root)
+    folders = subfolders(root)
     for folder in folders:
         images = _named(folder, _IMAGES)
         if images:
             found[folder.name] = (images[0], _named(folder, _MASKS))
     for shared in _named(root, _IMAGES):
-        for folder in _subfolders(shared):
+        for folder in subfolders(shared):
             masks = [other / folder.name for other in _named(root, _MASKS)]
             found.setdefault(folder.name, (folder, [path for path in masks if path.is_dir()]))
     for folder in folders:
         ends = {f"{folder.name}{mark}{name}".lower() for name in (*_MASKS, "annot") for mark in ("_", "-", "")}
         masks = [other for other in folders if other.name.lower() in ends]
-        if masks or any(_is_mask(path, _SUFFIXES) for path in image_files(folder)):
+        if masks or any(_is_mask(path, suffixes) for path in image_files(folder)):
             found.setdefault(folder.name, (folder, masks))
     return found
 
 
-def _folders(root: Path, split: str) -> tuple[Path, Path]:
+def _folders(root: Path, split: str, suffixes: Sequence[str]) -> tuple[Path, Path]:
     """The folders of a split's images and masks, which are one where masks lie among their images."""
-    found = splits_of(root)
+    found = splits_of(root, suffixes)
     if split not in found:
+        known = ", ".join(sorted(found)) or "none"
         raise FileNotFoundError(
-            f"there is no folder {split}/images in {root}; there are the splits: {', '.join(sorted(found)) or 'none'}"
+            f"there is no folder {split}/images in {root}; there are the splits: {known}{_unsplit(root, split)}"
         )
     images, masks = found[split]
     if len(masks) > 1 and masks[0].name.lower() != _MASKS[0]:
         names = " or ".join(map(str, masks))
         raise ValueError(f"the masks of {images} may lie in {names}; rename the folder that holds them to {_MASKS[0]}")
+    if not masks and not any(_is_mask(path, suffixes) for path in image_files(images)):
+        others = ", ".join(str(path.relative_to(root)) for path in _near(root, images)) or "no other"
+        raise FileNotFoundError(
+            f"there is no folder of masks beside {images}, which holds none either; looked for {', '.join(_MASKS)}, "
+            f"found the folders: {others}; rename the one that holds the masks to {images.with_name(_MASKS[0])}"
+            f"{_ending_of_half(images)}"
+        )
     return images, masks[0] if masks else images
 
 
-def _subfolders(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+def _unsplit(root: Path, split: str) -> str:
+    """What lies where a split was looked for, in words that go on the error."""
+    for folder in _named(root, _IMAGES):
+        if image_files(folder):
+            return f"; the images right in {folder} are of no split, move them to {folder / split} and their masks too"
+    if not (root / split).is_dir():
+        return ""
+    inside = ", ".join(path.name for path in subfolders(root / split)) or "no folder"
+    return (
+        f"; {root / split} holds {counted(len(image_files(root / split)), 'image')} and {inside}: put the images in "
+        f"{split}/{_IMAGES[0]} and the masks in {split}/{_MASKS[0]}{_ending_of_half(root / split)}"
+    )
+
+
+def _ending_of_half(folder: Path) -> str:
+    """Advice on a suffix that half of a folder's images have behind the names of the others; else nothing."""
+    stems = {path.stem for path in image_files(folder)}
+    gaps = ((stem, gap.start()) for stem in stems for gap in re.finditer(r"[-_.]", stem))
+    endings = Counter(stem[place:] for stem, place in gaps if stem[:place] in stems)
+    ending, count = max(endings.items(), key=lambda item: item[1], default=("", 0))
+    if 2 * count < len(stems) or not count:
+        return ""
+    return f", or if NAME{ending} are the masks of the others, give `mask_suffix: {ending}` in a data config"
+
+
+def _near(root: Path, images: Path) -> list[Path]:
+    """Folders in which the masks of a folder of images may lie."""
+    near = [*subfolders(images.parent), *subfolders(root)]
+    return sorted({path for path in near if path != images and not images.is_relative_to(path)})
 
 
 def _named(folder: Path, names: Sequence[str]) -> list[Path]:
     """The subfolders of these names, in any case, in the order of the names."""
-    own = {path.name.lower(): path for path in _subfolders(folder)}
+    own = {path.name.lower(): path for path in subfolders(folder)}
     return [own[name] for name in names if name in own]
 
 

@@ -97,6 +97,7 @@ def rgb_pixels(image: PIL.Image.Image, path: Path) -> npt.NDArray[np.uint8]:
     Raises:
         ValueError: if it cannot be read as RGB; names the file.
     """
+    image.info.pop("transparency", None)  # left out; Pillow warns of a palette's
     bits = deep_bits(image)
     if bits:
         grey = np.asarray(image).astype(np.int64) >> (bits - 8)

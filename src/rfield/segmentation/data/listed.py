@@ -40,7 +40,7 @@ class ListedDataset(ParsingDataset):
             first = {label: colour for colour, label in reversed(listing.code.colours.items())}
             colours = [first[label] for label in range(len(listing.class_names))]
         elif colours is None:
-            colours = palette_of(self.mask_paths)
+            colours = _of_classes(palette_of(self.mask_paths), listing)
         self.palette = colours + voc_palette()[len(colours) :]
 
     def __getitem__(self, index: int) -> tuple[Image, Mask]:
@@ -63,3 +63,13 @@ class ListedDataset(ParsingDataset):
             OSError: if a file is not an image; the message names it.
         """
         return image_sizes(self.image_paths)
+
+
+def _of_classes(levels: list[tuple[int, int, int]], listing: Listing) -> list[tuple[int, int, int]]:
+    """The colours of the classes, then of the values behind them, from those of the masks' values."""
+    by_value = levels + voc_palette()[len(levels) :]
+    labels = listing.code.labels.tolist()
+    classes = range(len(listing.class_names))
+    shift = next((labels.index(label) - label for label in classes if label in labels), 0)
+    own = [labels.index(label) if label in labels else label + shift for label in classes]  # some are ignored
+    return [by_value[value] for value in own] + by_value[len(own) :]

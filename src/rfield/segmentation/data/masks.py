@@ -54,15 +54,21 @@ class MaskCode:
         fix = "a mask must be a palette image or 8-bit grey whose values are class indices"
         if self.maps:
             fix = "a map must be 8-bit grey: how sure each pixel is"
-        if few_bits or mask.mode == "1":
-            return f"has less than 8 bits a pixel {kind}, which reading spreads over 0..255", fix
         if deep_bits(mask) or deep_problem(mask):
             return f"has more than 8 bits a pixel {kind}", fix
+        by_colour = "name the colour of each class in a data config (`colours`)"
+        if few_bits or mask.mode == "1":
+            spread = f"has less than 8 bits a pixel {kind}, which reading spreads over 0..255"
+            return spread, fix if self.maps else f"{fix}; or {by_colour}, as [0, 0, 0] and [255, 255, 255] of 1 bit"
         if mask.mode in ("RGB", "RGBA"):
-            what = f"holds colours{_count_colours(mask)}, not class indices"
+            count, grey = _count_colours(mask)
+            if grey:
+                what = f"holds grey values{count} saved as {mask.mode}, not class indices"
+                return what, fix if self.maps else f"save one of its channels as 8-bit grey, or {by_colour}"
+            what = f"holds colours{count}, not class indices"
             if self.maps:
                 return what, fix
-            fix = "name the colour of each class in a data config (`colours`), or save an 8-bit grey or palette image"
+            fix = f"{by_colour}, or save an 8-bit grey or palette image"
             return f"{what}: a palette mask that was read and saved as {mask.mode}?", fix
         return f"is of another kind {kind}", fix
 
@@ -165,9 +171,11 @@ def _has_few_bits(image: PIL.Image.Image) -> bool:
     return image.mode == "L" and image.format == "PNG" and any(tile[3] != "L" for tile in getattr(image, "tile", []))
 
 
-def _count_colours(mask: PIL.Image.Image) -> str:
+def _count_colours(mask: PIL.Image.Image) -> tuple[str, bool]:
+    """How many colours a mask has, in words, and whether all of them are grey."""
     try:
-        colours = mask.getcolors(256)
+        colours: Any = mask.getcolors(256)
     except Exception:  # a damaged file, which is a finding of its own
-        return ""
-    return f" ({len(colours)} different)" if colours else ""
+        return "", False
+    grey = len(colours or ()) > 1 and all(red == green == blue for _, (red, green, blue, *_) in colours)
+    return (f" ({len(colours)} different)" if colours else ""), grey

@@ -8,6 +8,9 @@ from pathlib import Path
 
 from rfield.segmentation.data.images import IMAGE_SUFFIXES, image_files
 
+_MOST_SHOWN = 5
+_ALIKE = 0.7  # of difflib
+
 
 class Folders:
     """Finds files by their names without a suffix; every folder is read once."""
@@ -39,6 +42,12 @@ class Folders:
                 stems.setdefault(path.stem, []).append(path.name)
             self._names[folder] = stems
         return self._names[folder]
+
+
+def subfolders(folder: Path) -> list[Path]:
+    """The folders in a folder, sorted; none where it is missing. Dot files are left out."""
+    found = folder.iterdir() if folder.is_dir() else ()
+    return sorted(path for path in found if path.is_dir() and not path.name.startswith("."))
 
 
 def mask_ending(suffix: str) -> str:
@@ -83,21 +92,27 @@ def near_miss(path: Path) -> str:
     """What lies where a missing file was looked for and may be meant, in words that go on the error; else nothing."""
     folder = path.parent
     if not folder.is_dir():
-        others = [other.name for other in folder.parent.iterdir() if other.is_dir()] if folder.parent.is_dir() else []
-        close = difflib.get_close_matches(folder.name, others, 1)
-        return f" (there is no folder {folder}{f', but one named {close[0]}' if close else ''})"
+        others = [other.name for other in subfolders(folder.parent)]
+        close = [f"one named {name}" for name in difflib.get_close_matches(folder.name, others, 1)]
+        there = close or [f"there is {', '.join(others[:_MOST_SHOWN])}"] if others else []
+        return f" (there is no folder {folder}{''.join(f', but {words}' for words in there)})"
     stem = path.stem
-    for other in image_files(folder):
+    found = [other for other in image_files(folder) if other.stem != stem]
+    for other in found:
         if other.name == stem:
             return f" (there is {stem}: name it without its ending)"
-        if other.stem != stem and _same(other.stem) == _same(stem):
+        if _same(other.stem) == _same(stem):
             return f" (there is {other.name}, whose name is written otherwise: rename it)"
         before, after = other.stem.removesuffix(stem), other.stem.removeprefix(stem)
         if after != other.stem and not after[:1].isalnum():
             return f" (there is {other.name}: if that is the mask, give `mask_suffix: {after}` in a data config)"
         if before != other.stem and not before[-1:].isalnum():
             return f" (there is {other.name}: if that is meant, rename it)"
-    return ""
+    numbers = re.findall(r"\d+", stem)
+    alike = [other for other in found if numbers and other.stem[:2] == stem[:2]]
+    alike = [other for other in alike if re.findall(r"\d+", other.stem) == numbers]
+    close = difflib.get_close_matches(stem, [other.stem for other in alike], 1, _ALIKE)
+    return next((f" (there is {other.name}, of a similar name)" for other in alike if other.stem in close), "")
 
 
 def _same(name: str) -> str:
