@@ -132,6 +132,17 @@ class TestNotReliable:
         verdict = judge([[{1.0: [math.nan] * 16, 2.0: [math.inf] * 16}]], present=1)
         assert str(verdict) == "not reliable: no held-out loss is finite"
 
+    def test_what_was_read_without_a_finite_loss_is_no_end_of_the_range(self) -> None:
+        """Dilation 2 is the smallest of which anything is known: whether 1 is better is not."""
+        bad = {1.0: [math.nan] * 32, 16.0: [math.inf] * 32}
+        for means, best in (([0, 0.4, 0.5, 0.8, 0], 2.0), ([0, 0.8, 0.5, 0.4, 0], 8.0)):
+            losses = {**reading(means), **bad}
+            for searches in ([[losses]], [[losses], [reading([0.7, *means[1:4], 0.9])]]):
+                verdict = judge(searches, present=4)
+                assert (verdict.kind, verdict.dilation) == ("at the edge", best)
+        early, late = {**reading(VALLEY), 1.0: [math.nan] * 32}, reading([0.7, 0.4, 0.5], dilations=(1.0, 2.0, 4.0))
+        assert judge([[early, late]], present=16).kind == "clear", "what was bad once may be good later"
+
     def test_an_answer_that_the_reading_contradicts(self) -> None:
         verdict = judge([[reading(VALLEY)]], present=4, chosen=8)
         assert (verdict.kind, verdict.gain) == ("not reliable", pytest.approx(-0.3))
@@ -196,6 +207,9 @@ class TestWhatIsCompared:
             judge([[{}]], 1)
         with pytest.raises(ValueError, match="above 0"):
             judge([[{0: [1.0]}]], 1)
+        for present in (0, -1, math.nan, math.inf):
+            with pytest.raises(ValueError, match=f"the present dilation must be above 0 and finite, got {present}"):
+                judge([[reading(VALLEY)]], present)
         with pytest.raises(ValueError, match="losses of 32 images, but 3 names"):
             judge([[reading(VALLEY)]], 1, images=[[1, 2, 3]])
 

@@ -65,7 +65,8 @@ def judge(
 
     - *not reliable*: no loss is finite; the least loss is no better than `chance`; fewer than 16 images; a frozen
       random backbone; fewer than 100 steps; or the best dilation loses to the present one;
-    - *at the edge*: the best dilation is the smallest or the largest that was read;
+    - *at the edge*: the best dilation is the smallest or the largest that was read, those without a finite loss left
+      out;
     - *clear*: it beats the present one by more than two standard errors;
     - *flat*: neighbours of the best are within one standard error of it;
     - *likely*: none of these.
@@ -87,13 +88,15 @@ def judge(
         unit: what the losses are of.
 
     Raises:
-        ValueError: if there is no reading, or the losses of one are not equally many.
+        ValueError: if there is no reading, the losses of one are not equally many, or `present` is no dilation.
 
     Example:
         >>> flat = [1.0, 1.2] * 8
         >>> print(judge([[{1: flat, 2: [x - 0.3 for x in flat], 4: flat}]], present=4))
         clear: dilation 2 beats the present 4 by 0.3 ± 0
     """
+    if not 0 < present < math.inf:
+        raise ValueError(f"the present dilation must be above 0 and finite, got {present}")
     read = [[Reading(losses) for losses in readings] for readings in searches]
     if not read or not all(read):
         raise ValueError("a verdict needs a reading of every search, but there is none")
@@ -145,7 +148,7 @@ def judge(
     kind: Kind
     if reasons:
         kind, reason = "not reliable", "; ".join(reasons)
-    elif (side := _edge(best, low, high)) is not None:
+    elif (side := _edge(best, *_finite_ends(read, grid))) is not None:
         kind = "at the edge"
         reason = (
             f"dilation {best:.3g} is the {side} that was read: try a smaller output stride, or a regulator around "
@@ -170,6 +173,17 @@ def _reach(dilations: Sequence[float], alike: Mapping[float, bool], best: float)
             break
         farthest = dilation
     return farthest
+
+
+def _finite_ends(searches: Sequence[Sequence[Reading]], grid: Sequence[float]) -> tuple[float, float]:
+    """The smallest and the largest dilation at which every search that has read it has once found a finite loss."""
+    found, missed = {*grid}, set[float]()
+    for readings in searches:
+        finite = {dilation for reading in readings for dilation in reading.finite}
+        found |= finite
+        missed |= {dilation for reading in readings for dilation in reading.losses} - finite
+    known = (found - missed) | {*grid}
+    return min(known), max(known)
 
 
 def _edge(best: float, low: float, high: float) -> str | None:

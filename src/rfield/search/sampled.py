@@ -202,7 +202,8 @@ class SampledSearch(Search):
             return curve_minimum(curve)
         except ValueError as error:
             side = ("height", "width")[axis]
-            raise ValueError(f"step {self.step_index}, {self._name(self.groups[index])}, {side}: {error}") from error
+            name = self._name(self.groups[index])
+            raise ValueError(f"step {self.step_index}, the learned layer {name}, {side}: {error}") from error
 
     def _named_weights(self) -> list[tuple[str, nn.Parameter]]:
         """The names are those of the model without its wrappers, which may have come after the search."""

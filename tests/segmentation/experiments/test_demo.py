@@ -9,9 +9,10 @@ from rfield.receptive_field.theoretical import receptive_field_px
 from rfield.segmentation.cli import main
 from rfield.segmentation.config.train import DemoConfig, TrainConfig
 from rfield.segmentation.data import SyntheticCues
+from rfield.segmentation.experiments import demo as demo_module
 from rfield.segmentation.experiments import run_demo
 from rfield.segmentation.runs import load_config, load_run
-from rfield.segmentation.training import read_factor_csv, train
+from rfield.segmentation.training import Interrupted, read_factor_csv, train
 
 pytestmark = pytest.mark.slow
 
@@ -113,3 +114,17 @@ def test_a_grid_of_fixed_dilations_is_best_at_the_known_one(tmp_path: Path) -> N
     assert min(losses, key=losses.__getitem__) == 12
     assert max(scores, key=scores.__getitem__) == 12
     assert losses[12] < 0.8 * min(losses[6], losses[24])
+
+
+def test_a_stop_says_that_the_next_demo_starts_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The demo has no --resume."""
+
+    def stopped(config: TrainConfig, progress: object) -> None:
+        raise Interrupted(2, "stopped by SIGINT; 5 steps are saved")
+
+    monkeypatch.setattr(demo_module, "train", stopped)
+    with pytest.raises(
+        Interrupted, match=r"^stopped by SIGINT; 5 steps are saved, a further call starts anew$"
+    ) as error:
+        run_demo(DemoConfig(out=str(tmp_path)))
+    assert error.value.signum == 2

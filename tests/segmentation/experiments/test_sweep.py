@@ -21,7 +21,7 @@ from rfield.segmentation.cli import main
 from rfield.segmentation.config.train import SweepConfig, TrainConfig
 from rfield.segmentation.experiments import run_sweep, trials
 from rfield.segmentation.experiments.trials import Point
-from rfield.segmentation.training import read_factor_csv, train
+from rfield.segmentation.training import Interrupted, read_factor_csv, train
 
 pytestmark = pytest.mark.slow
 
@@ -161,6 +161,19 @@ def test_a_killed_trial_is_run_again_and_no_other(make: Make, forked: Any, train
     assert len(read_factor_csv(Path(config.out) / "d05-seed0/factor.csv")["step"]) == 6
     log = (Path(config.out) / "d05-seed0/train.log").read_text()
     assert [line.split(":")[0] for line in log.splitlines()] == ["epoch 1/2", "epoch 2/2"], "resumed from epoch 1"
+
+
+def test_a_stop_names_what_goes_on(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sweep has no --resume."""
+
+    def stopped(config: TrainConfig) -> dict[str, Any]:
+        raise Interrupted(signal.SIGTERM, "stopped by SIGTERM; 5 steps are saved")
+
+    monkeypatch.setattr(trials, "train", stopped)
+    with pytest.raises(Interrupted) as error:
+        run_sweep(make())
+    assert str(error.value) == "stopped by SIGTERM; 5 steps are saved, call again to go on from there"
+    assert error.value.signum == signal.SIGTERM
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])

@@ -203,8 +203,8 @@ def test_an_interruption_leaves_nothing_half_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("number", "name", "end"),
     [
-        (errno.ENOSPC, "last.ckpt", r": make room on the disk, then go on with --resume$"),
-        (errno.EDQUOT, "factor.csv", r": make room on the disk, then go on with --resume$"),
+        (errno.ENOSPC, "last.ckpt", r": make room on the disk, then go on \(rfield train: with --resume\)$"),
+        (errno.EDQUOT, "factor.csv", r": make room on the disk, then go on \(rfield train: with --resume\)$"),
         (errno.EFBIG, "metrics.json", r": make room on the disk$"),
         (errno.EACCES, "last.ckpt", r"; as it was$"),
     ],

@@ -85,7 +85,7 @@ def test_the_command_says_first_and_last_that_an_answer_is_not_reliable(
             assert reason in line
     else:
         assert "reads its curve on" not in shown.err
-        assert f"a {search} search reads no curve" in line
+        assert f"a search by {search} reads no curve" in line
 
 
 def test_every_path_has_a_verdict(make: Make, capsys: pytest.CaptureFixture[str]) -> None:

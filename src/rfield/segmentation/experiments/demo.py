@@ -11,7 +11,7 @@ from rfield.segmentation.config.train import DemoConfig, TrainConfig
 from rfield.segmentation.data import SyntheticCues, evaluation_transform
 from rfield.segmentation.inference.predict import Progress, predict_logits
 from rfield.segmentation.runs import load_config, load_run
-from rfield.segmentation.training import clear_run_folder, read_factor_csv, train
+from rfield.segmentation.training import Interrupted, clear_run_folder, read_factor_csv, train
 
 
 def run_demo(config: DemoConfig, progress: Progress | None = None) -> str:
@@ -33,31 +33,34 @@ def run_demo(config: DemoConfig, progress: Progress | None = None) -> str:
         if (earlier.data, earlier.model) != ("synthetic", "small_cnn"):
             raise FileExistsError(f"{out} holds a run that is no demo: give another --out")
         clear_run_folder(out)
-    train(
-        TrainConfig(
-            data="synthetic",
-            out=config.out,
-            model="small_cnn",
-            dilation=config.dilation,
-            head_channels=32,
-            dropout=0.0,
-            search="gradient",
-            factor_lr=0.05,
-            factor_start=0,
-            epochs=config.epochs,
-            batch_size=8,
-            optimizer="adamw",
-            lr=3e-3,
-            head_lr_scale=1.0,
-            crop_size=(129, 129),
-            scale_range=(1.0, 1.0),
-            flip=False,
-            colour_jitter=0.0,
-            workers=0,
-            seed=config.seed,
-        ),
-        progress,
-    )
+    try:
+        train(
+            TrainConfig(
+                data="synthetic",
+                out=config.out,
+                model="small_cnn",
+                dilation=config.dilation,
+                head_channels=32,
+                dropout=0.0,
+                search="gradient",
+                factor_lr=0.05,
+                factor_start=0,
+                epochs=config.epochs,
+                batch_size=8,
+                optimizer="adamw",
+                lr=3e-3,
+                head_lr_scale=1.0,
+                crop_size=(129, 129),
+                scale_range=(1.0, 1.0),
+                flip=False,
+                colour_jitter=0.0,
+                workers=0,
+                seed=config.seed,
+            ),
+            progress,
+        )
+    except Interrupted as error:
+        raise Interrupted(error.signum, error.done, "a further call starts anew") from error
     run = load_run(out)
     dataset = SyntheticCues("val")
     best = dataset.best_dilation(run.network.stride)

@@ -30,7 +30,7 @@ from rfield.segmentation.data import class_difference, load_dataset
 from rfield.segmentation.files.untrusted import read_json
 from rfield.segmentation.inference.predict import Progress
 from rfield.segmentation.runs import load_config
-from rfield.segmentation.training import check_classes, prepare, train
+from rfield.segmentation.training import Interrupted, check_classes, prepare, train
 from rfield.segmentation.training.distributed import launcher
 
 # What may differ between the calls that share a study.
@@ -160,7 +160,10 @@ def finish_run(config: TrainConfig) -> dict[str, Any]:
         with (out / "train.log").open("a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
             fcntl.flock(log, fcntl.LOCK_EX)  # A process that was silent too long may still be at it.
             if not (out / "metrics.json").is_file():
-                return train(dataclasses.replace(config, resume=True))
+                try:
+                    return train(dataclasses.replace(config, resume=True))
+                except Interrupted as error:
+                    raise Interrupted(error.signum, error.done, "call again to go on from there") from error
     chosen = () if config.canvas else ("canvas",)
     changed = differences(load_config(out / "config.yaml").plain(), config.resolved().plain(), (*_OWN[3:], *chosen))
     if changed:

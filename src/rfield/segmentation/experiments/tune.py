@@ -118,15 +118,13 @@ def curve_at(curve: Mapping[float, float], dilation: float) -> float:
     return float(np.interp(np.log(dilation), np.log(places), [curve[place] for place in places]))
 
 
-def _verify(
-    config: TuneConfig, recommended: int, present: int, progress: Progress | None
-) -> tuple[dict[str, Any], str]:
+def _verify(config: TuneConfig, read: int, present: int, progress: Progress | None) -> tuple[dict[str, Any], str]:
     """The grid of fixed dilations: as data, and as a section of the page."""
-    dilations = sorted({*config.dilations, recommended, present})
+    dilations = sorted({*config.dilations, read, present})
     points = [Point("none", dilation, seed) for dilation in dilations for seed in config.seeds]
     rows = summarise(finish_trials(config, points, progress))
     best = max(rows, key=lambda row: row.miou)
-    chosen, now = (next(row for row in rows if row.dilation == dilation) for dilation in (recommended, present))
+    chosen, now = (next(row for row in rows if row.dilation == dilation) for dilation in (read, present))
     verified = {
         "best_dilation": best.dilation,
         "gap_to_best": best.miou - chosen.miou,
@@ -135,10 +133,10 @@ def _verify(
     }
     section = (
         "\n## Verified by a grid\n\n"
-        f"Networks of fixed dilation, scored on {config.val_split}: mIoU {chosen.miou:.4f} at the recommended "
-        f"{recommended},\n{now.miou:.4f} at the present {present}, {best.miou:.4f} at the grid's best "
+        f"Networks of fixed dilation, scored on {config.val_split}: mIoU {chosen.miou:.4f} at {read}, where the "
+        f"least loss was read,\n{now.miou:.4f} at the present {present}, {best.miou:.4f} at the grid's best "
         f"{best.dilation}.\n"
-        f"The recommendation is {100 * (best.miou - chosen.miou):.2f} points from the best of the grid"
+        f"Dilation {read} is {100 * (best.miou - chosen.miou):.2f} points from the best of the grid"
         f"{_plus_minus(best.miou_spread)}.\n\n{sweep_table(rows)}\n"
     )
     return verified, section

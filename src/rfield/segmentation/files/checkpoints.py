@@ -52,7 +52,9 @@ def written_whole(path: Path) -> Iterator[BinaryIO]:
 def write_error(path: Path, error: OSError, kept: str) -> OSError:
     """The error to raise where a file of a run cannot be written: what, why, what is left, what to do."""
     full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    advice = ": make room on the disk" + ", then go on with --resume" * (path.suffix in (".ckpt", ".csv"))
+    advice = ": make room on the disk" + ", then go on (rfield train: with --resume)" * (
+        path.suffix in (".ckpt", ".csv")
+    )
     return OSError(f"{path} cannot be written: {error.strerror or error}; {kept}{advice if full else ''}")
 
 

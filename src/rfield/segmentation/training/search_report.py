@@ -72,7 +72,7 @@ def describe_search(
             **({"factors": factors} if len(factors) > 1 else {}),
         }
     reason = (
-        f"a {config.search} search reads no curve, so that nothing says how good its dilation is; sampled reads one"
+        f"a search by {config.search} reads no curve, so that nothing says how good its dilation is; sampled reads one"
     )
     described["verdict"] = Verdict("not reliable", reason, next(iter(delivered.values()), None)).plain()
     every = -(-len(search["trajectory"]) // 200) or 1

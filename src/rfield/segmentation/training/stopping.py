@@ -42,11 +42,18 @@ def _end_with_parent() -> None:
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal has ended a training, and what it did is saved."""
+    """A signal has ended a training, and what it did is saved.
 
-    def __init__(self, signum: int, message: str) -> None:
-        super().__init__(message)
+    Args:
+        signum: the signal.
+        done: what has ended it, and what is saved.
+        next: how to go on, which depends on the command.
+    """
+
+    def __init__(self, signum: int, done: str, next: str = "--resume goes on from there") -> None:
+        super().__init__(f"{done}, {next}")
         self.signum = signum
+        self.done = done
 
 
 class WholeCheckpoints(TorchCheckpointIO):
@@ -117,7 +124,7 @@ class StopOnSignal(Callback):
         name = signal.Signals(self.signum).name
         verb = "is" if saved_step == 1 else "are"
         done = f"{counted(saved_step, 'step')} {verb} saved" if saved_step else "nothing was saved yet"
-        raise Interrupted(self.signum, f"stopped by {name}; {done}, --resume goes on from there")
+        raise Interrupted(self.signum, f"stopped by {name}; {done}")
 
     def _ask(self, signum: int, frame: FrameType | None) -> None:
         if self.signum is not None and signum == signal.SIGINT:
