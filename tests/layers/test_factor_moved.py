@@ -1,6 +1,7 @@
 """A factor that is cast, moved, loaded or made on the meta device: its precision, its value, and who shares it."""
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -200,3 +201,63 @@ def test_an_adapted_model_of_half_precision_learns() -> None:
     # A step of 0.001 is below bfloat16's at 1.
     assert layer.factor.item() == pytest.approx(before, abs=2e-3)
     assert layer.factor.item() != before
+
+
+class TestFilledByHand:
+    """As transformers fills a model that it has made on the meta device: it sets each tensor that it knows."""
+
+    @staticmethod
+    def filled(layer: LearnedFactor, state: dict[str, Tensor]) -> LearnedFactor:
+        for name, value in state.items():
+            owner, _, tensor = name.rpartition(".")
+            setattr(layer.get_submodule(owner), tensor, nn.Parameter(value))
+        layer.snapped_dilation = torch.tensor([7, 93868438416816])
+        return layer
+
+    @pytest.mark.parametrize("make", [adaptive, regulator])
+    @pytest.mark.parametrize("moved", [False, True])
+    def test_is_an_error_that_says_what_to_do(self, make: Callable[[], LearnedFactor], moved: bool) -> None:
+        source = make()
+        if moved:
+            layer = make().to("meta")
+        else:
+            with torch.device("meta"):
+                layer = make()
+        layer = copy.deepcopy(self.filled(layer, source.state_dict()).float())
+        for use in (lambda: layer(image()), lambda: layer.effective_dilation, layer.state_dict):
+            with pytest.raises(ValueError, match=r"filled without load_state_dict.*its dilation is not known"):
+                use()
+        layer.set_factor(1.3)
+        source.set_factor(1.3)
+        torch.testing.assert_close(layer(image()), source(image()), rtol=0, atol=0)
+
+    @pytest.mark.parametrize("make", [adaptive, regulator])
+    @pytest.mark.parametrize("snaps", [False, True])
+    def test_a_state_dict_mends_it(self, make: Callable[[], LearnedFactor], snaps: bool) -> None:
+        source = make(factor=0.8)
+        if snaps:
+            source.snap()
+        state = source.state_dict()
+        with torch.device("meta"):
+            layer = make()
+        self.filled(layer, {name: value for name, value in state.items() if name != "snapped"}).load_state_dict(state)
+        assert layer.effective_dilation == source.effective_dilation
+        torch.testing.assert_close(layer(image()), source(image()), rtol=0, atol=0)
+
+    def test_weights_of_a_plain_convolution_mend_it_at_the_start(self) -> None:
+        source = nn.Conv2d(2, 2, 3)
+        with torch.device("meta"):
+            layer = adaptive(factor=0.8)
+        self.filled(layer, {**source.state_dict(), "log_factor": torch.tensor([9.0])})
+        layer.load_state_dict(source.state_dict())
+        assert layer.effective_dilation == pytest.approx((2.5, 2.5))
+
+
+@pytest.mark.parametrize("make", [adaptive, regulator])
+def test_a_replica_of_data_parallel_tells_its_layer_the_map_size(make: Callable[[], LearnedFactor]) -> None:
+    layer = make()
+    replica = layer._replicate_for_data_parallel()
+    replica._parameters = dict(layer._parameters)
+    replica(image())
+    assert layer.map_size == (15, 13)
+    assert set(dict(replica.named_modules())) == set(dict(layer.named_modules()))

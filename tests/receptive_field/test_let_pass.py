@@ -59,6 +59,7 @@ ONE: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "negative": lambda near, far, image: near + -near,
     "times -1": lambda near, far, image: near + near * -1,
     "times a tensor": lambda near, far, image: near + near.mul_(torch.tensor(-1.0)),
+    "add_ alpha of itself": lambda near, far, image: near.add_(near.clone(), alpha=-1),
     "divided by -1": lambda near, far, image: near + near / -1,
     "one minus": lambda near, far, image: (1 - near) + near,
     "einsum": lambda near, far, image: torch.einsum("nchw,c->nhw", near, SIGNS)[:, None],

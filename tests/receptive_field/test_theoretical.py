@@ -337,3 +337,17 @@ def test_the_map_that_a_model_means() -> None:
         output_map({})
     with pytest.raises(ValueError, match=r"no map \(N, C, h, w\) but a tensor of shape \(1, 7, 8\)"):
         output_map(torch.zeros(1, 7, 8))
+
+
+class OwnWay(nn.Sequential):
+    """Runs its parts in another way than one after the other."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return torch.cat([part(input) for part in self], 1)
+
+
+def test_a_sequential_with_a_forward_of_its_own_is_no_chain() -> None:
+    model = nn.Sequential(nn.ReLU(), OwnWay(nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 5, padding=2)))
+    with pytest.raises(ValueError, match=r"field of OwnWay \(at '1'\) is not known"):
+        theoretical_receptive_field(model)
+    assert probe_receptive_field(model) == (5.0, 5.0)

@@ -133,8 +133,9 @@ class AdaptiveConv2d(LearnedFactor):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if f"{prefix}log_factor" not in state_dict:
             start = torch.tensor(self._start).log().expand_as(self.log_factor)
-            state_dict[f"{prefix}log_factor"] = start if self.log_factor.is_meta else self.log_factor.detach()
-            if self.snapped:
+            no_value = self.log_factor.is_meta or self._unfilled
+            state_dict[f"{prefix}log_factor"] = start if no_value else self.log_factor.detach()
+            if not self._unfilled and self.snapped:
                 state_dict[f"{prefix}snapped"] = self.snapped_dilation
         super()._load_from_state_dict(state_dict, prefix, *args)
 

@@ -49,6 +49,10 @@ class LearnedFactor(nn.Module):
 
     rounds = False
     snapped_dilation: Tensor
+    # Whether the buffer has been on the meta device, and rfield has not filled it since.
+    _unfilled = False
+    # The layer that this one is a replica of, under `nn.DataParallel`.
+    _replica_of: "LearnedFactor | None" = None
 
     def __init__(
         self,
@@ -70,6 +74,7 @@ class LearnedFactor(nn.Module):
         self.max_factor = max_factor
         # A buffer, so that running averages of the weights, which copy buffers, run at it too.
         self.register_buffer("snapped_dilation", torch.zeros(2, dtype=torch.int64), persistent=False)
+        self._unfilled = self.snapped_dilation.is_meta
         self.held: Pair | None = None
         self.map_size: tuple[int, int] | None = None
         self.in_search = False
@@ -79,6 +84,7 @@ class LearnedFactor(nn.Module):
     @property
     def snapped(self) -> bool:
         """Whether `snap` has ended the learning at a whole dilation."""
+        self._check_filled()
         return not self.snapped_dilation.is_meta and bool(self.snapped_dilation.any())
 
     @property
@@ -148,7 +154,7 @@ class LearnedFactor(nn.Module):
         values = _as_factors("factor", factor)
         if len(values) > self.log_factor.numel():
             raise ValueError(f"this layer has one factor for both axes, got {len(values)} values: {values}")
-        if self.snapped:
+        if self._unfilled or self.snapped:
             self._snap_at((0, 0))
         present = _whole(self.log_factor)
         self._write(present.new_tensor(values).log().expand_as(present))
@@ -175,6 +181,7 @@ class LearnedFactor(nn.Module):
         # Made anew: a parameter cannot be moved to torch's meta device.
         self.log_factor = nn.Parameter(self.log_factor.detach().to(device), self.log_factor.requires_grad)
         self.snapped_dilation = self.snapped_dilation.to(device)
+        self._unfilled = self.snapped_dilation.is_meta
 
     def _write(self, value: Tensor) -> None:
         """Sets the parameter in place, also where FSDP2 has dealt it to several processes."""
@@ -209,6 +216,7 @@ class LearnedFactor(nn.Module):
     def _snap_at(self, dilation: tuple[int, int]) -> None:
         """Snaps the layer to a dilation, or with zeros has it follow its factor."""
         self.snapped_dilation.copy_(torch.tensor(dilation))
+        self._unfilled = self.snapped_dilation.is_meta
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LearnedFactor":
         own, gradient = self.log_factor, self.log_factor.grad
@@ -231,6 +239,7 @@ class LearnedFactor(nn.Module):
                 self._write(own.new_tensor(self._start).log().expand_as(own))
         if no_snap and not self.snapped_dilation.is_meta:
             self.snapped_dilation.zero_()
+        self._unfilled = self.snapped_dilation.is_meta or (self._unfilled and not no_snap)
         return self
 
     def _keep_parameter(self, own: nn.Parameter) -> None:
@@ -273,8 +282,9 @@ class LearnedFactor(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         own, dilation = self.log_factor, state_dict.pop(f"{prefix}snapped", None)
-        if f"{prefix}log_factor" in state_dict and self.snapped_dilation.is_meta:
+        if f"{prefix}log_factor" in state_dict and (self._unfilled or self.snapped_dilation.is_meta):
             self.snapped_dilation = torch.zeros(2, dtype=torch.int64, device=state_dict[f"{prefix}log_factor"].device)
+            self._unfilled = self.snapped_dilation.is_meta
         if dilation is None:
             if self.snapped and f"{prefix}log_factor" in state_dict:
                 self._snap_at((0, 0))
@@ -293,9 +303,26 @@ class LearnedFactor(nn.Module):
 
     def _see(self, map_size: tuple[int, int]) -> None:
         """Called by every forward with the size of its map."""
+        self._check_filled()
         self.map_size = map_size
+        if self._replica_of is not None:
+            self._replica_of.map_size = map_size
         if self.training and self.log_factor.requires_grad:
             self.clamp_factor_(map_size)
+
+    def _check_filled(self) -> None:
+        """Refuses a layer that others have brought from the meta device: its buffer holds any number then."""
+        if self._unfilled and not self.snapped_dilation.is_meta:
+            raise ValueError(
+                "a learned layer was made on the meta device and filled without load_state_dict, as from_pretrained "
+                "of transformers does, so that its dilation is not known: call load_state_dict with the saved state, "
+                "or set_factor on each layer; or else fuse before saving, and adapt after loading"
+            )
+
+    def _replicate_for_data_parallel(self) -> "LearnedFactor":
+        replica: LearnedFactor = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        replica.__dict__["_replica_of"] = self  # Not as a part of it.
+        return replica
 
 
 def without_noise(dilation: float) -> float:

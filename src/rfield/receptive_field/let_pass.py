@@ -100,7 +100,7 @@ class LetPass(TorchFunctionMode):
         if not in_place:
             return self._run(name, func, args, kwargs, paths)
         if name in _NATIVE:
-            return func(*args, **kwargs)
+            return func(*args, **{key: value for key, value in kwargs.items() if name != "add" or key != "alpha"})
         if name in _PASSED:
             return args[0]
         outside = getattr(torch.Tensor, name, None) or getattr(torch, name, None) or getattr(F, name, None)

@@ -154,7 +154,8 @@ def _parts(module: nn.Module) -> tuple[Pair, list[nn.Module]] | None:
         return (height, width), [module.module]
     if isinstance(module, fx.GraphModule) and "factor" in module.meta and type(module).__name__ == "Sequential":
         return module.meta["factor"], list(module.children())  # what `rfield.fuse` leaves of a regulated sequence
-    if isinstance(module, nn.Sequential):
+    # A class of its own may run its parts in any way.
+    if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
         return (1.0, 1.0), list(module)
     chain = _told(module, "chain") if getattr(module, "receptive_field", None) is None else None
     return None if chain is None else ((1.0, 1.0), chain)
