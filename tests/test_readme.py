@@ -57,7 +57,6 @@ def test_the_two_set_up_commands_are_the_makefile_s() -> None:
     assert all(f"\n{target}: " in makefile for target in targets)
 
 
-@pytest.mark.slow
 @pytest.mark.shared
 def test_commands_run_on_a_few_photographs(
     shared: Path, small_msrc: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -77,6 +76,7 @@ def test_commands_run_on_a_few_photographs(
     assert len(list((tmp_path / "out").glob("*.png"))) == len(list((small_msrc / "JPEGImages").iterdir()))
 
 
+@pytest.mark.slow
 def test_commands_on_shipping_run_as_written(
     make: Callable[..., TrainConfig],
     tmp_path: Path,

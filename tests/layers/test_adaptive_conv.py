@@ -70,6 +70,7 @@ class TestLearning:
                 losses.append(output.pow(2).sum())
             torch.testing.assert_close(gradient[axis], (losses[0] - losses[1]) / (2 * step), rtol=1e-4, atol=1e-5)
 
+    @pytest.mark.slow
     def test_learns_the_dilation_of_a_smooth_teacher(self) -> None:
         """Blurred noise seen at distance 3, from a start at 2: the exact gradient finds it."""
         torch.manual_seed(0)

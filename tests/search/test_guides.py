@@ -28,6 +28,7 @@ class TestGuides:
             assert all(torch.equal(a, b) for a, b in zip(one[key], two[key], strict=True))
         assert one["unsnapped"] != [[5.0], [2.0]]
 
+    @pytest.mark.slow
     def test_loss_and_guides_go_their_own_ways(self, cues: Any) -> None:
         """Of two factors each is learned by its own guide; the weights see the loss alone."""
 

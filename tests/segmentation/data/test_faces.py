@@ -234,7 +234,7 @@ def test_what_is_wrong_in_celebamask_is_named_and_nothing_is_left(
         (
             save("val/labels/d.png", PIL.Image.new("L", (16, 16), 255)),
             ValueError,
-            r"d.png the value 255 .*; LaPa has",
+            r"d.png holds the value 255 .*; LaPa has",
         ),
         (save("val/labels/d.png", PIL.Image.new("L", (16, 8))), ValueError, "d.png is 8x16 px .* image is 16x16"),
         (save("val/labels/d.png", PIL.Image.new("RGB", (16, 16))), ValueError, "d.png holds colours"),

@@ -23,6 +23,7 @@ from rfield.segmentation.export.onnx import compare, export_run, read_exported
 from rfield.segmentation.inference.onnx import load_onnx
 from rfield.segmentation.runs import Run, build_network, load_run
 
+pytestmark = pytest.mark.slow
 MakeRun = Callable[..., Path]
 
 
@@ -133,7 +134,6 @@ def test_one_size(one_size: tuple[Path, Path]) -> None:
         export_run(load_run(folder), folder / "other.onnx")
 
 
-@pytest.mark.slow
 def test_several_paths_and_a_decoder(make_run: MakeRun) -> None:
     folder = make_run(((2.0,), (0.5,)), paths=2, decoder=True)
     made = export_run(load_run(folder), folder / "model.onnx")
@@ -159,7 +159,6 @@ REAL = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
 @pytest.mark.parametrize("name", REAL)
 def test_real_networks(name: str, suffix: str, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,7 +246,6 @@ def test_refusals(one_size: tuple[Path, Path], tmp_path: Path, capsys: pytest.Ca
         assert message.count("\n") == 1
 
 
-@pytest.mark.slow
 def test_int8(any_size: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--int8", "--data", "synthetic", "--calibration-images", "4"]
     main(["export", str(any_size[0]), "--out", str(tmp_path / "model.onnx"), *words])

@@ -296,7 +296,7 @@ def test_the_command(make_run: MakeRun, photos: Path, tmp_path: Path, capsys: py
     assert capsys.readouterr().err.count("\n") == 1
 
 
-@pytest.mark.parametrize("kind", ["run", "onnx"])
+@pytest.mark.parametrize("kind", ["run", pytest.param("onnx", marks=pytest.mark.slow)])
 def test_an_image_that_cannot_be_read_is_passed_over_and_named(
     make_run: MakeRun, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
 ) -> None:

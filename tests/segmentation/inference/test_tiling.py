@@ -62,7 +62,7 @@ def assert_same(network: ParsingNetwork, size: tuple[int, int], budget: float, l
         ({"paths": Paths(3), "mechanism": "dilation"}, (0.9, 2.0, 0.61)),
         ({"paths": Paths(2, rectangular=True), "mechanism": "dilation"}, ((2.0, 0.5), (0.55, 3.0))),
         ({"paths": Paths(rates=(1, 3, 6)), "regulate": False}, ()),
-        ({"decoder": True, "mechanism": "dilation"}, (0.8,)),
+        pytest.param({"decoder": True, "mechanism": "dilation"}, (0.8,), marks=pytest.mark.slow),
         ({"regulate": False, "min_size": (200, 180)}, ()),
     ],
     ids=str,

@@ -170,7 +170,6 @@ def test_without_a_folder_nothing_is_written(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -198,6 +197,7 @@ def test_mistakes_are_answered_in_one_line(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_blocks_links_and_commands_of_the_page() -> None:
     page = Path(__file__).parents[3] / "docs/inspect.md"
     text = page.read_text()
