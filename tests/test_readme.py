@@ -19,6 +19,7 @@ from rfield.segmentation.training import train
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+REPORTS = (ROOT / "studies/reports/README.md").read_text()
 LINKS = re.findall(r"\]\(([^)#]+)", README)
 
 
@@ -115,3 +116,15 @@ def test_commands_on_shipping_run_as_written(
     main([*words, "--data", "data.yaml", "--split", "val"])
     assert (tmp_path / "DIR/model.safetensors").is_file()
     assert capsys.readouterr().out.count("mIoU") >= 1
+
+
+def test_the_tests_of_reported_faults_exist() -> None:
+    path, found = "", 0
+    for name in re.findall(r"[\w/]*test_\w+\.py(?:::\w+)*|(?<![\w.])(?:::\w+)+", REPORTS):
+        path, *names = [name.partition("::")[0] or path, *name.split("::")[1:]]
+        source = (ROOT / path).read_text()
+        assert path.startswith("tests/"), path
+        for each in names:
+            assert re.search(rf"^ *(def|class) {each}\b", source, re.MULTILINE), f"{path}::{each}"
+        found += 1
+    assert found > 50

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import docstring_parser
-from jsonargparse import ActionYesNo, ArgumentParser, get_loader, set_loader
+from jsonargparse import ActionYesNo, ArgumentParser, DefaultHelpFormatter, get_loader, set_loader
 
 from rfield import __version__
 from rfield.segmentation.config.data import CheckDataConfig, ConvertConfig
@@ -318,8 +318,30 @@ class _MistakeError(Exception):
     """A command line that cannot be understood."""
 
 
+class _Help(DefaultHelpFormatter):
+    """Help without Python's words for types, and without a default where the text says what none means."""
+
+    def _get_type_str(self, action: argparse.Action) -> str | None:
+        text = (super()._get_type_str(action) or "").replace(" | null", "")
+        chosen = re.fullmatch(r"(?:Optional\[)?Literal\[(.*?)\]+", text)
+        if chosen:
+            return None if action.choices or action.metavar else f"one of {chosen[1].replace(chr(39), '')}"
+        return {"": None, "str": None, "bool": None, "int": "whole number", "float": "number"}.get(text, text)
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text, place = super()._get_help_string(action), "default: %(default)s"
+        if isinstance(action, ActionYesNo):
+            return text.replace(place, f"default: {'yes' if action.default else 'no'}")
+        if action.default is None:
+            return text.replace(f", {place}", "").replace(f" ({place})", "")
+        return text
+
+
 class _Parser(ArgumentParser):
     """Leaves the answer to a mistake to `parse`, which gives one line instead of the whole usage."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(formatter_class=_Help, **options)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         raise _MistakeError(message) from ex
