@@ -167,9 +167,15 @@ def test_scores_of_another_data_set_are_not_replaced(
     assert f"held the scores of data folder:{tmp_path}/data, which are replaced" in capsys.readouterr().err
     assert json.loads(path.read_text())["data"] == other
     path.write_text(own)
+    with pytest.raises(SystemExit):
+        main(["evaluate", str(run), "--data", make_data(OTHER_NAMES, "top"), "--json", str(path)])
+    assert capsys.readouterr().err.startswith("rfield evaluate: the network was trained on"), "nothing is replaced"
     monkeypatch.chdir(tmp_path)
     main(["evaluate", str(run), "--data", "folder:./data"])
     assert capsys.readouterr().err == "", "another way to write the same folder"
+    make_data(NAMES)
+    main(["evaluate", str(run)])
+    assert "held the scores of other files, which are replaced" in capsys.readouterr().err
     path.write_text("notes")
     with pytest.raises(SystemExit):
         main(["evaluate", str(run)])

@@ -25,7 +25,8 @@ def test_help_is_for_readers(command: list[str], capsys: pytest.CaptureFixture[s
         main([*command, "--help"])
     assert exit_.value.code == 0
     shown = capsys.readouterr().out
-    assert not re.search(r"<|\b0x|None|object at|Literal|Optional|\bnull\b|: (str|bool|int|float|False)\b", shown), shown
+    of_python = r"<|\b0x|None|object at|Literal|Optional|\bnull\b|: (str|bool|int|float|False)\b"
+    assert not re.search(of_python, shown), shown
 
 
 @pytest.mark.parametrize(
@@ -33,6 +34,8 @@ def test_help_is_for_readers(command: list[str], capsys: pytest.CaptureFixture[s
     [
         ("trian", r"; did you mean train\? \(see rfield --help\)"),
         ("Check_Data x", r"; did you mean check-data\? \(see rfield --help\)"),
+        ("", r"rfield: give a command: demo, .*, check-data \(see rfield --help\)"),
+        ("train --config nope.yaml", r"train: there is no config file \S*nope\.yaml \(see rfield train --help\)"),
         ("dance", r"'check-data'\) \(see rfield --help\)"),
         ("--verison", r"; did you mean --version\? \(see rfield --help\)"),
         ("train --data x --out y --epoch 3", r"--epoch 3; did you mean --epochs\? \(see rfield train --help\)"),
@@ -42,8 +45,11 @@ def test_help_is_for_readers(command: list[str], capsys: pytest.CaptureFixture[s
         ("predict x y --ouput z", r"; did you mean --out\? \(see rfield predict --help\)"),
         ("evaluate", r"required: run \(see rfield evaluate --help\)"),
         ("train --config config.yaml", r"'epoch'; did you mean --epochs\? \(see rfield train --help\)"),
-        ("train --data x --out y --epochs many", r"train: epochs: expected int, got many \(see rfield train --help\)"),
-        ("train --data x --out y --lr many", r"train: lr: expected float, got many \(see rfield train --help\)"),
+        (
+            "train --data x --out y --epochs many",
+            r"train: epochs: expected a whole number, got many \(see rfield train --help\)",
+        ),
+        ("train --data x --out y --lr many", r"train: lr: expected a number, got many \(see rfield train --help\)"),
         ("train --data x --out y --epochs 0", r"epochs must be positive, got 0 \(see rfield train --help\)"),
         ("export x --out y.pt", r"got y\.pt \(see rfield export --help\)"),
         ("evaluate x --checkpoint first", r"expected one of 'last', 'best', got first \(see rfield evaluate --help\)"),

@@ -75,6 +75,8 @@ def train(config: TrainConfig) -> None:
     """Train a parsing network whose receptive field is fixed or learned."""
     from rfield.segmentation.training import train as run
 
+    if config.resume and not Path(config.out).exists():
+        print(f"note: there is no run {config.out} to resume; it starts anew", file=sys.stderr)
     with show_progress("preparing") as progress:
         metrics = run(config, progress)
     if not metrics:
@@ -96,7 +98,7 @@ def train(config: TrainConfig) -> None:
 
 def evaluate(config: EvaluateConfig) -> None:
     """Score a trained network on whole images at their own size."""
-    from rfield.segmentation.data import load_dataset
+    from rfield.segmentation.data import load_dataset, match_classes
     from rfield.segmentation.inference.predict import evaluate_run
     from rfield.segmentation.runs import load_run
     from rfield.segmentation.training import write_json
@@ -108,8 +110,8 @@ def evaluate(config: EvaluateConfig) -> None:
     if not (config.data or run.config.data):
         raise ValueError(f"{config.run} does not say what it was trained on: give --data")
     data = config.data or run.config.data
-    dataset = load_dataset(data, config.split)
-    about = {"data": data, "split": config.split, "checkpoint": config.checkpoint}
+    dataset = match_classes(load_dataset(data, config.split), run.class_names, config.ignore_class_names)
+    about = {"data": data, "split": config.split, "checkpoint": config.checkpoint, "files": dataset.fingerprint()}
     path = _scores_path(config, run.folder / f"evaluation-{config.split}.json", about)
     with show_progress("scoring") as progress:
         scores = evaluate_run(run, dataset, progress, config.ignore_class_names)
@@ -314,6 +316,9 @@ def _checked_yaml(text: str) -> Any:
 set_loader("yaml", _checked_yaml, exceptions=(ValueError,))
 
 
+_NUMBERS = {"int": "whole number", "float": "number"}
+
+
 class _MistakeError(Exception):
     """A command line that cannot be understood."""
 
@@ -326,7 +331,7 @@ class _Help(DefaultHelpFormatter):
         chosen = re.fullmatch(r"(?:Optional\[)?Literal\[(.*?)\]+", text)
         if chosen:
             return None if action.choices or action.metavar else f"one of {chosen[1].replace(chr(39), '')}"
-        return {"": None, "str": None, "bool": None, "int": "whole number", "float": "number"}.get(text, text)
+        return ({"": None, "str": None, "bool": None} | _NUMBERS).get(text, text)
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text, place = super()._get_help_string(action), "default: %(default)s"
@@ -359,6 +364,9 @@ def _plain_message(message: str) -> str:
         message,
     )
     message = re.sub(rf"{key}Expected an? (.*?)\. Got value: ", r"\1: expected \2, got ", message)
+    message = re.sub(r"^Parser key \"config\": File does not exist: '(.*)'", r"there is no config file \1", message)
+    message = re.sub(r'^expected "subcommand" .* not provided\.$', f"give a command: {', '.join(COMMANDS)}", message)
+    message = re.sub(r"expected (int|float)\b", lambda found: f"expected a {_NUMBERS[found[1]]}", message)
     message = re.sub(r"<class '(\w+)'>", r"\1", message)
     return re.sub(r"(?:typing\.)?Literal\[(.*?)\]", r"one of \1", message.replace(", NoneType", ""))
 
@@ -443,15 +451,15 @@ class _Parsed:
 
 
 def _evaluate_onnx(config: EvaluateConfig) -> None:
-    from rfield.segmentation.data import load_dataset
+    from rfield.segmentation.data import load_dataset, match_classes
     from rfield.segmentation.inference.onnx import evaluate_onnx, load_onnx
     from rfield.segmentation.training import write_json
 
     if config.data is None:
         raise ValueError(f"{config.run} does not say what it was trained on: give --data")
     model = load_onnx(config.run)
-    dataset = load_dataset(config.data, config.split)
-    about = {"data": config.data, "split": config.split, "model": model.path.name}
+    dataset = match_classes(load_dataset(config.data, config.split), model.class_names, config.ignore_class_names)
+    about = {"data": config.data, "split": config.split, "model": model.path.name, "files": dataset.fingerprint()}
     path = _scores_path(config, model.path.with_name(f"evaluation-{config.split}.json"), about)
     with show_progress("scoring") as progress:
         scores = evaluate_onnx(model, dataset, progress, config.ignore_class_names)
@@ -462,22 +470,29 @@ def _evaluate_onnx(config: EvaluateConfig) -> None:
 
 
 def _scores_path(config: EvaluateConfig, default: Path, about: dict[str, str]) -> Path:
-    """Where scores go: those of another data set or model are replaced only where the path is given, with a word."""
+    """Where scores go: those of another data set or model are replaced only where the path is given, with a word.
+
+    Those of another checkpoint, or of other files at the same place, are replaced with a word.
+    """
     path = Path(config.json or default)
     if not path.is_file():
         return path
     try:
         earlier = read_json(path)
         known = {"data": None, **earlier}
-        others = [f"{key} {known[key]}" for key in about if key in known and not _is_same(known[key], about[key])]
+        others = {
+            key: "other files" if key == "files" else f"{key} {known[key]}"
+            for key in about
+            if key in known and not _is_same(known[key], about[key])
+        }
     except (TypeError, ValueError):
-        others = ["something else"]
-    if config.json is None and any(not other.startswith("checkpoint ") for other in others):
+        others = {"": "something else"}
+    if config.json is None and set(others) - {"checkpoint", "files"}:
         raise ValueError(
-            f"{path} holds the scores of {', '.join(others)}: give --json FILE for those of {about['data']}"
+            f"{path} holds the scores of {', '.join(others.values())}: give --json FILE for those of {about['data']}"
         )
     if others:
-        print(f"note: {path} held the scores of {', '.join(others)}, which are replaced", file=sys.stderr)
+        print(f"note: {path} held the scores of {', '.join(others.values())}, which are replaced", file=sys.stderr)
     return path
 
 

@@ -161,6 +161,21 @@ def test_a_missing_folder_is_never_looked_up_on_the_hub(
         ParsingNetwork.from_pretrained("runs/typo")
 
 
+@pytest.mark.parametrize(
+    "name", ["HF:me/fields", "hf//me/fields", "huggingface:me/fields", "https://huggingface.co/me/fields"]
+)
+def test_a_prefix_that_is_mistyped_is_named(name: str) -> None:
+    with pytest.raises(FileNotFoundError, match=r"; a model of the Hub is hf:me/fields$"):
+        load_run(name)
+
+
+@pytest.mark.parametrize("name", ["hf:", "hf:/me/fields", "hf:me/fields/x", "hf:me fields"])
+def test_what_is_no_name_is_not_looked_up(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *args: pytest.fail("the Hub was asked"))
+    with pytest.raises(ValueError, match=r"names no model of the Hub: give hf:USER/NAME"):
+        find_folder(name)
+
+
 def test_mistakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(repo_id: str) -> str:
         raise RuntimeError("no network")

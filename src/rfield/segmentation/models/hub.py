@@ -137,7 +137,7 @@ def find_folder(name: str | Path) -> Path:
 
     Raises:
         FileNotFoundError: if nothing can be downloaded.
-        ValueError: if huggingface_hub is missing.
+        ValueError: if huggingface_hub is missing, or the name is none.
 
     >>> find_folder(".")
     PosixPath('.')
@@ -146,6 +146,8 @@ def find_folder(name: str | Path) -> Path:
     wanted = text.removeprefix("hf:")
     if wanted == text:
         return Path(name)
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", wanted):
+        raise ValueError(f"{text} names no model of the Hub: give hf:USER/NAME")
     try:
         import huggingface_hub  # Local: it is optional.
     except ImportError as error:
@@ -159,11 +161,12 @@ def find_folder(name: str | Path) -> Path:
 def hub_hint(folder: Path) -> str:
     """What to write for a model of the Hub, where a name looks like one and no such folder is here.
 
-    >>> hub_hint(Path("someone/network")), hub_hint(Path("."))
-    ('; a model of the Hub is hf:someone/network', '')
+    >>> hub_hint(Path("someone/network")), hub_hint(Path("HF:someone/network")), hub_hint(Path("."))
+    ('; a model of the Hub is hf:someone/network', '; a model of the Hub is hf:someone/network', '')
     """
-    is_name = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(folder)) and not folder.exists()
-    return f"; a model of the Hub is hf:{folder}" if is_name else ""
+    name = re.sub(r"^(hf|hub|huggingface|https?)(:/*|/)(huggingface\.co/)?", "", str(folder), flags=re.IGNORECASE)
+    is_name = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not folder.exists()
+    return f"; a model of the Hub is hf:{name}" if is_name else ""
 
 
 def _build(recipe: dict[str, Any]) -> Any:

@@ -258,7 +258,7 @@ def small_cnn(
     """
     recipe = {"model": "small_cnn", **locals()}
     if weights is not None:
-        raise ValueError(f"small_cnn has no pretrained weights, got weights={str(weights)!r}; leave them out.")
+        raise ValueError(f"small_cnn has no pretrained weights, got weights={str(weights)!r}; leave them out")
     backbone = small_cnn_backbone()
     _check_stride("small_cnn", backbone, output_stride)
     channels, refined = output_layers(backbone, num_classes, decoder)
