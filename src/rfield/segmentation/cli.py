@@ -31,7 +31,7 @@ from rfield.segmentation.config.train import (
     counted,
 )
 from rfield.segmentation.console import escape_what_cannot_be_shown, print_layers, print_scores, show_progress
-from rfield.segmentation.files.untrusted import check_yaml, read_json
+from rfield.segmentation.files.untrusted import check_yaml
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -100,8 +100,8 @@ def evaluate(config: EvaluateConfig) -> None:
     """Score a trained network on whole images at their own size."""
     from rfield.segmentation.data import load_dataset, match_classes
     from rfield.segmentation.inference.predict import evaluate_run
+    from rfield.segmentation.inference.scores import scores_path
     from rfield.segmentation.runs import load_run
-    from rfield.segmentation.training import write_json
 
     if config.run.endswith(".onnx"):
         _evaluate_onnx(config)
@@ -112,13 +112,10 @@ def evaluate(config: EvaluateConfig) -> None:
     data = config.data or run.config.data
     dataset = match_classes(load_dataset(data, config.split), run.class_names, config.ignore_class_names)
     about = {"data": data, "split": config.split, "checkpoint": config.checkpoint, "files": dataset.fingerprint()}
-    path = _scores_path(config, run.folder / f"evaluation-{config.split}.json", about)
+    path = scores_path(config.json, run.folder / f"evaluation-{config.split}.json", about)
     with show_progress("scoring") as progress:
         scores = evaluate_run(run, dataset, progress, config.ignore_class_names)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, {**scores, **about})
-    print_scores(scores)
-    print(f"\nwritten to {path}")
+    _write_scores(path, scores, about)
 
 
 def predict(config: PredictConfig) -> None:
@@ -366,8 +363,8 @@ def _plain_message(message: str) -> str:
     message = re.sub(rf"{key}Expected an? (.*?)\. Got value: ", r"\1: expected \2, got ", message)
     message = re.sub(r"^Parser key \"config\": File does not exist: '(.*)'", r"there is no config file \1", message)
     message = re.sub(r'^expected "subcommand" .* not provided\.$', f"give a command: {', '.join(COMMANDS)}", message)
-    message = re.sub(r"expected (int|float)\b", lambda found: f"expected a {_NUMBERS[found[1]]}", message)
     message = re.sub(r"<class '(\w+)'>", r"\1", message)
+    message = re.sub(r"expected (int|float)\b", lambda found: f"expected a {_NUMBERS[found[1]]}", message)
     return re.sub(r"(?:typing\.)?Literal\[(.*?)\]", r"one of \1", message.replace(", NoneType", ""))
 
 
@@ -453,52 +450,23 @@ class _Parsed:
 def _evaluate_onnx(config: EvaluateConfig) -> None:
     from rfield.segmentation.data import load_dataset, match_classes
     from rfield.segmentation.inference.onnx import evaluate_onnx, load_onnx
-    from rfield.segmentation.training import write_json
+    from rfield.segmentation.inference.scores import scores_path
 
     if config.data is None:
         raise ValueError(f"{config.run} does not say what it was trained on: give --data")
     model = load_onnx(config.run)
     dataset = match_classes(load_dataset(config.data, config.split), model.class_names, config.ignore_class_names)
     about = {"data": config.data, "split": config.split, "model": model.path.name, "files": dataset.fingerprint()}
-    path = _scores_path(config, model.path.with_name(f"evaluation-{config.split}.json"), about)
+    path = scores_path(config.json, model.path.with_name(f"evaluation-{config.split}.json"), about)
     with show_progress("scoring") as progress:
         scores = evaluate_onnx(model, dataset, progress, config.ignore_class_names)
+    _write_scores(path, scores, about)
+
+
+def _write_scores(path: Path, scores: dict[str, Any], about: dict[str, str]) -> None:
+    from rfield.segmentation.training import write_json
+
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, {**scores, **about})
     print_scores(scores)
     print(f"\nwritten to {path}")
-
-
-def _scores_path(config: EvaluateConfig, default: Path, about: dict[str, str]) -> Path:
-    """Where scores go: those of another data set or model are replaced only where the path is given, with a word.
-
-    Those of another checkpoint, or of other files at the same place, are replaced with a word.
-    """
-    path = Path(config.json or default)
-    if not path.is_file():
-        return path
-    try:
-        earlier = read_json(path)
-        known = {"data": None, **earlier}
-        others = {
-            key: "other files" if key == "files" else f"{key} {known[key]}"
-            for key in about
-            if key in known and not _is_same(known[key], about[key])
-        }
-    except (TypeError, ValueError):
-        others = {"": "something else"}
-    if config.json is None and set(others) - {"checkpoint", "files"}:
-        raise ValueError(
-            f"{path} holds the scores of {', '.join(others.values())}: give --json FILE for those of {about['data']}"
-        )
-    if others:
-        print(f"note: {path} held the scores of {', '.join(others.values())}, which are replaced", file=sys.stderr)
-    return path
-
-
-def _is_same(one: Any, other: str) -> bool:
-    """Whether two texts name one thing, their paths written alike or not."""
-    (kind, _, path), (other_kind, _, other_path) = (str(text).rpartition(":") for text in (one, other))
-    return one == other or (
-        kind == other_kind and Path(path).expanduser().resolve() == Path(other_path).expanduser().resolve()
-    )

@@ -170,6 +170,35 @@ def test_what_is_no_weights_is_refused_in_one_line(tmp_path: Path, content: Any,
     assert len(text) < 400
 
 
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", r"cannot be read as weights: it is empty; was its download"),
+        (
+            b"<!DOCTYPE html>\n<html>404",
+            r"cannot be read as weights: it holds text, '<!DOCTYPE html>'; was its download",
+        ),
+        ("дом ".encode() * 40, r"it holds text, 'дом дом"),
+        (b"\x80\x02\x00\xff", r"cannot be read as weights.*; is it damaged or of another format\?"),
+    ],
+)
+def test_other_files_are_refused_in_readable_words(tmp_path: Path, content: bytes, message: str, suffix: str) -> None:
+    path = tmp_path / f"file.{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read_weights(path)
+    with pytest.raises(ValueError, match=r"is a folder, not a weights file"):
+        read_weights(tmp_path)
+
+
+def test_a_cut_off_file_says_nothing_of_the_inside(tmp_path: Path) -> None:
+    path = saved(tmp_path, state_of())
+    path.write_bytes(path.read_bytes()[:-400])
+    with pytest.raises(ValueError, match=r"file\.pth cannot be read as weights; is it damaged or of another format\?"):
+        read_weights(path)
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit")
 def test_torchscript_is_refused_in_one_line(tmp_path: Path) -> None:
     torch.jit.save(torch.jit.script(nn.ReLU()), str(tmp_path / "file.pth"))

@@ -48,8 +48,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file cannot be read without running its code, or holds no dict from layer name to tensor.
+        ValueError: it is a folder, cannot be read without running its code, or holds no dict from layer name to tensor.
     """
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder, not a weights file; give the .pth or .safetensors file")
     if not path.is_file():
         raise FileNotFoundError(
             f'there is no weights file {path}; give "imagenet" or the path of a .pth or .safetensors file'
@@ -90,8 +92,25 @@ def _why_unread(path: Path, error: Exception) -> str:
             f"{path} cannot be read as weights: it holds a whole pickled model or other Python objects{what}, which no "
             "one can read without running code of the file; save the model's state_dict() instead"
         )
-    cause = "" if isinstance(error, pickle.UnpicklingError) else f" ({text})"
+    if (start := _text_of(path)) is not None:
+        held = f"holds text, {start!r}" if start else "is empty"
+        return f"{path} cannot be read as weights: it {held}; was its download cut short or refused?"
+    # What unpickling stumbles over in a damaged file, such as KeyError: 101, says nothing to readers.
+    known = isinstance(error, ValueError) or type(error).__name__ == "SafetensorError"
+    cause = f" ({text})" if known and not isinstance(error, pickle.UnpicklingError) else ""
     return f"{path} cannot be read as weights{cause}; is it damaged or of another format?"
+
+
+def _text_of(path: Path) -> str | None:
+    """The first line of a file of text, empty where the file is; None of any other file."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(64)
+        text = start.decode("utf-8", "strict" if len(start) < 64 else "ignore")
+    except (OSError, UnicodeDecodeError):
+        return None
+    lines = text.strip().splitlines()
+    return None if any(not (c.isprintable() or c.isspace()) for c in text) else lines[0] if lines else ""
 
 
 def _unwrap(loaded: Any, depth: int = 0) -> dict[str, Tensor]:
