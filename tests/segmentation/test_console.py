@@ -67,6 +67,14 @@ def test_mistakes_name_what_was_meant_and_the_right_help(
     assert shown.count("\n") == 1
 
 
+def test_the_system_s_errors_name_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "file"
+    path.touch()
+    with pytest.raises(SystemExit):
+        main(["demo", "--out", str(path / "run")])
+    assert capsys.readouterr().err == f"rfield demo: {path / 'run'}: not a directory\n"
+
+
 def console(monkeypatch: pytest.MonkeyPatch, encoding: str) -> tuple[io.BytesIO, io.BytesIO]:
     """The bytes of stdout and stderr of a console of that encoding."""
     streams = io.BytesIO(), io.BytesIO()

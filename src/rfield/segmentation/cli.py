@@ -49,8 +49,15 @@ def main(argv: list[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         if os.environ.get("RFIELD_DEBUG"):
             raise
-        print(f"rfield {command}: {_one_line(str(error))}", file=sys.stderr)
+        print(f"rfield {command}: {_one_line(_words_of(error))}", file=sys.stderr)
         sys.exit(2)
+
+
+def _words_of(error: ValueError | OSError) -> str:
+    """An error's message; of one of the system's own, what it is of and why."""
+    if isinstance(error, OSError) and error.errno and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror[0].lower()}{error.strerror[1:]}"
+    return str(error)
 
 
 def parse(argv: list[str] | None = None) -> tuple[str, Any]:

@@ -31,6 +31,8 @@ def scores_path(given: str | None, default: Path, about: dict[str, str]) -> Path
             for key in about
             if key in known and not _is_same(known[key], about[key])
         }
+        if len(others) > 1:
+            others.pop("files", None)
     except (TypeError, ValueError):
         others = {"": "something else"}
     if given is None and set(others) - {"checkpoint", "files"}:

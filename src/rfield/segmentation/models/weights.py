@@ -83,22 +83,27 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 def _why_unread(path: Path, error: Exception) -> str:
     """One line on what torch says in many."""
     text = " ".join(str(error).split())
+    if (start := _text_of(path)) is not None:
+        held = f"holds text, {start!r}" if start else "is empty"
+        return f"{path} cannot be read as weights: it {held}; was its download cut short or refused?"
     if "TorchScript" in text:
         return f"{path} cannot be read as weights: it holds a TorchScript program; save its state_dict() instead"
     found = re.findall(r"GLOBAL ([\w.]+)", text)
-    if found or "Unsupported operand" in text or "Unsupported class" in text:
+    if found or (_is_pickled(path) and ("Unsupported operand" in text or "Unsupported class" in text)):
         what = f" ({found[0]})" if found else ""
         return (
             f"{path} cannot be read as weights: it holds a whole pickled model or other Python objects{what}, which no "
             "one can read without running code of the file; save the model's state_dict() instead"
         )
-    if (start := _text_of(path)) is not None:
-        held = f"holds text, {start!r}" if start else "is empty"
-        return f"{path} cannot be read as weights: it {held}; was its download cut short or refused?"
     # What unpickling stumbles over in a damaged file, such as KeyError: 101, says nothing to readers.
     known = isinstance(error, ValueError) or type(error).__name__ == "SafetensorError"
     cause = f" ({text})" if known and not isinstance(error, pickle.UnpicklingError) else ""
     return f"{path} cannot be read as weights{cause}; is it damaged or of another format?"
+
+
+def _is_pickled(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(1) in (b"P", b"\x80")  # A zip archive of torch.save, or its older format.
 
 
 def _text_of(path: Path) -> str | None:
