@@ -17,6 +17,7 @@ from rfield.layers import LearnedFactor
 from rfield.search import GradientSearch, SampledSearch, SpsaSearch
 from rfield.segmentation.files.checkpoints import write_error, written_whole
 from rfield.segmentation.training.module import ParsingModule, present_field, present_fields
+from rfield.segmentation.training.search_phase import SearchPhase
 
 FACTOR_COLUMNS = (
     "step",
@@ -121,7 +122,7 @@ class PinnedFactor(Callback):
     ) -> None:
         assert isinstance(pl_module, ParsingModule)
         search = pl_module.search
-        if search is None or search.done or isinstance(search, SampledSearch):
+        if search is None or pl_module.phase is not SearchPhase.SEARCHING or isinstance(search, SampledSearch):
             return  # A sampled search reads a curve, whose end may be the best.
         if isinstance(search, GradientSearch) and trainer.global_step <= pl_module.factor_start:
             return

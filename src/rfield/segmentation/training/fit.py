@@ -36,6 +36,7 @@ from rfield.segmentation.training.losses import class_weights
 from rfield.segmentation.training.module import ParsingModule, present_fields
 from rfield.segmentation.training.report import describe_fields, plot_results
 from rfield.segmentation.training.run_folder import check_run_folder, start_run_folder, write_json
+from rfield.segmentation.training.search_phase import SearchPhase
 from rfield.segmentation.training.stopping import LossGuard, StopOnSignal
 from rfield.segmentation.training.trainer import make_trainer, quiet
 
@@ -68,11 +69,11 @@ class Built:
 
 @dataclass(frozen=True)
 class ResumeState:
-    """Where a run goes on: its checkpoint, if any, (epoch, batches done), and whether images are held out there."""
+    """Where a run goes on: its checkpoint, if any, (epoch, batches done), and the phase of its search."""
 
     checkpoint: Path | None
     position: tuple[int, int]
-    holding_out: bool
+    phase: SearchPhase
 
 
 @dataclass(frozen=True)
@@ -162,19 +163,17 @@ def resume_state(data: Data) -> ResumeState:
     if data.config.resume:
         first_does(lambda: settle_checkpoints(last.parent))
     if not (data.config.resume and last.is_file()):
-        return ResumeState(None, (0, 0), holding_out=True)
+        return ResumeState(None, (0, 0), SearchPhase.SEARCHING)
     load_run(out)  # A damaged checkpoint is named here, and not by Lightning.
     saved = torch.load(last, map_location="cpu", weights_only=True)
-    search = saved.get("search", {})
-    holding_out = search.get("holding_out", not search.get("search", {}).get("done"))
-    return ResumeState(last, loader_position(saved), holding_out)
+    return ResumeState(last, loader_position(saved), SearchPhase.saved_in(saved))
 
 
 def fit(data: Data, built: Built, state: ResumeState) -> Fitted:
     """Train until the last step, or until a signal or a bad loss ends the run."""
     out = Path(data.config.out)
     last = out / "checkpoints" / LAST
-    held_out = built.drawn if state.holding_out else frozenset()
+    held_out = frozenset() if state.phase is SearchPhase.DONE else built.drawn
     val_samples = WholeImages(data.val_set, built.val_features)
     loaders = Loaders(built.train_samples, val_samples, data.config, state.position, held_out)
     timer, stop = Timer(verbose=False), StopOnSignal(last)

@@ -32,6 +32,7 @@ from rfield.segmentation.metrics import confusion_matrix, segmentation_scores
 from rfield.segmentation.models import MultiPathHead, ParsingNetwork
 from rfield.segmentation.training.distributed import refuse_unequal
 from rfield.segmentation.training.losses import make_loss, norm_over_processes
+from rfield.segmentation.training.search_phase import SearchPhase
 
 Batch = tuple[Tensor, Tensor]
 # Logits of a path over those of the sum that count as a drift of the paths, and logits of a path that always do.
@@ -81,6 +82,7 @@ class ParsingModule(L.LightningModule):
         self.reading_weights = reading_weights
         self.factor_start = 0
         self.search: Search | None = None
+        self.phase = SearchPhase.DONE if config.search == "none" else SearchPhase.SEARCHING
         self.search_seconds = 0.0
         # For the callbacks.
         self.step_loss = self.mean_loss = torch.zeros(())
@@ -232,12 +234,14 @@ class ParsingModule(L.LightningModule):
         factor, _, field = present_field(self.network)
         self.log_dict({"factor": factor, "rf_px": field}, prog_bar=True)
         self._warn_of_drift()
-        if self.search is not None and not self.search.done:
+        if self.search is not None and self.phase is SearchPhase.SEARCHING:
             started = time.monotonic()
             with self.trainer.precision_plugin.train_step_context():
                 self.search.step()
             self._seen = None
             self.search_seconds += time.monotonic() - started
+            if self.search.done:
+                self.phase = SearchPhase.HOLDING_OUT
 
     def _warn_of_drift(self) -> None:
         """Says once that the published guidance drives the paths apart."""
@@ -269,9 +273,9 @@ class ParsingModule(L.LightningModule):
         factors = factor_parameters(self.network)
         if self.trainer.world_size > 1 and factors:
             refuse_unequal(torch.cat([factor.detach() for factor in factors]).exp(), f"step {self.global_step}")
-        if self.search is None or self.search.done:
-            # The held-out images come back.
+        if self.phase is SearchPhase.HOLDING_OUT:
             self._sampler.held_out = frozenset()
+            self.phase = SearchPhase.DONE
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         state = self._search_state and self._search_state["search"]
@@ -281,11 +285,12 @@ class ParsingModule(L.LightningModule):
             checkpoint["search"] = {
                 "search": state,
                 "seconds": self.search_seconds,
-                "holding_out": bool(self._sampler.held_out),
+                "holding_out": self.phase is not SearchPhase.DONE,
             }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._search_state = checkpoint.get("search")
+        self.phase = SearchPhase.saved_in(checkpoint)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
         """Scores one image, or one image's cached features, at the image's own size."""
@@ -349,7 +354,7 @@ class ParsingModule(L.LightningModule):
 
     def _make_search(self, steps: int) -> Search | None:
         kind, seed = self.config.search, self.config.seed
-        if kind == "none" or (self._search_state is not None and self._search_state["search"]["done"]):
+        if self.phase is not SearchPhase.SEARCHING:
             return None
         loss = self._guided_loss if self._guided or (kind == "sampled" and self._reads_cross_entropy) else self._loss
         if kind == "gradient":
