@@ -9,9 +9,11 @@ import PIL.Image
 import pytest
 from tests.segmentation.data.test_options import MASKS, columns, make, say
 
-from rfield.segmentation.data import check_data, load_dataset, voc_palette
+from rfield.segmentation.data import check_data, load_dataset, paths, voc_palette
 from rfield.segmentation.data.check_split import in_yaml
-from rfield.segmentation.data.images import read_image
+from rfield.segmentation.data.class_groups import class_groups
+from rfield.segmentation.data.images import image_files, read_image
+from rfield.segmentation.data.sides import unlisted_pairs
 
 COLOURS = [0, 0, 0, 250, 0, 0, 0, 250, 0]
 
@@ -164,3 +166,28 @@ def test_a_palette_with_transparency_is_read_without_a_warning(tmp_path: Path) -
 def test_names_in_advice_are_yaml() -> None:
     names = ["left hand", "hand_l", "hand, l", "no", "a: b", "Straße", "1"]
     assert [in_yaml(name) for name in names] == ["left hand", "hand_l", '"hand, l"', '"no"', '"a: b"', "Straße", '"1"']
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "pair"),
+    [("lbrow", "rbrow", True), ("lefthand", "right_hand", True), ("lear", "rear", True), ("lamp", "ramp", False)],
+)
+def test_sides_in_other_spellings(one: str, other: str, pair: bool) -> None:
+    assert unlisted_pairs([one, "road", other], []) == ([(one, other)] if pair else [])
+
+
+def test_a_folder_is_read_once_for_all_that_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for index in range(9):
+        pair(tmp_path / f"train/images/{index}.jpg", tmp_path / f"train/masks/{index}_gt.png")
+    (tmp_path / "classes.txt").write_text("a\nb\n")
+    read: list[Path] = []
+    monkeypatch.setattr(paths, "image_files", lambda folder: read.append(folder) or image_files(folder))
+    findings = check_data(f"folder:{tmp_path}", ["train"])
+    assert sum(f"there is {index}_gt.png: if that is" in f.text for index in range(9) for f in findings) == 9
+    assert len(read) == 2
+
+
+def test_groups_by_a_word_between_underscores(tmp_path: Path) -> None:
+    config = make(tmp_path / "data", "folder", columns(0, 1), "left_hand\nright_hand\nroad")
+    dataset = load_dataset(str(config))
+    assert class_groups([["hand"], ["road"]], 2, dataset) == {"group 1": (0, 1), "group 2": (2,)}

@@ -23,7 +23,7 @@ from rfield.segmentation.data.images import (
 )
 from rfield.segmentation.data.listing import Entry, Listing
 from rfield.segmentation.data.masks import UNKNOWN, Colour, wrong_size
-from rfield.segmentation.data.paths import near_miss
+from rfield.segmentation.data.paths import NearMisses
 
 Level = Literal["error", "warning"]
 Found = Callable[[Level, Path, str], None]
@@ -98,7 +98,7 @@ def check_sample(
         sample.findings.append(Finding(level, str(path), split, index, f"{path} {text}"))
 
     image_size, turned = None, 1
-    opened = _open(entry.image, found)
+    opened = _open(entry.image, listing.near, found)
     if opened is not None:
         with opened as image:
             image_size, turned = upright_size(image, entry.image), orientation(image, entry.image)
@@ -119,11 +119,11 @@ def check_sample(
     return sample
 
 
-def _open(path: Path, found: Found) -> PIL.Image.Image | None:
+def _open(path: Path, near: NearMisses, found: Found) -> PIL.Image.Image | None:
     """The image of a file whose header is sound and which is safe to decode."""
     try:
         if not path.is_file():
-            found("error", path, f"is missing{near_miss(path)}; add the file or take its sample out of the split")
+            found("error", path, f"is missing{near.of(path)}; add the file or take its sample out of the split")
             return None
         image = open_image(path)
     except PIL.Image.DecompressionBombError as error:
@@ -219,7 +219,7 @@ def _read_mask(
     found: Found,
 ) -> npt.NDArray[Any] | None:
     """The values of a mask that is sound as far as its file goes; none where it is not, or `values` is not set."""
-    opened = _open(path, found)
+    opened = _open(path, listing.near, found)
     if opened is None:
         return None
     with opened as mask:

@@ -1,5 +1,6 @@
 """Which classes each of several paths serves."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations, pairwise
 
@@ -95,7 +96,9 @@ def _median_side(areas: np.ndarray) -> float:
 def _find(member: str, class_names: Sequence[str]) -> list[int]:
     """The class of this name, or those with this word in their name."""
     exact = [index for index, name in enumerate(class_names) if name == member]
-    found = exact or [index for index, name in enumerate(class_names) if member in name.split()]
+    found = exact or [
+        index for index, name in enumerate(class_names) if member in name.split() or member in re.split(r"[\W_]+", name)
+    ]
     if not found:
         raise ValueError(f"there is no class {member!r}; the classes are {', '.join(class_names)}")
     return found

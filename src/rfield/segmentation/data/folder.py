@@ -13,7 +13,7 @@ from rfield.segmentation.data.listed import ListedDataset
 from rfield.segmentation.data.listing import Entry, Listing, Refuse, entries_inside, make_listing, raise_error
 from rfield.segmentation.data.mask_options import MaskOptions
 from rfield.segmentation.data.masks import MaskCode, plain_labels
-from rfield.segmentation.data.paths import mask_ending, near_miss, subfolders
+from rfield.segmentation.data.paths import NearMisses, mask_ending, subfolders
 
 _IMAGES = ("images", "image", "imgs", "img")
 _MASKS = ("masks", "mask", "labels", "label", "annotations", "gt")
@@ -223,12 +223,13 @@ def _refuse_single(
     refuse: Refuse,
 ) -> None:
     """Images without a mask and masks without an image."""
+    near = NearMisses()
     without_mask = [name for name in images if name not in own]
     for name in without_mask:
         path = masks / f"{name}{mask_ending(suffix)}"
         error = FileNotFoundError(
             f"{path} is missing, the mask of {images[name]} ({len(without_mask)} of {len(images)} images have none)"
-            f"{near_miss(path)}; add the mask or remove the image"
+            f"{near.of(path)}; add the mask or remove the image"
         )
         refuse(path, error)
     stems = {path.stem for path in own.values()}
@@ -236,7 +237,7 @@ def _refuse_single(
     for path in without_image:
         error = FileNotFoundError(
             f"{path} is the mask of no image in {folder} ({len(without_image)} of {len(mask_paths)} "
-            f"masks have none of {', '.join(IMAGE_SUFFIXES)}){near_miss(folder / path.name)}; add the image or remove "
+            f"masks have none of {', '.join(IMAGE_SUFFIXES)}){near.of(folder / path.name)}; add the image or remove "
             "the mask"
         )
         refuse(path, error)

@@ -12,7 +12,7 @@ import numpy as np
 from rfield.segmentation.data.dataset import IGNORE_INDEX
 from rfield.segmentation.data.mask_options import MaskOptions
 from rfield.segmentation.data.masks import UNKNOWN, Colour, MaskCode
-from rfield.segmentation.data.paths import lies_in
+from rfield.segmentation.data.paths import NearMisses, lies_in
 
 Refuse = Callable[[Path, Exception], None]
 T = TypeVar("T")
@@ -37,6 +37,7 @@ class Listing:
         entries: the samples.
         advice: what to do about values that have no business in a mask.
         mirrored_classes: pairs of classes that a mirrored image exchanges.
+        near: what may be meant by files that are missing.
     """
 
     class_names: tuple[str, ...]
@@ -44,6 +45,7 @@ class Listing:
     entries: list[Entry]
     advice: str = ""
     mirrored_classes: tuple[tuple[int, int], ...] = ()
+    near: NearMisses = dataclasses.field(default_factory=NearMisses, compare=False)
 
     @property
     def files(self) -> list[Path]:

@@ -88,31 +88,64 @@ def lies_in(path: Path, *folders: Path) -> bool:
         return False
 
 
-def near_miss(path: Path) -> str:
-    """What lies where a missing file was looked for and may be meant, in words that go on the error; else nothing."""
-    folder = path.parent
-    if not folder.is_dir():
-        others = [other.name for other in subfolders(folder.parent)]
-        close = [f"one named {name}" for name in difflib.get_close_matches(folder.name, others, 1)]
-        there = close or [f"there is {', '.join(others[:_MOST_SHOWN])}"] if others else []
-        return f" (there is no folder {folder}{''.join(f', but {words}' for words in there)})"
-    stem = path.stem
-    found = [other for other in image_files(folder) if other.stem != stem]
-    for other in found:
-        if other.name == stem:
+class NearMisses:
+    """What may be meant by files that are missing; every folder is read once."""
+
+    def __init__(self) -> None:
+        self._folders: dict[Path, _Names] = {}
+
+    def of(self, path: Path) -> str:
+        """What lies where a missing file was looked for and may be meant, in words that go on the error; or nothing."""
+        folder, stem = path.parent, path.stem
+        if folder not in self._folders and folder.is_dir():
+            self._folders[folder] = _Names(folder)
+        if folder not in self._folders:
+            others = [other.name for other in subfolders(folder.parent)]
+            close = [f"one named {name}" for name in difflib.get_close_matches(folder.name, others, 1)]
+            there = close or [f"there is {', '.join(others[:_MOST_SHOWN])}"] if others else []
+            return f" (there is no folder {folder}{''.join(f', but {words}' for words in there)})"
+        names = self._folders[folder]
+        if stem in names.whole:
             return f" (there is {stem}: name it without its ending)"
-        if _same(other.stem) == _same(stem):
+        if other := next((other for other in names.same.get(_same(stem), ()) if other.stem != stem), None):
             return f" (there is {other.name}, whose name is written otherwise: rename it)"
-        before, after = other.stem.removesuffix(stem), other.stem.removeprefix(stem)
-        if after != other.stem and not after[:1].isalnum():
+        if other := names.longer.get(stem):
+            after = other.stem.removeprefix(stem)
             return f" (there is {other.name}: if that is the mask, give `mask_suffix: {after}` in a data config)"
-        if before != other.stem and not before[-1:].isalnum():
+        if other := names.after.get(stem):
             return f" (there is {other.name}: if that is meant, rename it)"
-    numbers = re.findall(r"\d+", stem)
-    alike = [other for other in found if numbers and other.stem[:2] == stem[:2]]
-    alike = [other for other in alike if re.findall(r"\d+", other.stem) == numbers]
-    close = difflib.get_close_matches(stem, [other.stem for other in alike], 1, _ALIKE)
-    return next((f" (there is {other.name}, of a similar name)" for other in alike if other.stem in close), "")
+        alike = [other for other in names.numbered.get(_numbers(stem), ()) if other.stem != stem]
+        close = difflib.get_close_matches(stem, [other.stem for other in alike], 1, _ALIKE)
+        return next((f" (there is {other.name}, of a similar name)" for other in alike if other.stem in close), "")
+
+
+class _Names:
+    """The images of a folder, by what their names may be mistaken for."""
+
+    def __init__(self, folder: Path) -> None:
+        self.whole: set[str] = set()
+        self.same: dict[str, list[Path]] = {}
+        self.longer: dict[str, Path] = {}
+        self.after: dict[str, Path] = {}
+        self.numbered: dict[tuple[str, ...], list[Path]] = {}
+        for path in image_files(folder):
+            self.whole.add(path.name)
+            self.same.setdefault(_same(path.stem), []).append(path)
+            for gap in re.finditer(r"[\W_]", path.stem):
+                self.longer.setdefault(path.stem[: gap.start()], path)
+                self.after.setdefault(path.stem[gap.end() :], path)
+            if _numbers(path.stem)[1:]:
+                self.numbered.setdefault(_numbers(path.stem), []).append(path)
+
+
+def near_miss(path: Path) -> str:
+    """`NearMisses.of` for one file."""
+    return NearMisses().of(path)
+
+
+def _numbers(stem: str) -> tuple[str, ...]:
+    """How a name begins, and the numbers in it."""
+    return (stem[:2], *re.findall(r"\d+", stem))
 
 
 def _same(name: str) -> str:

@@ -3,6 +3,9 @@
 import re
 from collections.abc import Iterable, Sequence
 
+# Parts of which l and r may stand right before, as in `lbrow`.
+_PARTS = ("brow", "eyebrow", "eye", "ear", "hand", "arm", "leg", "foot", "shoe", "sock", "glove", "sleeve", "knee")
+
 
 def unlisted_pairs(class_names: Sequence[str], listed: Iterable[tuple[int, int]]) -> list[tuple[str, str]]:
     """Pairs of classes whose names say left and right (or l and r), of which none is in a listed pair.
@@ -20,11 +23,11 @@ def unlisted_pairs(class_names: Sequence[str], listed: Iterable[tuple[int, int]]
     return pairs
 
 
-def _sided(name: str, swap: bool) -> tuple[str, ...]:
-    """The words of a name in lower case, with left for right and right for left if `swap` is set."""
+def _sided(name: str, swap: bool) -> str:
+    """A name in lower case without its gaps, with left for right and right for left if `swap` is set."""
     words = re.findall(r"[^\W\d_]+|\d+", re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", " ", name))
     lower = [word.lower() for word in words]
-    return tuple(_other_side(word) for word in lower) if swap else tuple(lower)
+    return "".join(map(_other_side, lower) if swap else lower)
 
 
 def _other_side(word: str) -> str:
@@ -33,4 +36,6 @@ def _other_side(word: str) -> str:
             return other + word.removeprefix(one)
         if word.endswith(one):
             return word.removesuffix(one) + other
+    if word[:1] in ("l", "r") and word[1:] in _PARTS:
+        return ("r" if word[0] == "l" else "l") + word[1:]
     return {"l": "r", "r": "l", "lt": "rt", "rt": "lt"}.get(word, word)
