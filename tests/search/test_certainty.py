@@ -240,6 +240,9 @@ class TestStandardErrors:
         assert errors[2.0] == 0
         assert math.isnan(errors[4.0])
         assert all(math.isnan(error) for error in standard_errors([{1.0: [1.0], 2.0: [2.0]}]).values())
+        nowhere = standard_errors([{1.0: [math.nan, 1.0], 2.0: [math.inf, 2.0]}])
+        assert nowhere.keys() == {1.0, 2.0}
+        assert all(math.isnan(error) for error in nowhere.values())
 
 
 class TestClassShareLoss:

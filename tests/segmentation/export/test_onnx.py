@@ -123,6 +123,11 @@ def test_metadata(any_size: tuple[Path, Path]) -> None:
     assert (model.class_names, model.fixed_size, model.size) == (SyntheticCues.class_names, None, None)
 
 
+def test_fixed_resizes_take_the_size_of_the_run(make_run: MakeRun) -> None:
+    folder = make_run(((0.62,),), snap=False, mechanism="regulator", canvas=(45, 61))
+    assert export_run(load_run(folder), folder / "model.onnx").size == (45, 61)
+
+
 def test_one_size(one_size: tuple[Path, Path]) -> None:
     folder, path = one_size
     assert_same(load_run(folder), path, (1, 61, 45), (4, 61, 45))
