@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
+from rfield import fuse, regulate
 from rfield.receptive_field.absolute_gradient import UnknownFieldError
 from rfield.receptive_field.per_layer import layer_receptive_fields
 from rfield.receptive_field.theoretical import probe_receptive_field, probe_window, theoretical_receptive_field
@@ -66,6 +67,8 @@ ONE: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "matmul": lambda near, far, image: (near.movedim(1, 3) @ SIGNS)[:, None],
     "linear": lambda near, far, image: F.linear(near.movedim(1, 3), SIGNS[None]).movedim(3, 1),
     "lower precision": lambda near, far, image: near.float() - near.half(),
+    "a matrix of lower precision": lambda near, far, image: torch.eye(near.shape[2]).matmul(near.float()),
+    "a kernel of lower precision": lambda near, far, image: F.conv2d(near.float(), torch.ones(1, 3, 1, 1)),
     "glu": lambda near, far, image: F.glu(torch.cat([near, near], 1), 1),
     "ReLU changed afterwards": lambda near, far, image: (F.relu(near).add_(far), near)[1],
 }
@@ -309,3 +312,9 @@ def test_a_deformable_convolution_is_an_error() -> None:
 
     with pytest.raises(UnknownFieldError, match="where deform_conv2d reads depends on the image"):
         layer_receptive_fields(Deformed())
+
+
+def test_a_fused_resize_is_probed_as_the_regulator_that_it_was() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Sequential(nn.Conv2d(4, 4, 3, padding=3, dilation=3)))
+    regulate(model, "1", factor=1.37)
+    assert fields(fuse(model)) == fields(model)

@@ -1,5 +1,6 @@
 """Run a model so that gradients tell where it looks: no path from the image to an output can cancel another."""
 
+import functools
 import math
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
@@ -112,6 +113,8 @@ class LetPass(TorchFunctionMode):
         self, name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], paths: list[Tensor]
     ) -> Any:
         """An operation on at least one tensor that depends on the image."""
+        if name not in _CASTS:
+            args, kwargs = pytree.tree_map(functools.partial(_as_precise, paths), (args, kwargs))
         first: Tensor = args[0] if args and isinstance(args[0], Tensor) else paths[0]
         if name in _PASSED:
             # Not the tensor itself: a model may change its activations in place, and go on with what was before.
@@ -195,6 +198,13 @@ class LetPass(TorchFunctionMode):
             return part.detach() if isinstance(part, Tensor) else part
 
         return func(*pytree.tree_map(hold, args), **pytree.tree_map(hold, kwargs))
+
+
+def _as_precise(paths: list[Tensor], part: Any) -> Any:
+    """A fixed tensor in the precision of what depends on the image, which a model's casts do not lower."""
+    if not isinstance(part, Tensor) or not part.is_floating_point() or any(part is path for path in paths):
+        return part
+    return part.to(paths[0].dtype)
 
 
 def _plain_name(name: str) -> tuple[str, bool]:
