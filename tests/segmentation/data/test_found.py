@@ -14,6 +14,7 @@ from rfield.segmentation.data.check_split import in_yaml
 from rfield.segmentation.data.class_groups import class_groups
 from rfield.segmentation.data.images import image_files, read_image
 from rfield.segmentation.data.sides import unlisted_pairs
+from rfield.segmentation.inference.predict import find_images
 
 COLOURS = [0, 0, 0, 250, 0, 0, 0, 250, 0]
 
@@ -191,3 +192,11 @@ def test_groups_by_a_word_between_underscores(tmp_path: Path) -> None:
     config = make(tmp_path / "data", "folder", columns(0, 1), "left_hand\nright_hand\nroad")
     dataset = load_dataset(str(config))
     assert class_groups([["hand"], ["road"]], 2, dataset) == {"group 1": (0, 1), "group 2": (2,)}
+
+
+def test_a_glob_leaves_out_what_systems_leave_behind(tmp_path: Path) -> None:
+    for name in ("a.JPG", "Thumbs.db", "._a.jpg", "desktop.ini"):
+        (tmp_path / name).write_bytes(b"")
+    for pattern in (f"{tmp_path}/*", f"{tmp_path}/**", f"{tmp_path}/*a*"):
+        assert [path.name for path in find_images(pattern)] == ["a.JPG"]
+    assert [path.name for path in find_images(f"{tmp_path}/*.db")] == ["Thumbs.db"]  # as it was asked for

@@ -17,7 +17,7 @@ from torchvision.transforms.v2 import functional as TF
 
 from rfield.segmentation import plots
 from rfield.segmentation.data import HELEN_CLASSES, ParsingDataset, evaluation_transform, match_classes
-from rfield.segmentation.data.images import image_files, read_single_image
+from rfield.segmentation.data.images import image_files, is_image_name, read_single_image
 from rfield.segmentation.inference.feature_cache import CachedFeatures, find_features, image_features
 from rfield.segmentation.inference.tiling import DEFAULT_BUDGET, Tile, Tiler, join_tiles
 from rfield.segmentation.metrics import confusion_matrix, helen_scores, segmentation_scores
@@ -162,6 +162,8 @@ def find_images(pattern: str) -> list[Path]:
         found = image_files(path)
     else:
         found = [path] if path.is_file() else [Path(name) for name in glob.glob(pattern, recursive=True)]
+        # What systems leave behind, as Thumbs.db, is left out of a glob that finds images too.
+        found = [file for file in found if is_image_name(file.name)] or found
     images = sorted(file for file in found if file.is_file())
     if not images:
         raise FileNotFoundError(f"no image found at {pattern}: give an image, a folder of images or a glob")
