@@ -103,3 +103,20 @@ def test_a_loss_may_be_changed_in_place(cues: Any, kind: str) -> None:
     loss.backward()
     assert loss.item() == pytest.approx(value + 1)
     assert math.isfinite(model[2].weight.grad.sum())
+
+
+@pytest.mark.parametrize("kind", ["spsa", "sampled"])
+def test_a_loss_that_fails_leaves_nothing_held(cues: Any, kind: str) -> None:
+    """As where memory runs out: the loop may skip the batch, validate and save."""
+    model = cues.model(9)
+    held = []
+
+    def loss_fn(model: nn.Module, batch: Any) -> Any:
+        held.append(model[0].held)
+        raise MemoryError
+
+    search = search_of(kind, model, loss_fn, cues.batches(1))
+    with pytest.raises(MemoryError):
+        search.loss(cues.batches(1)[0])
+    assert held[0] is not None
+    assert model[0].held is None

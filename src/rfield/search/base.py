@@ -165,7 +165,11 @@ class Search:
 
     def _losses(self, batch: Any) -> tuple[Tensor, Tensor]:
         """The loss for the weights, and the guides for the factors, Tensor[number of factors]."""
-        value = self.loss_fn(self.model, batch)
+        try:
+            value = self.loss_fn(self.model, batch)
+        except BaseException:  # As of a lack of memory: who goes on from it finds the network as between steps.
+            self._release()
+            raise
         self._guided = not isinstance(value, Tensor)
         loss, guides = (value, value.expand(len(self.groups))) if isinstance(value, Tensor) else value
         if guides.shape != (len(self.groups),):
