@@ -1,6 +1,7 @@
 """Rules of the layout: which package imports which, how long a file may be, and what an import costs."""
 
 import ast
+import re
 import statistics
 import subprocess
 import sys
@@ -117,6 +118,18 @@ def test_text_files_are_utf_8_whatever_the_console_speaks(path: Path) -> None:
         if name in ("read_text", "write_text", "open") and not binary and owner not in ("os", "PIL.Image", "bar"):
             own = name == "write_text" and isinstance(node.func, ast.Name)  # of rfield.training, which is UTF-8
             assert own or any(word.arg == "encoding" for word in node.keywords), f"{path}:{node.lineno}: no encoding"
+
+
+def test_error_messages_start_in_lower_case_and_end_without_a_period() -> None:
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not (isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args):
+                continue
+            message = node.exc.args[0]
+            parts = message.values if isinstance(message, ast.JoinedStr) else [message]
+            start, end = (part.value if isinstance(part, ast.Constant) else "" for part in (parts[0], parts[-1]))
+            assert not re.match("(The|This|An?|Give|There) ", str(start)), f"{path}:{node.lineno}: {start}"
+            assert not re.search(r"(?<!\.)\.$", str(end)), f"{path}:{node.lineno}: {end}"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SRC)))

@@ -131,9 +131,9 @@ def _after(module: nn.Module, factor: Pair, seen: _Seen, names: Mapping[nn.Modul
     if not isinstance(module, _WINDOWED):
         position = repr(names[module]) if names.get(module) else "the top"
         raise ValueError(
-            f"The receptive field of {type(module).__name__} (at {position}) is not known. "
-            "Give its layers in an nn.Sequential, or give it a method chain() that lists its modules in their "
-            "order of execution, or branches() that lists those side by side; or measure it: probe_receptive_field."
+            f"the receptive field of {type(module).__name__} (at {position}) is not known: "
+            "give its layers in an nn.Sequential, or give it a method chain() that lists its modules in their "
+            "order of execution, or branches() that lists those side by side; or measure it: probe_receptive_field"
         )
     dilation: Pair = _pair(getattr(module, "dilation", 1))
     if isinstance(module, AdaptiveConv2d):

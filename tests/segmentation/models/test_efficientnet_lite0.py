@@ -156,7 +156,7 @@ def test_misfits_are_named_and_nothing_is_loaded(whole: Any, tmp_path: Path) -> 
     torch.save(state, tmp_path / "wrong.pth")
     expected = (
         r"wrong.pth does not fit EfficientNet-Lite0: missing blocks.4.2.bn3.running_var, unknown "
-        r"blocks.4.3.conv_pw.weight, bn1.weight has shape \(31,\) instead of \(32,\)\. Give a file with the keys of"
+        r"blocks.4.3.conv_pw.weight, bn1.weight has shape \(31,\) instead of \(32,\); give a file with the keys of"
     )
     with pytest.raises(ValueError, match=expected):
         load_efficientnet_lite0_weights(backbone, tmp_path / "wrong.pth")

