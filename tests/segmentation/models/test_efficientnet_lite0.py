@@ -163,7 +163,7 @@ def test_misfits_are_named_and_nothing_is_loaded(whole: Any, tmp_path: Path) -> 
     named = package_state(whole.state_dict())
     del named["_blocks.10._bn2.bias"]
     torch.save(named, tmp_path / "wrong.pth")
-    with pytest.raises(ValueError, match=r"Lite0: missing _blocks.10._bn2.bias\. Give"):
+    with pytest.raises(ValueError, match=r"Lite0: missing _blocks.10._bn2.bias; give"):
         load_efficientnet_lite0_weights(backbone, tmp_path / "wrong.pth")
     for key, value in backbone.state_dict().items():
         assert torch.equal(value, before[key])
