@@ -75,6 +75,15 @@ def test_the_system_s_errors_name_the_file(tmp_path: Path, capsys: pytest.Captur
     assert capsys.readouterr().err == f"rfield demo: {path / 'run'}: not a directory\n"
 
 
+def test_a_path_that_the_locale_cannot_read_has_a_remedy(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(COMMANDS, "demo", (DemoConfig, lambda config: config.out.encode()))
+    with pytest.raises(SystemExit):
+        main(["demo", "--out", "runs/\udcd0"])
+    assert capsys.readouterr().err.endswith(": set PYTHONUTF8=1\n")
+
+
 def console(monkeypatch: pytest.MonkeyPatch, encoding: str) -> tuple[io.BytesIO, io.BytesIO]:
     """The bytes of stdout and stderr of a console of that encoding."""
     streams = io.BytesIO(), io.BytesIO()

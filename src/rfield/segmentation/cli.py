@@ -57,6 +57,8 @@ def _words_of(error: ValueError | OSError) -> str:
     """An error's message; of one of the system's own, what it is of and why."""
     if isinstance(error, OSError) and error.errno and error.strerror and error.filename:
         return f"{error.filename}: {error.strerror[0].lower()}{error.strerror[1:]}"
+    if isinstance(error, UnicodeEncodeError):
+        return f"{error.object.strip()} is not text in the encoding {sys.getfilesystemencoding()}: set PYTHONUTF8=1"
     return str(error)
 
 

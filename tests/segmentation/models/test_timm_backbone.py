@@ -185,7 +185,7 @@ def test_local_files_with_timms_keys(name: str, suffix: str, tmp_path: Path) -> 
 
 def test_misfits_are_named_and_nothing_is_loaded(tmp_path: Path) -> None:
     torch.save(timm.create_model("resnet10t").state_dict(), tmp_path / "ten.pth")
-    with pytest.raises(ValueError, match=r"ten.pth does not fit timm:resnet18: missing \S+, .* and \d+ more\. Give a"):
+    with pytest.raises(ValueError, match=r"ten.pth does not fit timm:resnet18: missing \S+, .* and \d+ more; give a"):
         timm_backbone("resnet18", 16, tmp_path / "ten.pth")
     with pytest.raises(FileNotFoundError, match=r"no weights file .*none.pth"):
         timm_backbone("resnet10t", 16, tmp_path / "none.pth")
