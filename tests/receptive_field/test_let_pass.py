@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
+from torch.utils.checkpoint import checkpoint
 
 from rfield import fuse, regulate
 from rfield.receptive_field.absolute_gradient import UnknownFieldError
@@ -318,3 +319,16 @@ def test_a_fused_resize_is_probed_as_the_regulator_that_it_was() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Sequential(nn.Conv2d(4, 4, 3, padding=3, dilation=3)))
     regulate(model, "1", factor=1.37)
     assert fields(fuse(model)) == fields(model)
+
+
+class Checkpointed(Two):
+    def forward(self, image: Tensor) -> Tensor:
+        output: Tensor = checkpoint(self.far, self.near(image), use_reentrant=False)
+        return output
+
+
+def test_gradient_checkpointing_is_an_error_that_says_so() -> None:
+    model = Checkpointed(torch.add)
+    for probe in (probe_receptive_field, layer_receptive_fields):
+        with pytest.raises(ValueError, match=r"^the model runs parts .* turn its gradient checkpointing off$"):
+            probe(model)

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils.checkpoint import CheckpointError
 
 from rfield.layers import AdaptiveConv2d, ReceptiveFieldRegulator
 from rfield.receptive_field.absolute_gradient import UnknownFieldError
 from rfield.receptive_field.let_pass import LetPass
-from rfield.receptive_field.theoretical import NO_GRADIENT, extent, output_map, probe_copy
+from rfield.receptive_field.theoretical import CHECKPOINTS, NO_GRADIENT, extent, output_map, probe_copy
 
 Pair = tuple[float, float]
 
@@ -98,6 +99,8 @@ def layer_receptive_fields(
             axes = [_probe_axis(probe, channels, shapes[axis], axis) for axis in (0, 1)]
         except UnknownFieldError:
             raise
+        except CheckpointError as error:
+            raise ValueError(CHECKPOINTS) from error
         except Exception as error:  # A network of fixed or of even sizes says so in its own way.
             fault = fault or str(error)
             continue

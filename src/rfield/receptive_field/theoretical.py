@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.utils.checkpoint import CheckpointError
 
 from rfield.layers import AdaptiveConv2d, LearnedFactor, ReceptiveFieldRegulator
 from rfield.receptive_field.let_pass import LetPass
@@ -233,6 +234,10 @@ NO_GRADIENT = (
     "no gradient reaches the image: the receptive field of this model cannot be probed (it may run under "
     "torch.no_grad(), or in another library)"
 )
+CHECKPOINTS = (
+    "the model runs parts of its forward again in the backward pass, which a probe cannot follow: turn its gradient "
+    "checkpointing off"
+)
 # px; the longest holds the fields of the deepest networks.
 _LENGTHS = (257, 513, 1025, 2049, 4097)
 
@@ -290,7 +295,10 @@ def probe_window(
             output = output_map(probe(image)).movedim(2 + axis, 3)
         position = output.shape[3] // 2
         if output.requires_grad:
-            output[0, :, output.shape[2] // 2, position].sum().backward()  # type: ignore[no-untyped-call]
+            try:
+                output[0, :, output.shape[2] // 2, position].sum().backward()  # type: ignore[no-untyped-call]
+            except CheckpointError as error:
+                raise ValueError(CHECKPOINTS) from error
         weight = torch.zeros(length) if image.grad is None else image.grad[0].abs().sum((0, 2 - axis))
         local = extent(weight)
         if local == 0 and not mode.looks_everywhere:
