@@ -85,7 +85,7 @@ def test_values_that_an_option_leaves_out_are_named(tmp_path: Path) -> None:
     config.write_text("format: folder\nroot: own\nignore: 0\n")
     told = [f.text for f in check_data(str(config))]
     assert len(told) == 2
-    assert all("'b', so that" in t and "the mask values 0 have no label here: see `ignore`" in t for t in told)
+    assert all("'b', so that" in t and "the mask value 0 has no label here: see `ignore`" in t for t in told)
     config.write_text("format: folder\nroot: own\nignore: [0, 1]\n")
     told = [f.text for f in check_data(str(config)) if f.index is None]
     assert all("nothing is learned or scored there; the mask values 0, 1 have no label" in text for text in told)
