@@ -196,6 +196,13 @@ def test_an_interrupted_trial_is_run_again(
     assert names_in(study_of(config), TrialState.COMPLETE) == ["d02-seed0", "d05-seed0"]
 
 
+@pytest.fixture
+def _forked_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spares the workers their imports: they are handed what they need in the same way as to spawned ones."""
+    servers = {"spawn": multiprocessing.get_context("forkserver")}
+    monkeypatch.setattr("rfield.segmentation.experiments.trials.multiprocessing.get_context", servers.__getitem__)
+
+
 @pytest.mark.processes
 def test_two_workers_share_a_journal(make: Make, capfd: pytest.CaptureFixture[str]) -> None:
     config = make(jobs=2)
@@ -212,11 +219,8 @@ def test_two_workers_share_a_journal(make: Make, capfd: pytest.CaptureFixture[st
 
 
 @pytest.mark.processes
-def test_a_worker_s_failure_is_one_line(
-    make: Make, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    server = multiprocessing.get_context("forkserver")  # Spares the workers their imports.
-    monkeypatch.setattr("rfield.segmentation.experiments.trials.multiprocessing.get_context", lambda kind: server)
+@pytest.mark.usefixtures("_forked_workers")
+def test_a_worker_s_failure_is_one_line(make: Make, capsys: pytest.CaptureFixture[str]) -> None:
     config = make(jobs=2)
     other = dataclasses.replace(config.run_config(f"{config.out}/d05-seed1", 5, 1, "none"), epochs=1, resume=False)
     train(other)
