@@ -43,7 +43,7 @@ class TestCurve:
             return loss, guides + torch.tensor([0.0, math.nan])
 
         search = SampledSearch(model, loss_fn, 8, [toy.image])
-        with pytest.raises(ValueError, match=r"step 2, 1, height: no loss of the curve is finite"):
+        with pytest.raises(ValueError, match=r"step 2, the learned layer 1, height: no loss of the curve is finite"):
             toy.run(search, 8)
         assert model[1].held is None
 

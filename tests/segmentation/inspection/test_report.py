@@ -180,7 +180,6 @@ def test_without_a_folder_nothing_is_written(
         ("torchvision:squeezenet1_1 --out x --size 3", "cannot be run on images of 3x3 px"),
         ("torchvision:squeezenet1_1 --out x --size wide", "a size is HEIGHTxWIDTH"),
         ("torchvision:squeezenet1_1 --out x --measure mine", "measure"),
-        ("torchvision:squeezenet1_1", "out"),
     ],
 )
 def test_mistakes_are_answered_in_one_line(
