@@ -1,4 +1,4 @@
-"""Fixtures for every test: tiny runs, and the real photographs and weights, where they are at hand."""
+"""Fixtures for every test: tiny runs, and the real images and weights, where they are at hand."""
 
 import multiprocessing
 import runpy
@@ -35,7 +35,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("slow")
     if SHARED.is_dir():
         return
-    skip = pytest.mark.skip(reason="needs ../shared, the real photographs and weights, beside the repository")
+    skip = pytest.mark.skip(reason="needs ../shared, the real images and weights, beside the repository")
     for item in items:
         if item.get_closest_marker("shared"):
             item.add_marker(skip)
@@ -49,7 +49,7 @@ def shared() -> Path:
 
 @pytest.fixture
 def small_msrc(shared: Path, tmp_path: Path) -> Path:
-    """A devkit of the first 8 training and 4 validation photographs of MSRC-21."""
+    """A devkit of the first 8 training and 4 validation images of MSRC-21."""
     source, root = shared / "data/msrc21_voc", tmp_path / "msrc"
     for split, count in (("train", 8), ("val", 4)):
         names = (source / f"ImageSets/Segmentation/{split}.txt").read_text().split()[:count]

@@ -34,7 +34,7 @@ def parsers(fuzz: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return fuzz.parsers(tmp_path_factory.mktemp("fuzz"))
 
 
-NAMES = ["list of voc", "list of camvid", "list of helen", "classes.txt", "CelebA's mapping", "photograph"]
+NAMES = ["list of voc", "list of camvid", "list of helen", "classes.txt", "CelebA's mapping", "image"]
 NAMES += ["mask and palette", "check-data", "class groups", "data spec", "data config", "config of the command line"]
 NAMES += ["config of a run", "checkpoint", ".pth weights", ".safetensors weights", "classes.json", "fused.json"]
 NAMES += ["config.json", "metrics.json", "notes of an ONNX file"]

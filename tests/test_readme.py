@@ -1,4 +1,4 @@
-"""Every Python block of the README runs; every command is parsed, and run on a few of the photographs it names.
+"""Every Python block of the README runs; every command is parsed, and run on a few of the images it names.
 
 So are the commands of the pages on models of one's own and on shipping, on a tiny run.
 """
@@ -59,7 +59,7 @@ def test_the_two_set_up_commands_are_the_makefile_s() -> None:
 
 
 @pytest.mark.shared
-def test_commands_run_on_a_few_photographs(
+def test_commands_run_on_a_few_images(
     shared: Path, small_msrc: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -95,8 +95,8 @@ def test_commands_on_shipping_run_as_written(
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo_id: str(tmp_path / "hub" / repo_id))
     monkeypatch.chdir(tmp_path)
     train(make("runs/msrc-from-24", epochs=1))
-    (tmp_path / "photographs").mkdir()
-    PIL.Image.effect_noise((40, 30), 80).convert("RGB").save(tmp_path / "photographs/one.png")
+    (tmp_path / "images").mkdir()
+    PIL.Image.effect_noise((40, 30), 80).convert("RGB").save(tmp_path / "images/one.png")
     text = (ROOT / "docs/ship.md").read_text()
     assert [words[0] for words in commands(text)] == ["fuse", "export", "predict", "evaluate", "push", "predict"]
     # The run was trained on generated images of a few classes.

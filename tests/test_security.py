@@ -264,7 +264,7 @@ class TestHugeHeaders:
 
 @pytest.fixture
 def pair(tmp_path: Path) -> Callable[[], Path]:
-    """Writes a data set of one photograph and its mask."""
+    """Writes a data set of one image and its mask."""
 
     def make() -> Path:
         root = tmp_path / "pair"

@@ -54,7 +54,7 @@ class Expected:
     level: str = "error"
 
 
-def photograph(random: np.random.Generator) -> PIL.Image.Image:
+def draw_image(random: np.random.Generator) -> PIL.Image.Image:
     small = PIL.Image.fromarray(random.integers(0, 256, (6, 8, 3), dtype=np.uint8))
     return small.resize((WIDTH, HEIGHT), PIL.Image.Resampling.BICUBIC)
 
@@ -96,7 +96,7 @@ def make(layout: str, folder: Path, random: np.random.Generator) -> Made:
         made.pairs[split] = [files_of(layout, root, split, f"{split}_{index}") for index in range(count)]
         for image, masks in made.pairs[split]:
             image.parent.mkdir(parents=True, exist_ok=True)
-            photograph(random).save(image)
+            draw_image(random).save(image)
             write_mask(masks, mask_values(random, values), palette=layout == "voc")
         lines, path = list_of(layout, root, split, made.pairs[split])
         if path is not None:
@@ -267,7 +267,7 @@ def float_image(made: Made, random: np.random.Generator) -> Expected:
 
 def alpha_image(made: Made, random: np.random.Generator) -> Expected:
     _, (image, _) = made.pick(random)
-    photograph(random).convert("RGBA").save(image, "PNG")
+    draw_image(random).convert("RGBA").save(image, "PNG")
     return Expected(image, "has an alpha channel", "warning")
 
 
@@ -276,7 +276,7 @@ def turned_image(made: Made, random: np.random.Generator) -> Expected:
     orientation = int(random.integers(2, 5 if len(masks) > 1 else 9))
     exif = PIL.Image.Exif()
     exif[0x0112] = orientation
-    photograph(random).save(image, exif=exif)
+    draw_image(random).save(image, exif=exif)
     if orientation < 5:
         return Expected(image, f"has the EXIF orientation {orientation}", "warning")
     return Expected(masks[0], f"turned by its EXIF orientation {orientation}: the mask was drawn")
@@ -347,11 +347,11 @@ LAYOUTS = ("voc", "camvid", "helen", "cityscapes", "folder", "resized")
 Corruption = Callable[[Made, np.random.Generator], Expected]
 # Each kind with the layouts that cannot have it.
 KINDS: dict[str, tuple[Corruption, tuple[str, ...]]] = {
-    "missing photograph": (missing_image, ("cityscapes",)),
+    "missing image": (missing_image, ("cityscapes",)),
     "missing mask": (missing_mask, ()),
     "empty file": (empty_file, ()),
     "file that is no image": (no_image, ()),
-    "truncated photograph": (truncated_image, ()),
+    "truncated image": (truncated_image, ()),
     "truncated mask": (truncated_mask, ()),
     "flipped bit in a mask": (flipped_bits, ()),
     "flipped bit in a JPEG": (flipped_bits_of_jpeg, ("camvid", "cityscapes")),
@@ -360,14 +360,14 @@ KINDS: dict[str, tuple[Corruption, tuple[str, ...]]] = {
     "mask saved as RGB": (colour_mask, ()),
     "16-bit mask": (deep_mask, ()),
     "1-bit mask": (one_bit_mask, ()),
-    "16-bit photograph": (deep_image, ()),
-    "photograph of floats": (float_image, ()),
+    "16-bit image": (deep_image, ()),
+    "image of floats": (float_image, ()),
     "alpha channel": (alpha_image, ()),
     "EXIF rotation": (turned_image, ()),
     "mask without labels": (void_mask, ()),
     "decompression bomb": (bomb, ()),
-    "photograph in train and val": (overlap, ()),
-    "photograph twice in train": (twice, ()),
+    "image in train and val": (overlap, ()),
+    "image twice in train": (twice, ()),
     "class never present": (absent_class, ("cityscapes",)),
     "list entry outside the root": (outside_entry, ("cityscapes", "folder")),
     "link out of the root": (outside_link, ()),

@@ -304,15 +304,15 @@ def picture(mode: str, kind: str, size: tuple[int, int] = (16, 12), **options: A
 
 def lists(folder: Path) -> dict[str, Parser]:
     """Data sets of two samples each, whose lists are the inputs."""
-    photograph, mask = picture("RGB", "JPEG"), picture("P", "PNG")
+    image, mask = picture("RGB", "JPEG"), picture("P", "PNG")
     root = folder / "lists"
-    files = {f"voc/JPEGImages/{name}.jpg": photograph for name in "ab"}
+    files = {f"voc/JPEGImages/{name}.jpg": image for name in "ab"}
     files |= {f"voc/SegmentationClass/{name}.png": mask for name in "ab"} | {"voc/classes.txt": b"road\ncar\nsky"}
     files |= {f"camvid/{part}/{name}.png": mask for part in ("train", "trainannot") for name in "ab"}
-    files |= {f"helen/images/{name}.jpg": photograph for name in "ab"}
+    files |= {f"helen/images/{name}.jpg": image for name in "ab"}
     files |= {f"helen/labels/{n}/{n}_lbl{label:02d}.png": picture("L", "PNG") for n in "ab" for label in range(11)}
-    files |= {"folder/train/images/a.jpg": photograph, "folder/train/masks/a.png": mask}
-    files |= {"outside.jpg": photograph, "outside.png": mask, "celeba/x": b""}
+    files |= {"folder/train/images/a.jpg": image, "folder/train/masks/a.png": mask}
+    files |= {"outside.jpg": image, "outside.png": mask, "celeba/x": b""}
     for name, content in files.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(content)
@@ -352,25 +352,25 @@ def lists(folder: Path) -> dict[str, Parser]:
 
 
 def pictures(folder: Path) -> dict[str, Parser]:
-    """A data set of one sample: its mask, palette included, its photograph, and both in the check."""
+    """A data set of one sample: its mask, palette included, its image, and both in the check."""
     root = folder / "pictures"
     for name in ("train/images", "train/masks"):
         (root / name).mkdir(parents=True)
     (root / "classes.txt").write_text("road\ncar\nsky")
     image, mask = root / "train/images/a.png", root / "train/masks/a.png"
-    photographs = [picture("RGB", kind) for kind in ("JPEG", "PNG", "BMP", "TIFF", "WEBP")]
+    images = [picture("RGB", kind) for kind in ("JPEG", "PNG", "BMP", "TIFF", "WEBP")]
     masks = [picture("P", "PNG"), picture("L", "PNG"), picture("P", "BMP"), picture("P", "PNG", bits=4)]
 
     def read(content: bytes) -> None:
         (image if content is None else mask).touch()
         FolderDataset(root, "train")[0]
 
-    def with_photograph(content: bytes) -> None:
+    def with_image(content: bytes) -> None:
         mask.write_bytes(masks[0])
         read(content)
 
     def with_mask(content: bytes) -> None:
-        image.write_bytes(photographs[0])
+        image.write_bytes(images[0])
         read(content)
 
     def check(content: bytes) -> None:
@@ -378,9 +378,9 @@ def pictures(folder: Path) -> dict[str, Parser]:
         check_data(f"folder:{root}", ["train"], workers=1)
 
     return {
-        "photograph": Parser(with_photograph, photographs, image, mutate=edit_png),
+        "image": Parser(with_image, images, image, mutate=edit_png),
         "mask and palette": Parser(with_mask, masks, mask, mutate=edit_png),
-        "check-data": Parser(check, photographs + masks, image, mutate=edit_png),
+        "check-data": Parser(check, images + masks, image, mutate=edit_png),
     }
 
 

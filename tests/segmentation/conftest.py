@@ -28,8 +28,8 @@ def make_devkit(tmp_path: Path) -> Callable[..., Path]:
         for split, names in (lists or {"train": ["a", "b"], "val": ["c"]}).items():
             (root / f"ImageSets/Segmentation/{split}.txt").write_text("".join(f"{name}\n" for name in names))
             for name in names:
-                photograph = PIL.Image.fromarray(random.integers(0, 256, (12, 16, 3), dtype=np.uint8))
-                photograph.save(root / f"JPEGImages/{name}.jpg")
+                image = PIL.Image.fromarray(random.integers(0, 256, (12, 16, 3), dtype=np.uint8))
+                image.save(root / f"JPEGImages/{name}.jpg")
                 mask = PIL.Image.fromarray(random.choice(values, (12, 16)).astype(np.uint8))
                 mask.putpalette([level for colour in voc_palette() for level in colour])
                 mask.save(root / f"SegmentationClass/{name}.png")

@@ -34,7 +34,7 @@ class Run:
     palette: list[tuple[int, int, int]]
     network: ParsingNetwork
     size: tuple[int, int] | None = None
-    """(height, width) in px that photographs were brought to, if the data set had a size."""
+    """(height, width) in px that images were brought to, if the data set had a size."""
 
 
 def build_network(

@@ -20,8 +20,8 @@ def root(tmp_path: Path) -> Path:
         for folder in (split, f"{split}annot"):
             (root / folder).mkdir(parents=True)
         for name in names:
-            photograph = random.integers(0, 256, (12, 16, 3), dtype=np.uint8)
-            PIL.Image.fromarray(photograph).save(root / split / f"{name}.png")
+            image = random.integers(0, 256, (12, 16, 3), dtype=np.uint8)
+            PIL.Image.fromarray(image).save(root / split / f"{name}.png")
             mask = random.integers(0, 12, (12, 16), dtype=np.uint8)
             PIL.Image.fromarray(mask).save(root / f"{split}annot" / f"{name}.png")
         lines = [f"{PREFIX}{split}/{name}.png {PREFIX}{split}annot/{name}.png\n" for name in names]
@@ -81,8 +81,8 @@ def test_list_entries_may_not_leave_the_root(root: Path, entry: str) -> None:
 
 
 def test_a_folder_may_be_a_link(root: Path) -> None:
-    (root / "train").rename(root.parent / "photographs")
-    (root / "train").symlink_to(root.parent / "photographs")
+    (root / "train").rename(root.parent / "images")
+    (root / "train").symlink_to(root.parent / "images")
     assert len(CamVidDataset(root)) == 2
 
 

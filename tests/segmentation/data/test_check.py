@@ -142,7 +142,7 @@ def test_what_is_no_data_set_is_an_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "kind", ["truncated photograph", "mask of another size", "file that is no image", "photograph of floats"]
+    "kind", ["truncated image", "mask of another size", "file that is no image", "image of floats"]
 )
 def test_the_quick_form_finds_what_headers_tell(tmp_path: Path, kind: str) -> None:
     made = corrupted.make("camvid", tmp_path, np.random.default_rng(1))

@@ -16,7 +16,7 @@ MASK = "gtFine/train/aachen/aachen_000001_000019_gtFine_labelIds.png"
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """Three training photographs of two cities and one of val, of 12x16 px (height x width)."""
+    """Three training images of two cities and one of val, of 12x16 px (height x width)."""
     root = tmp_path / "cityscapes"
     random = np.random.default_rng(0)
     for split, city, number in (
@@ -28,8 +28,8 @@ def root(tmp_path: Path) -> Path:
         for folder in ("leftImg8bit", "gtFine"):
             (root / folder / split / city).mkdir(parents=True, exist_ok=True)
         name = f"{split}/{city}/{city}_{number:06d}_000019"
-        photograph = random.integers(0, 256, (12, 16, 3), dtype=np.uint8)
-        PIL.Image.fromarray(photograph).save(root / f"leftImg8bit/{name}_leftImg8bit.png")
+        image = random.integers(0, 256, (12, 16, 3), dtype=np.uint8)
+        PIL.Image.fromarray(image).save(root / f"leftImg8bit/{name}_leftImg8bit.png")
         label_ids = random.integers(0, 34, (12, 16), dtype=np.uint8)
         PIL.Image.fromarray(label_ids).save(root / f"gtFine/{name}_gtFine_labelIds.png")
         PIL.Image.fromarray(label_ids).save(root / f"gtFine/{name}_gtFine_instanceIds.png")
@@ -62,7 +62,7 @@ def test_the_19_classes_and_their_colours(root: Path) -> None:
     assert len(set(palette[:19])) == 19
 
 
-def test_other_files_beside_the_photographs_do_not_matter(root: Path) -> None:
+def test_other_files_beside_the_images_do_not_matter(root: Path) -> None:
     (root / "leftImg8bit/train/aachen/Thumbs.db").write_bytes(b"")
     assert len(CityscapesDataset(root)) == 3
 
@@ -138,8 +138,8 @@ def test_fingerprint_changes_with_any_file(root: Path) -> None:
 
 def test_a_folder_may_be_a_link_but_a_file_may_not_lead_outside(root: Path) -> None:
     image, mask = root / IMAGE, root / MASK
-    image.parent.rename(root.parent / "photographs")
-    image.parent.symlink_to(root.parent / "photographs")
+    image.parent.rename(root.parent / "images")
+    image.parent.symlink_to(root.parent / "images")
     assert len(CityscapesDataset(root)) == 3
     mask.rename(root.parent / "outside.png")
     mask.symlink_to(root.parent / "outside.png")

@@ -59,7 +59,7 @@ def exchanged(mask: np.ndarray) -> np.ndarray:
     return others[mask]
 
 
-def write_photograph(path: Path, size: int) -> None:
+def write_image(path: Path, size: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     PIL.Image.new("RGB", (size, size), (200, 150, 120)).save(path)
 
@@ -67,7 +67,7 @@ def write_photograph(path: Path, size: int) -> None:
 def write_celebamask(root: Path, numbers: tuple[int, ...], persons_side: bool = False, mode: str = "RGB") -> Path:
     """Faces of 32x32 px with parts of 16x16; with `persons_side`, l_ and r_ are the person's own left and right."""
     for number in numbers:
-        write_photograph(root / f"CelebA-HQ-img/{number}.jpg", 32)
+        write_image(root / f"CelebA-HQ-img/{number}.jpg", 32)
         folder = root / f"CelebAMask-HQ-mask-anno/{number // 2000}"
         folder.mkdir(parents=True, exist_ok=True)
         for part, (top, bottom, left, right) in PARTS.items():
@@ -83,7 +83,7 @@ def write_celebamask(root: Path, numbers: tuple[int, ...], persons_side: bool = 
 def write_lapa(root: Path, mask: np.ndarray) -> Path:
     for split, names in {"train": ("a_0", "b,c"), "val": ("d",), "test": ("e",)}.items():
         for name in names:
-            write_photograph(root / split / f"images/{name}.jpg", 16)
+            write_image(root / split / f"images/{name}.jpg", 16)
             (root / split / "labels").mkdir(exist_ok=True)
             PIL.Image.fromarray(mask).save(root / split / f"labels/{name}.png")
     return root
@@ -105,8 +105,8 @@ def test_celebamask_parts_become_helens_classes(tmp_path: Path, persons_side: bo
     assert list(train) == ["3", "10", "2010"]
     for mask in (*train.values(), masks_of(conversion, "val")["2008"], masks_of(conversion, "test")["2009"]):
         assert np.array_equal(mask, expected)
-    photograph = (conversion.root / "images/3.jpg").read_bytes()
-    assert photograph == (source / "CelebA-HQ-img/3.jpg").read_bytes()
+    image = (conversion.root / "images/3.jpg").read_bytes()
+    assert image == (source / "CelebA-HQ-img/3.jpg").read_bytes()
     assert [path.name for path in (tmp_path / "made").iterdir()] == ["faces"], "no scratch is left"
 
 
@@ -139,7 +139,7 @@ def test_celebamask_split_by_celebas_lists(tmp_path: Path) -> None:
     [
         ("0 5", None, r"mapping.txt has the line '0 5'; a line reads, for example, '0 119613 119614.jpg'"),
         ("0 5 ../6.jpg", None, r"mapping.txt has the line '0 5 ../6.jpg'"),
-        ("1 5 000006.jpg", None, r"mapping.txt has no line for 0.jpg \(1 such photographs\)"),
+        ("1 5 000006.jpg", None, r"mapping.txt has no line for 0.jpg \(1 such images\)"),
         ("0 5 000006.jpg", "000006.jpg 3", r"list_eval_partition.txt has the line '000006.jpg 3'"),
         ("0 5 000006.jpg", "000007.jpg 0", r"list_eval_partition.txt has no line for 000006.jpg"),
     ],
@@ -324,8 +324,8 @@ def test_the_sides_of_real_faces(shared: Path, tmp_path: Path) -> None:
     stored = {}
     for index in range(0, len(faces), 5):
         split = ("train", "val", "test")[index // 5 % 3]
-        photograph = tmp_path / "source" / split / f"images/{faces.ids[index]}.jpg"
-        photograph.write_bytes(faces.image_paths[index].read_bytes())
+        image = tmp_path / "source" / split / f"images/{faces.ids[index]}.jpg"
+        image.write_bytes(faces.image_paths[index].read_bytes())
         stored[faces.ids[index]] = faces[index][1].numpy()
         PIL.Image.fromarray(stored[faces.ids[index]]).save(
             tmp_path / "source" / split / f"labels/{faces.ids[index]}.png"

@@ -19,8 +19,8 @@ def root(tmp_path: Path) -> Path:
         for folder in ("images", "masks"):
             (root / split / folder).mkdir(parents=True)
         for name in names:
-            photograph = random.integers(0, 256, (12, 16, 3), dtype=np.uint8)
-            PIL.Image.fromarray(photograph).save(root / split / "images" / name)
+            image = random.integers(0, 256, (12, 16, 3), dtype=np.uint8)
+            PIL.Image.fromarray(image).save(root / split / "images" / name)
             mask = random.choice([0, 1, 2, 255], (12, 16)).astype(np.uint8)
             PIL.Image.fromarray(mask).save(root / split / "masks" / f"{Path(name).stem}.png")
     (root / "classes.txt").write_text("road\ncar\nsky\n")
@@ -135,8 +135,8 @@ def test_fingerprint_changes_with_the_names_and_any_file(root: Path) -> None:
 
 def test_a_folder_may_be_a_link_but_a_file_may_not_lead_outside(root: Path) -> None:
     image, mask = root / "train/images/c.png", root / "train/masks/c.png"
-    image.parent.rename(root.parent / "photographs")
-    image.parent.symlink_to(root.parent / "photographs")
+    image.parent.rename(root.parent / "images")
+    image.parent.symlink_to(root.parent / "images")
     assert len(FolderDataset(root)) == 3
     mask.rename(root.parent / "outside.png")
     mask.symlink_to(root.parent / "outside.png")

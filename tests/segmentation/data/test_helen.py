@@ -10,11 +10,11 @@ import torch
 from rfield.segmentation.data import HELEN_CLASSES, AugmentedDataset, HelenDataset, load_dataset, training_transform
 
 
-def write_face(root: Path, name: str, maps: np.ndarray, photograph: np.ndarray | None = None) -> None:
+def write_face(root: Path, name: str, maps: np.ndarray, image: np.ndarray | None = None) -> None:
     (root / "images").mkdir(parents=True, exist_ok=True)
     (root / "labels" / name).mkdir(parents=True, exist_ok=True)
     height, width = maps.shape[1:]
-    PIL.Image.fromarray(np.zeros((height, width, 3), np.uint8) if photograph is None else photograph).save(
+    PIL.Image.fromarray(np.zeros((height, width, 3), np.uint8) if image is None else image).save(
         root / "images" / f"{name}.jpg"
     )
     for label, values in enumerate(maps):
@@ -72,9 +72,9 @@ def test_a_mirrored_sample_is_a_face_again(root: Path) -> None:
     """The left half holds the left brow and eye, mirrored or not."""
     maps = np.zeros((11, 12, 16), np.uint8)
     maps[2, :6, :8], maps[3, :6, 8:], maps[4, 6:, :8], maps[5, 6:, 8:] = 255, 255, 255, 255
-    photograph = np.zeros((12, 16, 3), np.uint8)
-    photograph[:, 8:] = 255
-    write_face(root, "b", maps, photograph)
+    image = np.zeros((12, 16, 3), np.uint8)
+    image[:, 8:] = 255
+    write_face(root, "b", maps, image)
     dataset = HelenDataset(root)
     transform = training_transform((12, 16), (1, 1), mirrored_classes=dataset.mirrored_classes)
     augmented = AugmentedDataset(dataset, transform, seed=0)

@@ -35,8 +35,8 @@ def test_the_image_is_pillows_bilinear_and_the_mask_keeps_its_labels(size: tuple
     labels = torch.randint(0, 11, (40, 60), dtype=torch.uint8, generator=generator)
     resized, mask = ResizedDataset(OneSample(image, labels), size)[0]
     assert (type(resized), resized.dtype, type(mask), mask.dtype) == (Image, torch.uint8, Mask, torch.uint8)
-    photograph = PIL.Image.fromarray(image.permute(1, 2, 0).numpy())
-    expected = np.asarray(photograph.resize(size[::-1], PIL.Image.Resampling.BILINEAR)).astype(int)
+    pil_image = PIL.Image.fromarray(image.permute(1, 2, 0).numpy())
+    expected = np.asarray(pil_image.resize(size[::-1], PIL.Image.Resampling.BILINEAR)).astype(int)
     assert np.abs(resized.permute(1, 2, 0).numpy().astype(int) - expected).max() <= 1
     rows = [int((row + 0.5) * 40 / size[0]) for row in range(size[0])]
     columns = [int((column + 0.5) * 60 / size[1]) for column in range(size[1])]

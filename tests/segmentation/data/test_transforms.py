@@ -232,7 +232,7 @@ def test_processes_share_the_samples() -> None:
 
 
 @pytest.mark.shared
-def test_real_photographs_are_augmented(shared: Path) -> None:
+def test_real_images_are_augmented(shared: Path) -> None:
     dataset = VOCDataset(shared / "data/msrc21_voc")
     image, mask = AugmentedDataset(dataset, training_transform((321, 321), colour_jitter=0.2), seed=0)[0, 0]
     assert (image.shape, mask.shape) == ((3, 321, 321), (321, 321))

@@ -42,7 +42,7 @@ def test_samples_are_the_files_pixels(make_devkit: MakeDevkit) -> None:
     assert VOCDataset(root, "val").ids == ["c"]
 
 
-def test_a_grey_photograph_is_read_as_rgb(make_devkit: MakeDevkit) -> None:
+def test_a_grey_image_is_read_as_rgb(make_devkit: MakeDevkit) -> None:
     root = make_devkit()
     PIL.Image.new("L", (16, 12), 7).save(root / "JPEGImages/a.jpg")
     image, _ = VOCDataset(root)[0]
@@ -178,8 +178,8 @@ def test_list_entries_may_not_leave_the_root(make_devkit: MakeDevkit, tmp_path: 
 
 def test_a_folder_may_be_a_link_and_names_may_have_folders(make_devkit: MakeDevkit, tmp_path: Path) -> None:
     root = make_devkit()
-    (root / "JPEGImages").rename(tmp_path / "photographs")
-    (root / "JPEGImages").symlink_to(tmp_path / "photographs")
+    (root / "JPEGImages").rename(tmp_path / "images")
+    (root / "JPEGImages").symlink_to(tmp_path / "images")
     for folder in ("JPEGImages", "SegmentationClass"):
         (root / folder / "day").mkdir()
         for file in (root / folder).glob("b.*"):

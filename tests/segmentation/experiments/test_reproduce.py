@@ -18,7 +18,7 @@ NAMES = [
 
 @pytest.fixture
 def devkit(tmp_path: Path) -> Path:
-    """Six photographs to train on and three to validate on, of 36x41 px and three classes, in the layout of VOC."""
+    """Six images to train on and three to validate on, of 36x41 px and three classes, in the layout of VOC."""
     root = tmp_path / "devkit"
     for folder in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
         (root / folder).mkdir(parents=True)

@@ -98,11 +98,11 @@ def test_predict_and_evaluate_from_the_hub(
     monkeypatch.setattr(
         huggingface_hub, "snapshot_download", lambda repo_id: asked.append(repo_id) or str(tmp_path / "shared")
     )
-    PIL.Image.effect_noise((40, 30), 80).convert("RGB").save(tmp_path / "photograph.png")
+    PIL.Image.effect_noise((40, 30), 80).convert("RGB").save(tmp_path / "image.png")
     name = "hf:me/fields"
     for model, out in ((name, "there"), (str(run), "here")):
-        main(["predict", model, "photograph.png", "--out", out])
-    assert (tmp_path / "there/photograph.png").read_bytes() == (tmp_path / "here/photograph.png").read_bytes()
+        main(["predict", model, "image.png", "--out", out])
+    assert (tmp_path / "there/image.png").read_bytes() == (tmp_path / "here/image.png").read_bytes()
     assert asked == ["me/fields"]
     main(["evaluate", name, "--data", "synthetic", "--json", "scores.json"])
     assert 0 <= json.loads((tmp_path / "scores.json").read_text())["miou"] <= 1

@@ -213,11 +213,11 @@ def test_nan_differs() -> None:
 
 def test_predict_and_evaluate(any_size: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, path = any_size
-    (tmp_path / "photographs").mkdir()
+    (tmp_path / "images").mkdir()
     for name, size in (("a", (70, 50)), ("b", (33, 101))):
-        PIL.Image.effect_noise(size, 80).convert("RGB").save(tmp_path / f"photographs/{name}.png")
+        PIL.Image.effect_noise(size, 80).convert("RGB").save(tmp_path / f"images/{name}.png")
     for model, out in ((path, "deployed"), (folder, "eager")):
-        main(["predict", str(model), str(tmp_path / "photographs"), "--out", str(tmp_path / out)])
+        main(["predict", str(model), str(tmp_path / "images"), "--out", str(tmp_path / out)])
     for name in ("a.png", "b.png", "a_overlay.jpg"):
         assert (tmp_path / "deployed" / name).read_bytes() == (tmp_path / "eager" / name).read_bytes()
     scores = []
@@ -232,19 +232,19 @@ def test_predict_and_evaluate(any_size: tuple[Path, Path], tmp_path: Path, capsy
 
 
 def test_refusals(one_size: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    PIL.Image.new("RGB", (45, 60)).save(tmp_path / "photograph.png")
+    PIL.Image.new("RGB", (45, 60)).save(tmp_path / "image.png")
     (tmp_path / "broken.onnx").write_text("no model")
     foreign = onnx.load(one_size[1])
     del foreign.metadata_props[:]
     onnx.save(foreign, tmp_path / "foreign.onnx")
     for model, error in (
-        (one_size[1], "photograph.png: an image of 60x45 px, but"),
+        (one_size[1], "image.png: an image of 60x45 px, but"),
         (tmp_path / "broken.onnx", "cannot be read as an ONNX model"),
         (tmp_path / "foreign.onnx", "has no notes of rfield export"),
         (tmp_path / "no.onnx", "there is no model"),
     ):
         with pytest.raises(SystemExit) as caught:
-            main(["predict", str(model), str(tmp_path / "photograph.png"), "--out", str(tmp_path / "out")])
+            main(["predict", str(model), str(tmp_path / "image.png"), "--out", str(tmp_path / "out")])
         assert caught.value.code == 2
         message = capsys.readouterr().err
         assert error in message

@@ -167,11 +167,11 @@ def shorten_list(dataset: VOCDataset) -> None:
     (dataset.root / "ImageSets/Segmentation/train.txt").write_text("a\nb\n")
 
 
-def repaint_photograph(dataset: VOCDataset) -> None:
+def repaint_image(dataset: VOCDataset) -> None:
     PIL.Image.new("RGB", (16, 12), "red").save(dataset.image_paths[0])
 
 
-@pytest.mark.parametrize("change", [touch_mask, shorten_list, repaint_photograph])
+@pytest.mark.parametrize("change", [touch_mask, shorten_list, repaint_image])
 def test_changed_data_have_another_cache(
     tmp_path: Path, dataset: VOCDataset, change: Callable[[VOCDataset], None]
 ) -> None:

@@ -204,31 +204,31 @@ def test_masks_have_the_images_size_and_the_data_s_palette(
     assert list(predict_run(run, images, out)) == [out / f"{path.stem}.png" for path in images]
     for path in images:
         with PIL.Image.open(path) as file:
-            photograph = file.convert("RGB")
+            pil_image = file.convert("RGB")
         with PIL.Image.open(out / f"{path.stem}.png") as mask:
-            assert (mask.mode, mask.size) == ("P", photograph.size)
+            assert (mask.mode, mask.size) == ("P", pil_image.size)
             assert tuple(mask.getpalette()[:3]) == PALETTE[0]  # type: ignore[index]
             labels = np.array(mask)
-        image = torch.from_numpy(np.array(photograph)).permute(2, 0, 1).float() / 255
+        image = torch.from_numpy(np.array(pil_image)).permute(2, 0, 1).float() / 255
         mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
         logits = predict_logits(run.network, (image - mean[:, None, None]) / std[:, None, None], frozen)
         assert (labels == logits.argmax(0).numpy()).mean() > 0.99
         with PIL.Image.open(out / f"{path.stem}_overlay.jpg") as overlay:
-            assert (overlay.mode, overlay.size) == ("RGB", photograph.size)
+            assert (overlay.mode, overlay.size) == ("RGB", pil_image.size)
     assert len(list(out.iterdir())) == 2 * len(images), "nothing half-written is left"
 
 
-def test_photographs_are_seen_at_the_size_of_the_training_data(make_run: MakeRun, photos: Path, tmp_path: Path) -> None:
-    """Masks are the network's at that size, brought back to the photograph's own."""
+def test_images_are_seen_at_the_size_of_the_training_data(make_run: MakeRun, photos: Path, tmp_path: Path) -> None:
+    """Masks are the network's at that size, brought back to the image's own."""
     folder = make_run()
     classes = json.loads((folder / "classes.json").read_text())
     (folder / "classes.json").write_text(json.dumps(classes | {"size": [12, 20]}))
     run = load_run(folder)
     assert run.size == (12, 20)
     (target,) = predict_run(run, [photos / "odd.jpg"], tmp_path / "out")
-    with PIL.Image.open(target) as mask, PIL.Image.open(photos / "odd.jpg") as photograph:
-        assert mask.size == photograph.size
-        labels, small = np.array(mask), photograph.resize((20, 12), PIL.Image.Resampling.BILINEAR)
+    with PIL.Image.open(target) as mask, PIL.Image.open(photos / "odd.jpg") as pil_image:
+        assert mask.size == pil_image.size
+        labels, small = np.array(mask), pil_image.resize((20, 12), PIL.Image.Resampling.BILINEAR)
     image, _ = evaluation_transform()(TF.to_image(small), Mask(torch.zeros(12, 20, dtype=torch.uint8)))
     logits = predict_logits(run.network, image)[None]
     expected = F.interpolate(logits, labels.shape, mode="bilinear")[0].argmax(0).numpy()
@@ -269,7 +269,7 @@ def test_two_images_of_one_name_are_refused_first(make_run: MakeRun, photos: Pat
     assert not (tmp_path / "out").exists()
 
 
-def test_a_mask_never_replaces_its_photograph(make_run: MakeRun, photos: Path) -> None:
+def test_a_mask_never_replaces_its_image(make_run: MakeRun, photos: Path) -> None:
     before = (photos / "grey.png").read_bytes()
     with pytest.raises(ValueError, match=r"the mask of .*grey\.png would replace it: give another --out"):
         list(predict_run(load_run(make_run()), [photos / "grey.png"], photos / ".." / "photos"))

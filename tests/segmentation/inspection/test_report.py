@@ -116,7 +116,7 @@ def test_a_run_is_compared_with_its_start(tmp_path: Path, monkeypatch: pytest.Mo
     assert found["before"].name == "run, where it started"
 
 
-def test_photographs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     PIL.Image.new("RGB", (9, 7), (255, 0, 0)).save(tmp_path / "red.png")
     PIL.Image.new("L", (20, 30)).save(tmp_path / "grey.jpg")
     seen: list[Tensor] = []

@@ -118,7 +118,7 @@ def test_imagenet_weights_come_from_torchvision(conv_state: dict[str, Tensor], m
 
 
 @pytest.mark.shared
-def test_real_weights_on_a_photograph(shared: Path) -> None:
+def test_real_weights_on_an_image(shared: Path) -> None:
     from PIL import Image
 
     path = shared / "weights" / "vgg16_features_imagenet_fp16.pth"
@@ -127,8 +127,8 @@ def test_real_weights_on_a_photograph(shared: Path) -> None:
     state = torch.load(path, weights_only=True)
     reference.load_state_dict({key.removeprefix("features."): value.float() for key, value in state.items()})
 
-    photo = min((shared / "data" / "msrc21_voc" / "JPEGImages").glob("*.jpg"))
-    image = transforms.to_dtype(transforms.pil_to_tensor(Image.open(photo).convert("RGB")), torch.float32, scale=True)
+    path = min((shared / "data" / "msrc21_voc" / "JPEGImages").glob("*.jpg"))
+    image = transforms.to_dtype(transforms.pil_to_tensor(Image.open(path).convert("RGB")), torch.float32, scale=True)
     image = transforms.normalize(image, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])[None, :, :65, :81]
     with torch.inference_mode():
         theirs = image

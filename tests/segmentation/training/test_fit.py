@@ -556,7 +556,7 @@ def test_aspp_trains(make: Make) -> None:
 
 
 @pytest.mark.shared
-def test_real_photographs_and_weights(
+def test_real_images_and_weights(
     shared: Path, small_msrc: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     weights = shared / "weights/vgg16_features_imagenet_fp16.pth"

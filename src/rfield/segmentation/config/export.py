@@ -28,7 +28,7 @@ class EvaluateConfig:
 
 @dataclasses.dataclass
 class PredictConfig:
-    """Labelling photographs."""
+    """Labelling images."""
 
     run: str = dataclasses.field(metadata={"positional": True})
     """A run folder, an .onnx file of rfield export, or a model on the Hugging Face Hub (hf:USER/NAME)."""

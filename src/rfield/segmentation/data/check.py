@@ -44,7 +44,7 @@ def check_data(
     """Finds what ruins a training: every file is opened, every pixel read, and nothing ends the check early.
 
     Errors are files that are missing, damaged, outside the root or larger than 89 million px; masks of another size,
-    kind or with values that no class has; images of more than 8 bits; photographs that several splits share.
+    kind or with values that no class has; images of more than 8 bits; images that several splits share.
     Warnings are EXIF orientations that masks may not share, alpha channels, 16-bit images, images that stand twice in a
     split, masks without any label, classes that no mask of a split has, what makes every score perfect (one class, or
     none, is labelled or named), palettes that contradict each other, and classes that mirrored images may confuse.

@@ -88,7 +88,7 @@ def check_sample(
         entry: the sample.
         split: of the listing, for the findings.
         index: in the split, for the findings.
-        pixels: read the photograph's; without it only the header, and the pixels of a file that does not end as a
+        pixels: read the image's; without it only the header, and the pixels of a file that does not end as a
             whole one does.
         values: the same for the mask; without it only the first of a face's maps is looked at.
     """

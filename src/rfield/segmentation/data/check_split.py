@@ -27,7 +27,7 @@ def shown_classes(samples: Sequence[Sample]) -> set[int]:
 def find_repeated(
     path: str, split: str, index: int, digest: bytes, seen: dict[bytes, tuple[str, str]]
 ) -> list[Finding]:
-    """A photograph whose pixels were seen before, in this split or another."""
+    """An image whose pixels were seen before, in this split or another."""
     if digest not in seen:
         seen[digest] = (split, path)
         return []

@@ -40,7 +40,7 @@ CITYSCAPES_CLASSES = tuple(entry.name for entry in _SCORED)
 class CityscapesDataset(ListedDataset):
     """Street scenes of Cityscapes (Cordts et al., CVPR 2016), fine annotations, with the 19 classes that are scored.
 
-    `leftImg8bit/SPLIT/CITY/ID_leftImg8bit.png` is a photograph, `gtFine/SPLIT/CITY/ID_gtFine_labelIds.png` its label
+    `leftImg8bit/SPLIT/CITY/ID_leftImg8bit.png` is an image, `gtFine/SPLIT/CITY/ID_gtFine_labelIds.png` its label
     ids 0..33, which become the 19 train ids; all other ids become 255. The masks of the test split hold no scored
     class: its truth is not published. Names, colours and ids are torchvision's table.
 
@@ -50,7 +50,7 @@ class CityscapesDataset(ListedDataset):
         options: what a data config says of the masks.
 
     Raises:
-        FileNotFoundError: if one of the folders or a mask is missing, or there are no photographs.
+        FileNotFoundError: if one of the folders or a mask is missing, or there are no images.
         OSError: if the folders cannot be listed.
         ValueError: if the split has another name.
 

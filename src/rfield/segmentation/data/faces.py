@@ -66,7 +66,7 @@ class Conversion(NamedTuple):
 class _Face(NamedTuple):
     name: str
     split: str
-    photograph: Path
+    image: Path
 
 
 def convert_celebamask(
@@ -74,10 +74,10 @@ def convert_celebamask(
 ) -> Conversion:
     """Bring CelebAMask-HQ (Lee et al., CVPR 2020) into the layout of Helen.
 
-    `CelebA-HQ-img/N.jpg` is a photograph, `CelebAMask-HQ-mask-anno/K/0000N_PART.png` with K = N // 2000 the binary
+    `CelebA-HQ-img/N.jpg` is an image, `CelebAMask-HQ-mask-anno/K/0000N_PART.png` with K = N // 2000 the binary
     mask of a part, which may be missing where the part is not seen. Parts are painted in the order of the data set's
     own script. Ears, earrings, neck, necklace, cloth and hat become background, glasses what is labelled under them.
-    Masks are resized to the photograph's size, every pixel by the nearest label.
+    Masks are resized to the image's size, every pixel by the nearest label.
 
     The split is CelebA's own where `CelebA-HQ-to-CelebA-mapping.txt` lies in the source: by `list_eval_partition.txt`
     beside it, or without that file by the same rule, CelebA's numbers up to 162770 for train and from 182638 on for
@@ -96,9 +96,9 @@ def convert_celebamask(
 
     Raises:
         FileExistsError: if the target exists.
-        FileNotFoundError: if the photographs, or all parts of one, are missing.
-        ValueError: if a list is not understood, a photograph is not named by a number or is not in the mapping, or
-            the parts differ in size or have other proportions than the photograph.
+        FileNotFoundError: if the images, or all parts of one, are missing.
+        ValueError: if a list is not understood, an image is not named by a number or is not in the mapping, or
+            the parts differ in size or have other proportions than the image.
         OSError: if a file is damaged; the message names it.
 
     Example:
@@ -107,19 +107,19 @@ def convert_celebamask(
         FileNotFoundError: no/CelebAMask-HQ/CelebA-HQ-img holds no images (.jpg); is the source the right folder?
     """
     source = Path(source)
-    photographs = _photographs(source / "CelebA-HQ-img")
-    odd = [path for path in photographs if not path.stem.isdecimal()]
+    images = _images(source / "CelebA-HQ-img")
+    odd = [path for path in images if not path.stem.isdecimal()]
     if odd:
-        raise ValueError(f"{odd[0]} is not named by a number, as the photographs of CelebAMask-HQ are; remove it")
-    photographs.sort(key=lambda path: int(path.stem))
-    splits = _celeba_splits(source, [int(path.stem) for path in photographs])
-    faces = [_Face(str(int(path.stem)), split, path) for path, split in zip(photographs, splits, strict=True)]
+        raise ValueError(f"{odd[0]} is not named by a number, as the images of CelebAMask-HQ are; remove it")
+    images.sort(key=lambda path: int(path.stem))
+    splits = _celeba_splits(source, [int(path.stem) for path in images])
+    faces = [_Face(str(int(path.stem)), split, path) for path, split in zip(images, splits, strict=True)]
     folders = Folders()
 
     def read(face: _Face) -> Tensor:
         number = int(face.name)
         stem = source / "CelebAMask-HQ-mask-anno" / str(number // 2000) / f"{number:05d}"
-        return _paint_parts(stem, face.photograph, folders)
+        return _paint_parts(stem, face.image, folders)
 
     return _convert(faces, read, Path(target), progress)
 
@@ -129,7 +129,7 @@ def convert_lapa(
 ) -> Conversion:
     """Bring LaPa (Liu et al., AAAI 2020) into the layout of Helen, whose 11 classes it has, in the same order.
 
-    `SPLIT/images/ID.jpg` is a photograph, `SPLIT/labels/ID.png` its mask; the splits are train, val and test. "Left"
+    `SPLIT/images/ID.jpg` is an image, `SPLIT/labels/ID.png` its mask; the splits are train, val and test. "Left"
     becomes left as the viewer sees it, found as in `convert_celebamask`.
 
     Args:
@@ -142,9 +142,9 @@ def convert_lapa(
 
     Raises:
         FileExistsError: if the target exists.
-        FileNotFoundError: if a split's photographs or a mask are missing.
-        ValueError: if a mask is of another size than its photograph, of another kind than 8-bit grey or palette, or
-            holds a value above 10, or two splits have a photograph of one name.
+        FileNotFoundError: if a split's images or a mask are missing.
+        ValueError: if a mask is of another size than its image, of another kind than 8-bit grey or palette, or
+            holds a value above 10, or two splits have an image of one name.
         OSError: if a file is damaged; the message names it.
 
     Example:
@@ -153,18 +153,16 @@ def convert_lapa(
         FileNotFoundError: no/LaPa/train/images holds no images (.jpg); is the source the right folder?
     """
     source = Path(source)
-    faces = [_Face(path.stem, split, path) for split in HELEN_LISTS for path in _photographs(source / split / "images")]
+    faces = [_Face(path.stem, split, path) for split in HELEN_LISTS for path in _images(source / split / "images")]
     folders = Folders()
     for face in faces:
         mask = _lapa_mask(face, folders)
         if not mask.is_file():
-            raise FileNotFoundError(
-                f"{mask} is missing, the mask of {face.photograph}{near_miss(mask)}; unpack LaPa again"
-            )
+            raise FileNotFoundError(f"{mask} is missing, the mask of {face.image}{near_miss(mask)}; unpack LaPa again")
     return _convert(faces, lambda face: _read_lapa(face, folders), Path(target), progress)
 
 
-def _photographs(folder: Path) -> list[Path]:
+def _images(folder: Path) -> list[Path]:
     paths = image_files(folder) if folder.is_dir() else []
     if not paths:
         raise FileNotFoundError(f"{folder} holds no images (.jpg); is the source the right folder?")
@@ -179,7 +177,7 @@ def _inside(path: Path) -> Path:
 
 
 def _celeba_splits(source: Path, numbers: list[int]) -> list[str]:
-    """The split of every photograph of CelebA-HQ."""
+    """The split of every image of CelebA-HQ."""
     mapping = source / "CelebA-HQ-to-CelebA-mapping.txt"
     if not mapping.is_file():
         return [{8: "val", 9: "test"}.get(number % 10, "train") for number in numbers]
@@ -187,7 +185,7 @@ def _celeba_splits(source: Path, numbers: list[int]) -> list[str]:
     names = {int(index): name for index, name in rows}
     unmapped = [number for number in numbers if number not in names]
     if unmapped:
-        raise ValueError(f"{mapping} has no line for {unmapped[0]}.jpg ({len(unmapped)} such photographs)")
+        raise ValueError(f"{mapping} has no line for {unmapped[0]}.jpg ({len(unmapped)} such images)")
     partition = source / "list_eval_partition.txt"
     if not partition.is_file():
         celeba = [int(Path(names[number]).stem) for number in numbers]
@@ -195,7 +193,7 @@ def _celeba_splits(source: Path, numbers: list[int]) -> list[str]:
     groups = {name: int(group) for name, group in _read_table(partition, r"(\d+\.jpg)\s+([012])", "000001.jpg 0")}
     ungrouped = [names[number] for number in numbers if names[number] not in groups]
     if ungrouped:
-        raise ValueError(f"{partition} has no line for {ungrouped[0]} ({len(ungrouped)} such photographs)")
+        raise ValueError(f"{partition} has no line for {ungrouped[0]} ({len(ungrouped)} such images)")
     return [_CELEBA_SPLITS[groups[names[number]]] for number in numbers]
 
 
@@ -211,8 +209,8 @@ def _read_table(path: Path, pattern: str, example: str) -> list[tuple[str, ...]]
     return rows
 
 
-def _paint_parts(stem: Path, photograph: Path, folders: Folders) -> Tensor:
-    """All the parts of a face in one mask of its photograph's size, uint8 [H, W]."""
+def _paint_parts(stem: Path, image: Path, folders: Folders) -> Tensor:
+    """All the parts of a face in one mask of its image's size, uint8 [H, W]."""
     mask: Tensor | None = None
     for part, name in _CELEBAMASK_PARTS.items():
         path = _inside(folders.find(stem.with_name(f"{stem.name}_{part}.png")))
@@ -225,12 +223,12 @@ def _paint_parts(stem: Path, photograph: Path, folders: Folders) -> Tensor:
             raise ValueError(f"{path} is {_size(drawn.shape)} px, but other parts of this face {_size(mask.shape)}")
         mask[drawn] = HELEN_CLASSES.index(name)
     if mask is None:
-        raise FileNotFoundError(f"{photograph} has no masks: there is no {stem}_skin.png, nor another part")
-    height, width = image_sizes([photograph])[0]
+        raise FileNotFoundError(f"{image} has no masks: there is no {stem}_skin.png, nor another part")
+    height, width = image_sizes([image])[0]
     if height * mask.shape[1] != width * mask.shape[0]:
         raise ValueError(
             f"{stem}_skin.png and the other parts are {_size(mask.shape)} px (height x width), other proportions than "
-            f"those of {photograph}, {height}x{width}"
+            f"those of {image}, {height}x{width}"
         )
     resized: Tensor = resize_mask(Mask(mask), (height, width))
     return resized
@@ -241,15 +239,15 @@ def _size(shape: Iterable[int]) -> str:
 
 
 def _lapa_mask(face: _Face, folders: Folders) -> Path:
-    return _inside(folders.find(face.photograph.parents[1] / "labels" / f"{face.name}.png"))
+    return _inside(folders.find(face.image.parents[1] / "labels" / f"{face.name}.png"))
 
 
 def _read_lapa(face: _Face, folders: Folders) -> Tensor:
     labels = plain_labels(len(HELEN_CLASSES))
     labels[IGNORE_INDEX] = UNKNOWN
-    size = image_sizes([face.photograph])[0]
+    size = image_sizes([face.image])[0]
     advice = "LaPa has the classes 0..10; unpack it again"
-    mask = read_mask((_lapa_mask(face, folders),), size, MaskCode(labels), advice, face.photograph)
+    mask = read_mask((_lapa_mask(face, folders),), size, MaskCode(labels), advice, face.image)
     return torch.from_numpy(mask)
 
 
@@ -260,8 +258,8 @@ def _convert(faces: list[_Face], read: Callable[[_Face], Tensor], target: Path, 
     seen: dict[str, Path] = {}
     for face in faces:
         if face.name in seen:
-            raise ValueError(f"{seen[face.name]} and {face.photograph} have one name; rename one of them and its mask")
-        seen[face.name] = face.photograph
+            raise ValueError(f"{seen[face.name]} and {face.image} have one name; rename one of them and its mask")
+        seen[face.name] = face.image
         splits[face.split].append(face.name)
     exchanged = _left_is_the_persons(read(face) for face in faces[:: max(1, len(faces) // _LOOKED_AT)])
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -291,7 +289,7 @@ def _left_is_the_persons(masks: Iterable[Tensor]) -> bool:
 
 
 def _write_face(root: Path, face: _Face, mask: Tensor) -> None:
-    shutil.copyfile(face.photograph, root / "images" / f"{face.name}{face.photograph.suffix}")
+    shutil.copyfile(face.image, root / "images" / f"{face.name}{face.image.suffix}")
     folder = root / "labels" / face.name
     folder.mkdir(parents=True)
     for label in range(len(HELEN_CLASSES)):

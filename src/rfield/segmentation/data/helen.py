@@ -1,4 +1,4 @@
-"""Faces in the layout of the Helen face-parsing data set: one map for each class of each photograph."""
+"""Faces in the layout of the Helen face-parsing data set: one map for each class of each image."""
 
 import os
 from pathlib import Path
@@ -45,9 +45,9 @@ class HelenDataset(ListedDataset):
     """Faces with 11 classes in the layout of Helen face parsing (Smith et al., CVPR 2013).
 
     The list of a split, `exemplars.txt` for train, `tuning.txt` for val and `testing.txt` for test, has the lines
-    `number , ID`. `images/ID.jpg` is a photograph, `labels/ID/ID_lbl00.png` to `ID_lbl10.png` are 8-bit maps of how
+    `number , ID`. `images/ID.jpg` is an image, `labels/ID/ID_lbl00.png` to `ID_lbl10.png` are 8-bit maps of how
     surely a pixel belongs to each class; its label is the surest one, of equally sure ones the first. "Left" is
-    what the data set calls left: in Helen itself the viewer's left. A mirrored photograph has left and right
+    what the data set calls left: in Helen itself the viewer's left. A mirrored image has left and right
     exchanged: `mirrored_classes`.
 
     Args:
@@ -56,12 +56,12 @@ class HelenDataset(ListedDataset):
         options: what a data config says of the maps.
 
     Raises:
-        FileNotFoundError: if the root, the list, a photograph or a map is missing.
+        FileNotFoundError: if the root, the list, an image or a map is missing.
         ValueError: if the split has another name, the list is empty, or a line is not understood or names a file
             outside the root.
 
     Reading a sample raises `OSError` for a damaged file and `ValueError` for a map of another size than its
-    photograph or of another kind than 8-bit grey; both name the file.
+    image or of another kind than 8-bit grey; both name the file.
 
     Example:
         >>> import tempfile, PIL.Image
@@ -103,10 +103,10 @@ def list_helen(root: Path, split: str, options: MaskOptions, refuse: Refuse = ra
         raise FileNotFoundError(f"{root} is not a folder; name the one that holds images and labels")
     source = root / HELEN_LISTS[split]
     if not source.is_file():
-        raise FileNotFoundError(f"{source} is missing; it must hold a line `number , ID` for each photograph")
+        raise FileNotFoundError(f"{source} is missing; it must hold a line `number , ID` for each image")
     lines = read_lines(source)
     if not lines:
-        raise ValueError(f"{source} is empty; it must hold a line `number , ID` for each photograph")
+        raise ValueError(f"{source} is empty; it must hold a line `number , ID` for each image")
 
     def make(line: str) -> Entry:
         _, comma, name = line.partition(",")

@@ -14,7 +14,7 @@ class ResizedDataset(ParsingDataset):
     """Another data set with every image and mask brought to one size, whatever its proportions.
 
     Images are resized bilinearly with antialiasing, masks to the nearest pixel. Scores of this data set are taken
-    at this size, not at the photographs' own, and are not to be compared with those.
+    at this size, not at the images' own, and are not to be compared with those.
 
     Args:
         dataset: the samples at their own sizes.

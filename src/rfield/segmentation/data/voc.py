@@ -47,9 +47,9 @@ VOC_CLASSES = (
 
 
 class VOCDataset(ListedDataset):
-    """Photographs and masks of any folder in the layout of a PASCAL VOC devkit.
+    """Images and masks of any folder in the layout of a PASCAL VOC devkit.
 
-    The list `ImageSets/Segmentation/SPLIT.txt` names the samples, `JPEGImages/ID.jpg` is a photograph and
+    The list `ImageSets/Segmentation/SPLIT.txt` names the samples, `JPEGImages/ID.jpg` is an image and
     `SegmentationClass/ID.png` its mask, palette or 8-bit grey. The class names stand in `classes.txt`, one a line,
     or are the 21 of VOC where there is no such file. The split `train_aug` has its masks in `SegmentationClassAug`
     (see `download_voc2012`).

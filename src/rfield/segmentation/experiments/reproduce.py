@@ -115,7 +115,7 @@ def _dilation_before_snap(metrics: dict[str, Any]) -> float:
 
 
 def _save_panel(config: ReproduceConfig, pictured: dict[str, Point], path: Path) -> None:
-    """Evenly spaced validation photographs, their ground truth, and what the runs make of them."""
+    """Evenly spaced validation images, their ground truth, and what the runs make of them."""
     dataset = load_dataset(config.data, config.val_split)
     count = min(config.images, len(dataset))
     samples = [dataset[index] for index in np.linspace(0, len(dataset) - 1, count).round().astype(int).tolist()]

@@ -74,7 +74,7 @@ def _card(run: Run, network: ParsingNetwork, pictures: list[str], repo_id: str) 
         *(f"![{_PICTURES[name]}]({name})\n" for name in pictures),
         "```sh",
         "pip install 'rfield[all]'",
-        f"rfield predict hf:{repo_id} photographs --out out",
+        f"rfield predict hf:{repo_id} images --out out",
         "```",
         "",
     ]

@@ -1,4 +1,4 @@
-"""Exported networks at work: an ONNX file of `rfield export` labels photographs and is scored through ONNX Runtime."""
+"""Exported networks at work: an ONNX file of `rfield export` labels images and is scored through ONNX Runtime."""
 
 import dataclasses
 import json
@@ -24,7 +24,7 @@ class OnnxModel:
     class_names: tuple[str, ...]
     palette: list[tuple[int, int, int]]
     size: tuple[int, int] | None
-    """(height, width) in px that photographs are to be brought to, if the data set had a size."""
+    """(height, width) in px that images are to be brought to, if the data set had a size."""
     fixed_size: tuple[int, int] | None
     """The only (height, width) in px that the network takes; None for any."""
 
@@ -84,7 +84,7 @@ def load_onnx(path: str | Path) -> OnnxModel:
 
 
 def predict_onnx(model: OnnxModel, images: Sequence[Path], out: Path) -> Iterator[Path]:
-    """Labels photographs, see `rfield.segmentation.inference.predict.label_images`."""
+    """Labels images, see `rfield.segmentation.inference.predict.label_images`."""
     yield from label_images(lambda image: model(image[None])[0], model.palette, model.size, images, out)
 
 

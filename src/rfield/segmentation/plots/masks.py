@@ -1,4 +1,4 @@
-"""Label maps in colour: alone, over their photograph, side by side."""
+"""Label maps in colour: alone, over their image, side by side."""
 
 from collections.abc import Mapping, Sequence
 
@@ -42,13 +42,13 @@ def colourise(mask: npt.NDArray[np.uint8], palette: npt.ArrayLike) -> npt.NDArra
 def overlay(
     image: npt.NDArray[np.uint8], mask: npt.NDArray[np.uint8], palette: npt.ArrayLike, opacity: float = 0.55
 ) -> npt.NDArray[np.uint8]:
-    """A photograph under the translucent colours of its mask.
+    """An image under the translucent colours of its mask.
 
     Args:
         image: uint8 [H, W, 3].
-        mask: uint8 [H, W], class indices; where it is 255 (no label) the photograph stays as it is.
+        mask: uint8 [H, W], class indices; where it is 255 (no label) the image stays as it is.
         palette: [256, 3], RGB colours 0..255, one for every mask value.
-        opacity: of the colours, 0 (the photograph alone) to 1 (the mask alone).
+        opacity: of the colours, 0 (the image alone) to 1 (the mask alone).
 
     Returns:
         uint8 [H, W, 3].
@@ -79,7 +79,7 @@ def panel(
     palette: npt.ArrayLike,
     class_names: Sequence[str] | None = None,
 ) -> Figure:
-    """Samples in rows, photographs and label maps in columns, and a legend of the classes that occur.
+    """Samples in rows, images and label maps in columns, and a legend of the classes that occur.
 
     Args:
         columns: title to one picture a sample: uint8 [H, W, 3] is drawn as it is, uint8 [H, W] as a mask in the
@@ -92,10 +92,10 @@ def panel(
             mask, if the palette has another shape or range, or if a mask holds a class without a name.
 
     Example:
-        >>> photographs = [np.zeros((6, 8, 3), np.uint8), np.zeros((8, 6, 3), np.uint8)]
+        >>> images = [np.zeros((6, 8, 3), np.uint8), np.zeros((8, 6, 3), np.uint8)]
         >>> truths = [np.zeros((6, 8), np.uint8), None]
         >>> preds = [np.zeros((6, 8), np.uint8), np.ones((8, 6), np.uint8)]
-        >>> columns = {"image": photographs, "ground truth": truths, "prediction": preds}
+        >>> columns = {"image": images, "ground truth": truths, "prediction": preds}
         >>> figure = panel(columns, np.zeros((256, 3), np.uint8), ["road", "car"])
         >>> [text.get_text() for text in figure.legends[0].get_texts()]
         ['road', 'car']
