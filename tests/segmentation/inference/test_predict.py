@@ -66,9 +66,9 @@ def make_run(tmp_path: Path) -> MakeRun:
 
 
 @pytest.fixture
-def photos(tmp_path: Path) -> Path:
+def image_folder(tmp_path: Path) -> Path:
     """A folder of images of all kinds, odd sizes among them, and files that are none."""
-    folder = tmp_path / "photos"
+    folder = tmp_path / "image_folder"
     (folder / "deeper").mkdir(parents=True)
     random = np.random.default_rng(0)
     for name, mode, size in (
@@ -195,10 +195,10 @@ def test_other_classes_are_refused(make_run: MakeRun) -> None:
 
 @pytest.mark.parametrize("frozen", [False, True])
 def test_masks_have_the_images_size_and_the_data_s_palette(
-    make_run: MakeRun, photos: Path, tmp_path: Path, frozen: bool
+    make_run: MakeRun, image_folder: Path, tmp_path: Path, frozen: bool
 ) -> None:
     run = load_run(make_run(freeze_backbone=frozen, canvas=(24, 24) if frozen else None))
-    images = find_images(str(photos))
+    images = find_images(str(image_folder))
     assert [path.name for path in images] == ["clear.png", "dot.bmp", "grey.png", "odd.jpg", "palette.PNG"]
     out = tmp_path / "a" / "b"
     assert list(predict_run(run, images, out)) == [out / f"{path.stem}.png" for path in images]
@@ -218,15 +218,17 @@ def test_masks_have_the_images_size_and_the_data_s_palette(
     assert len(list(out.iterdir())) == 2 * len(images), "nothing half-written is left"
 
 
-def test_images_are_seen_at_the_size_of_the_training_data(make_run: MakeRun, photos: Path, tmp_path: Path) -> None:
+def test_images_are_seen_at_the_size_of_the_training_data(
+    make_run: MakeRun, image_folder: Path, tmp_path: Path
+) -> None:
     """Masks are the network's at that size, brought back to the image's own."""
     folder = make_run()
     classes = json.loads((folder / "classes.json").read_text())
     (folder / "classes.json").write_text(json.dumps(classes | {"size": [12, 20]}))
     run = load_run(folder)
     assert run.size == (12, 20)
-    (target,) = predict_run(run, [photos / "odd.jpg"], tmp_path / "out")
-    with PIL.Image.open(target) as mask, PIL.Image.open(photos / "odd.jpg") as pil_image:
+    (target,) = predict_run(run, [image_folder / "odd.jpg"], tmp_path / "out")
+    with PIL.Image.open(target) as mask, PIL.Image.open(image_folder / "odd.jpg") as pil_image:
         assert mask.size == pil_image.size
         labels, small = np.array(mask), pil_image.resize((20, 12), PIL.Image.Resampling.BILINEAR)
     image, _ = evaluation_transform()(TF.to_image(small), Mask(torch.zeros(12, 20, dtype=torch.uint8)))
@@ -235,25 +237,25 @@ def test_images_are_seen_at_the_size_of_the_training_data(make_run: MakeRun, pho
     assert (labels == expected).mean() > 0.97
 
 
-def test_one_file_and_a_glob(photos: Path) -> None:
-    assert find_images(str(photos / "odd.jpg")) == [photos / "odd.jpg"]
-    assert [path.name for path in find_images(f"{photos}/*.png")] == ["clear.png", "grey.png"]
-    assert [path.name for path in find_images(f"{photos}/**/*.jpg")] == ["other.jpg", "odd.jpg"]
-    strange = photos / "[strange].png"
-    (photos / "grey.png").rename(strange)
+def test_one_file_and_a_glob(image_folder: Path) -> None:
+    assert find_images(str(image_folder / "odd.jpg")) == [image_folder / "odd.jpg"]
+    assert [path.name for path in find_images(f"{image_folder}/*.png")] == ["clear.png", "grey.png"]
+    assert [path.name for path in find_images(f"{image_folder}/**/*.jpg")] == ["other.jpg", "odd.jpg"]
+    strange = image_folder / "[strange].png"
+    (image_folder / "grey.png").rename(strange)
     assert find_images(str(strange)) == [strange]
 
 
-@pytest.mark.parametrize("pattern", ["empty", "nowhere", "photos/*.gif", "photos/nowhere.jpg"])
-def test_no_image_is_an_error(photos: Path, pattern: str) -> None:
-    (photos.parent / "empty").mkdir()
+@pytest.mark.parametrize("pattern", ["empty", "nowhere", "image_folder/*.gif", "image_folder/nowhere.jpg"])
+def test_no_image_is_an_error(image_folder: Path, pattern: str) -> None:
+    (image_folder.parent / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match=r"no image found at .*: give an image, a folder of images or a glob"):
-        find_images(str(photos.parent / pattern))
+        find_images(str(image_folder.parent / pattern))
 
 
 @pytest.mark.parametrize("damage", ["cut", "text", "empty", "header"])
-def test_a_broken_image_is_named(make_run: MakeRun, photos: Path, tmp_path: Path, damage: str) -> None:
-    path = photos / "grey.png"
+def test_a_broken_image_is_named(make_run: MakeRun, image_folder: Path, tmp_path: Path, damage: str) -> None:
+    path = image_folder / "grey.png"
     content = path.read_bytes()
     broken = {"cut": content[: len(content) // 2], "text": b"no image", "empty": b"", "header": content[:40]}
     path.write_bytes(broken[damage])
@@ -262,24 +264,24 @@ def test_a_broken_image_is_named(make_run: MakeRun, photos: Path, tmp_path: Path
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_two_images_of_one_name_are_refused_first(make_run: MakeRun, photos: Path, tmp_path: Path) -> None:
-    PIL.Image.new("RGB", (5, 5)).save(photos / "odd.png")
+def test_two_images_of_one_name_are_refused_first(make_run: MakeRun, image_folder: Path, tmp_path: Path) -> None:
+    PIL.Image.new("RGB", (5, 5)).save(image_folder / "odd.png")
     with pytest.raises(ValueError, match=r"two images are named odd, and .* would hold only one result"):
-        list(predict_run(load_run(make_run()), find_images(str(photos)), tmp_path / "out"))
+        list(predict_run(load_run(make_run()), find_images(str(image_folder)), tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
-def test_a_mask_never_replaces_its_image(make_run: MakeRun, photos: Path) -> None:
-    before = (photos / "grey.png").read_bytes()
+def test_a_mask_never_replaces_its_image(make_run: MakeRun, image_folder: Path) -> None:
+    before = (image_folder / "grey.png").read_bytes()
     with pytest.raises(ValueError, match=r"the mask of .*grey\.png would replace it: give another --out"):
-        list(predict_run(load_run(make_run()), [photos / "grey.png"], photos / ".." / "photos"))
-    assert (photos / "grey.png").read_bytes() == before
-    assert len(list(predict_run(load_run(make_run("other")), [photos / "odd.jpg"], photos))) == 1
+        list(predict_run(load_run(make_run()), [image_folder / "grey.png"], image_folder / ".." / "image_folder"))
+    assert (image_folder / "grey.png").read_bytes() == before
+    assert len(list(predict_run(load_run(make_run("other")), [image_folder / "odd.jpg"], image_folder))) == 1
 
 
-def test_the_command(make_run: MakeRun, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command(make_run: MakeRun, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
-    main(["predict", str(make_run()), str(photos / "*.png"), "--out", str(out)])
+    main(["predict", str(make_run()), str(image_folder / "*.png"), "--out", str(out)])
     captured = capsys.readouterr()
     assert captured.out == f"2 masks and overlays are in {out}\n"
     assert captured.err == ""
@@ -289,30 +291,30 @@ def test_the_command(make_run: MakeRun, photos: Path, tmp_path: Path, capsys: py
         "grey.png",
         "grey_overlay.jpg",
     ]
-    (photos / "grey.png").write_bytes(b"")
+    (image_folder / "grey.png").write_bytes(b"")
     with pytest.raises(SystemExit) as exit_:
-        main(["predict", str(tmp_path / "run"), str(photos / "grey.png"), "--out", str(out)])
+        main(["predict", str(tmp_path / "run"), str(image_folder / "grey.png"), "--out", str(out)])
     assert exit_.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1
 
 
 @pytest.mark.parametrize("kind", ["run", pytest.param("onnx", marks=pytest.mark.slow)])
 def test_an_image_that_cannot_be_read_is_passed_over_and_named(
-    make_run: MakeRun, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+    make_run: MakeRun, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
 ) -> None:
     model = make_run()
     if kind == "onnx":
         pytest.importorskip("onnxruntime")
         model = export_run(load_run(model), tmp_path / "model.onnx").path
-    (photos / "clear.png").write_bytes(b"no image")
-    (photos / "odd.jpg").write_bytes((photos / "odd.jpg").read_bytes()[:300])
+    (image_folder / "clear.png").write_bytes(b"no image")
+    (image_folder / "odd.jpg").write_bytes((image_folder / "odd.jpg").read_bytes()[:300])
     out = tmp_path / "out"
     with pytest.raises(SystemExit) as exit_:
-        main(["predict", str(model), str(photos), "--out", str(out)])
+        main(["predict", str(model), str(image_folder), "--out", str(out)])
     assert exit_.value.code == 2
     error = capsys.readouterr().err
     assert error.startswith(
-        f"rfield predict: 2 of 5 images are not labelled, the others are in {out}: {photos}/clear.png"
+        f"rfield predict: 2 of 5 images are not labelled, the others are in {out}: {image_folder}/clear.png"
     )
     assert "odd.jpg cannot be read as an image" in error
     assert error.count("\n") == 1
@@ -320,14 +322,14 @@ def test_an_image_that_cannot_be_read_is_passed_over_and_named(
 
 
 def test_a_full_disk_ends_the_labelling(
-    make_run: MakeRun, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_run: MakeRun, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*args: object) -> None:
         raise OSError("no space left")
 
     monkeypatch.setattr("rfield.segmentation.inference.predict._save", full)
     with pytest.raises(OSError, match="no space left"):
-        list(predict_run(load_run(make_run()), find_images(str(photos)), tmp_path / "out"))
+        list(predict_run(load_run(make_run()), find_images(str(image_folder)), tmp_path / "out"))
 
 
 @pytest.mark.parametrize("size", [None, [90, 130]])
