@@ -92,11 +92,11 @@ def slopes(trained: SinglePathHead, start: int, batches: list) -> dict[str, list
         for batch in batches:
             losses = []
             for side in sides:
-                layer.held = (side, side)
+                layer.dilation_override = (side, side)
                 with torch.no_grad():
                     losses.append(float(loss_of(head, *batch, False)))
             found[key].append((losses[0] - losses[1]) / np.log(sides[0] / sides[1]))
-        layer.held = None
+        layer.dilation_override = None
     return found
 
 
@@ -133,7 +133,7 @@ def main() -> None:
         whole = make_head(trained, "dilation", start)
         dilations, losses = [1, 2, 3, 4, 5, 6, 8, 10, 12, 13, 14, 15, 16, 18, 21, 24, 28], []
         for dilation in dilations:
-            layer_of(whole).held = (float(dilation), float(dilation))
+            layer_of(whole).dilation_override = (float(dilation), float(dilation))
             with torch.no_grad():
                 losses.append(float(np.mean([float(loss_of(whole, *batch, False)) for batch in batches])))
         report[name + " weights"]["whole dilations"] = [dilations, losses]

@@ -92,9 +92,9 @@ class TestLearning:
         adaptive = AdaptiveConv2d(2, 2, 3, padding=2, dilation=2)
         adaptive.load_state_dict(conv.state_dict())
         before = adaptive(features(1, 2, 12, 12))
-        adaptive.held = (5.0, 5.0)
+        adaptive.dilation_override = (5.0, 5.0)
         assert torch.equal(adaptive(features(1, 2, 12, 12)), conv(features(1, 2, 12, 12)))
-        adaptive.held = None
+        adaptive.dilation_override = None
         assert torch.equal(adaptive(features(1, 2, 12, 12)), before)
 
     def test_range_is_1_to_the_map(self) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from rfield import fuse
 from rfield.layers import AdaptiveConv2d, ReceptiveFieldRegulator
-from rfield.layers.factor import LearnedFactor, whole_dilation
+from rfield.layers.factor import LearnedFactor, round_dilation
 
 
 def conv(dilation: int | tuple[int, int], channels: int = 2) -> nn.Conv2d:
@@ -35,7 +35,7 @@ BOTH = pytest.mark.parametrize("make", [adaptive, regulator])
 class TestSnap:
     @pytest.mark.parametrize(("value", "whole"), [(0.1, 1), (1.4, 1), (1.5, 2), (2.5, 3), (2.4999999, 3), (7.95, 8)])
     def test_halves_go_up(self, value: float, whole: int) -> None:
-        assert whole_dilation(value) == whole
+        assert round_dilation(value) == whole
 
     @BOTH
     @pytest.mark.parametrize(
@@ -186,7 +186,7 @@ class TestRange:
         assert layer.factor.item() == pytest.approx(0.1)
         follower.share_factor(layer)
         assert follower.factor_bounds((12, 24)) == ((0.1, 0.1), (4, 4))
-        follower.widen_range([5.0])
+        follower.extend_range([5.0])
         assert follower.factor_bounds((12, 24)) == ((4 / 12, 4 / 24), (5, 5))
 
     def test_one_factor_has_the_looser_bound_of_both_axes_and_two_have_each_their_own(self) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from rfield import adapt
 from rfield.layers import AdaptiveConv2d, ReceptiveFieldRegulator
-from rfield.layers.factor import LearnedFactor, without_noise
+from rfield.layers.factor import LearnedFactor, remove_rounding_error
 
 
 def adaptive(dilation: int = 2, **options: object) -> AdaptiveConv2d:
@@ -187,7 +187,12 @@ class TestWholeDilations:
             assert all(dilation.is_integer() for dilation in layer.effective_dilation)
 
     def test_noise_is_a_millionth(self) -> None:
-        assert [without_noise(value) for value in (4.9999997, 5.00002, 0.9999999, 0.4)] == [5.0, 5.00002, 1.0, 0.4]
+        assert [remove_rounding_error(value) for value in (4.9999997, 5.00002, 0.9999999, 0.4)] == [
+            5.0,
+            5.00002,
+            1.0,
+            0.4,
+        ]
 
 
 def test_an_adapted_model_of_half_precision_learns() -> None:

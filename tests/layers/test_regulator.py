@@ -199,14 +199,14 @@ class TestFactor:
         budget = 3 * 12 * 12 * 4
         regulator = ReceptiveFieldRegulator(dilated(dilation=8), 1.0, memory_budget=budget).train(training)
         regulator.freeze_factor(frozen)
-        regulator.held = (2.0, 2.0)
+        regulator.dilation_override = (2.0, 2.0)
         seen = []
         regulator.module.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].shape))
         with pytest.warns(UserWarning, match=r"over the budget of .*held at"):
             regulator(features(1, 3, 8, 8))
         assert 3 * 10 * 10 * 4 <= seen[0].numel() * 4 <= budget
         assert regulator.factor.item() == 1.0
-        regulator.held = None
+        regulator.dilation_override = None
         regulator.in_search = True  # Between steps it may be set to such a dilation.
         regulator.set_factor(4.0)
         regulator(features(1, 3, 8, 8))
@@ -231,7 +231,7 @@ class TestFactor:
         while not search.done:
             search.loss(features(1, 3, 8, 8)).backward()
             search.step()
-        assert regulator._told_of_budget
+        assert regulator._warned_of_budget
         assert max(seen) <= 3 * 12 * 12
 
     @pytest.mark.parametrize("size", [(1, 16), (16, 1), (3, 16)])

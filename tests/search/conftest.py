@@ -72,15 +72,15 @@ class Toy:
 
     @staticmethod
     def loss(*best: float) -> Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]]:
-        """The loss and the guides of a model of so many factors; the distance of both axes together."""
+        """The loss, and for each factor a loss of its own: the distance of both axes together."""
 
         def loss_fn(model: nn.Module, image: Tensor) -> tuple[Tensor, Tensor]:
             output = model(image)
             realised = [group[0].realised_dilation for group in learned_layers(model)]
-            guides = [
+            factor_losses = [
                 sum(math.log(dilation / at) ** 2 for dilation in pair) for pair, at in zip(realised, best, strict=True)
             ]
-            return output.square().mean(), torch.tensor(guides)
+            return output.square().mean(), torch.tensor(factor_losses)
 
         return loss_fn
 

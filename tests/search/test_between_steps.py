@@ -41,7 +41,7 @@ def test_a_sampled_search_is_at_its_start_and_then_at_its_best(toy: Any) -> None
     search = SampledSearch(model, toy.loss(7.0), 20, [toy.image])
     for step in range(1, 13):
         toy.run(search, 1)
-        assert model[0].held is None
+        assert model[0].dilation_override is None
         readings = search.readings[0, 0]
         assert [at for at, _ in readings] == [at for at in (5, 8, 12) if at <= step]
         best = curve_minimum(readings[-1][1]) if readings else 4.0
@@ -66,7 +66,7 @@ def test_a_reading_that_fails_leaves_nothing_behind(cues: Any) -> None:
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(KeyboardInterrupt):
         search.step()
-    assert model[0].held is None
+    assert model[0].dilation_override is None
     assert (model[0].training, model[1].training) == (True, False)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
@@ -88,7 +88,7 @@ def test_a_backward_pass_after_its_step_leaves_nothing_held(cues: Any, kind: str
         if late:
             search.step()
         loss.backward()
-        assert (model[0].held is None) == late
+        assert (model[0].dilation_override is None) == late
         gradients.append([weight.grad for weight in model[0].parameters() if weight.requires_grad])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
@@ -112,11 +112,11 @@ def test_a_loss_that_fails_leaves_nothing_held(cues: Any, kind: str) -> None:
     held = []
 
     def loss_fn(model: nn.Module, batch: Any) -> Any:
-        held.append(model[0].held)
+        held.append(model[0].dilation_override)
         raise MemoryError
 
     search = search_of(kind, model, loss_fn, cues.batches(1))
     with pytest.raises(MemoryError):
         search.loss(cues.batches(1)[0])
     assert held[0] is not None
-    assert model[0].held is None
+    assert model[0].dilation_override is None

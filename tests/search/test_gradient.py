@@ -103,7 +103,7 @@ class TestLayersThatDoNotRun:
         assert search._ranges == [(2.0, 24.0)]
         assert all(layer.effective_dilation[0] == int(layer.effective_dilation[0]) for layer in model.values())
 
-    def test_a_batch_that_passes_a_guided_layer_by(self, toy: Any) -> None:
+    def test_a_batch_that_does_not_run_a_layer_with_a_loss_of_its_own(self, toy: Any) -> None:
         model = toy.model(3, 5)
 
         def loss_fn(model: Any, batch: tuple[Tensor, bool]) -> tuple[Tensor, Tensor]:
@@ -121,15 +121,15 @@ class TestLayersThatDoNotRun:
         assert model[0].log_factor.grad.abs() > 0
 
 
-def test_a_guide_that_is_the_loss_itself_changes_nothing(toy: Any) -> None:
+def test_a_factor_loss_that_is_the_loss_itself_changes_nothing(toy: Any) -> None:
     gradients = []
-    for guided in (False, True):
+    for separate in (False, True):
         model = toy.model(3)
         model[0].set_factor(1.1)
 
-        def loss_fn(model: nn.Module, batch: Tensor, guided: bool = guided) -> Any:
+        def loss_fn(model: nn.Module, batch: Tensor, separate: bool = separate) -> Any:
             loss = mean(model, batch)
-            return (loss, loss[None]) if guided else loss
+            return (loss, loss[None]) if separate else loss
 
         search = GradientSearch(model, loss_fn, 9)
         search.loss(toy.image).backward()

@@ -1,4 +1,4 @@
-"""What holds for every search: accumulation, autocast, modes, several processes, guides, snapping."""
+"""What holds for every search: accumulation, autocast, modes, several processes, factor losses, snapping."""
 
 import math
 from typing import Any
@@ -20,7 +20,7 @@ class TestRules:
         seen = []
         for batch in cues.batches(3):
             search.loss(batch)
-            seen.append(model[0].held)
+            seen.append(model[0].dilation_override)
         assert len(set(seen)) == 1
 
     def test_dilations_run_at_integers_and_native(self, cues: Any) -> None:
@@ -30,7 +30,7 @@ class TestRules:
         for batch in cues.batches(20):
             search.loss(batch)
             search._record()
-            drawn.add(model[0].held)
+            drawn.add(model[0].dilation_override)
         assert all(value == int(value) for pair in drawn for value in pair)
         assert all(height == width for height, width in drawn)
         assert len(drawn) > 6

@@ -39,13 +39,13 @@ class TestCurve:
         model = toy.model(3, 5, factor=(1.0, 1.0))
 
         def loss_fn(model: nn.Module, batch: Any) -> Any:
-            loss, guides = toy.loss(3.0, 3.0)(model, batch)
-            return loss, guides + torch.tensor([0.0, math.nan])
+            loss, factor_losses = toy.loss(3.0, 3.0)(model, batch)
+            return loss, factor_losses + torch.tensor([0.0, math.nan])
 
         search = SampledSearch(model, loss_fn, 8, [toy.image])
         with pytest.raises(ValueError, match=r"step 2, the learned layer 1, height: no loss of the curve is finite"):
             toy.run(search, 8)
-        assert model[1].held is None
+        assert model[1].dilation_override is None
 
 
 class TestDraws:
@@ -57,7 +57,7 @@ class TestDraws:
             for start in (0, 10, 20):
                 values = []
                 for search.step_index in range(start, start + 10):
-                    values.append(math.log2(search._draw(0, 0, search._random("dilation", 0))))
+                    values.append(math.log2(search._draw_dilation(0, 0, search._random("dilation", 0))))
                 orders.append([int(value) for value in values])
         assert all(sorted(order) == list(range(10)) != order for order in orders)
         assert len({tuple(order) for order in orders}) == 6
@@ -82,7 +82,7 @@ class TestReading:
         assert search._ranges == [(1.0, 12.0)]
         assert search._windows[0, 0] == (1.0, 1.5)
         # A window has its share of the ten candidates.
-        assert [search._count(0, 1.0, high) for high in (12.0, 1.5, 1.0)] == [10, 3, 1]
+        assert [search._candidate_count(0, 1.0, high) for high in (12.0, 1.5, 1.0)] == [10, 3, 1]
         toy.run(search, 5)
         assert search._windows[0, 0] == (1.0, 12.0)
 
@@ -120,20 +120,20 @@ class TestReading:
         assert [layer.effective_dilation[0] for layer in model] == [8, 8]
 
     def test_a_regulator_is_held_as_drawn_and_a_convolution_at_a_whole_dilation(self, toy: Any) -> None:
-        from rfield.search.factors import hold_dilation, present_dilation
+        from rfield.search.factors import current_dilation, override_dilation
 
         regulator = ReceptiveFieldRegulator(nn.Conv2d(1, 1, 3, padding=4, dilation=4))
         layer = toy.layer(2)
         layer.share_factor(regulator)
-        hold_dilation([regulator, layer], [3.7])
-        assert (regulator.held, layer.held) == ((3.7, 3.7), (2, 2))
-        hold_dilation([layer], [3.7, 3.4])
-        assert layer.held == (4, 3)
-        hold_dilation([layer], [0.2])
-        assert layer.held == (1, 1)
+        override_dilation([regulator, layer], [3.7])
+        assert (regulator.dilation_override, layer.dilation_override) == ((3.7, 3.7), (2, 2))
+        override_dilation([layer], [3.7, 3.4])
+        assert layer.dilation_override == (4, 3)
+        override_dilation([layer], [0.2])
+        assert layer.dilation_override == (1, 1)
         layer.set_factor(2 / 3.7)
-        assert present_dilation([layer]) == [4]
-        assert present_dilation([regulator]) == [pytest.approx(7.4)]
+        assert current_dilation([layer]) == [4]
+        assert current_dilation([regulator]) == [pytest.approx(7.4)]
 
 
 class TestBounds:
@@ -214,7 +214,7 @@ class TestRunningAverage:
             weight.fill_(1.1)
         for _ in range(10):
             toy.run(search, 1)
-        kept = search._average["1.weight"]
+        kept = search._ema["1.weight"]
         assert kept.dtype == torch.promote_types(dtype, torch.float32)
         moved = (kept.item() - 1) / (weight.item() - 1)
         assert moved == pytest.approx(1 - 0.97**10, rel=1e-3)
@@ -247,17 +247,17 @@ class TestRunningAverage:
         toy.run(search, 1)
         with torch.no_grad():
             model[1].weight.mul_(1.3)
-        weight, average = model[1].weight.clone(), search._average["1.weight"].clone()
+        weight, average = model[1].weight.clone(), search._ema["1.weight"].clone()
         toy.run(search, 1)
         assert len(search.readings[0, 0]) == 1
         assert torch.equal(model[1].weight, weight)
-        assert torch.equal(search._average["1.weight"], average.lerp(weight.float(), 0.03))
+        assert torch.equal(search._ema["1.weight"], average.lerp(weight.float(), 0.03))
 
     def test_frozen_weights_are_left_alone(self, toy: Any) -> None:
         model = nn.Sequential(toy.layer(3), nn.Conv2d(1, 1, 1).requires_grad_(False))
         search = SampledSearch(model, lambda m, x: m(x).mean(), 8, [toy.image])
         toy.run(search, 1)
-        assert set(search._average) == {"0.weight", "0.bias"}
+        assert set(search._ema) == {"0.weight", "0.bias"}
 
 
 def test_layers_that_share_are_all_let_go(toy: Any) -> None:
@@ -265,5 +265,5 @@ def test_layers_that_share_are_all_let_go(toy: Any) -> None:
     model[1].share_factor(model[0])
     search = SampledSearch(model, lambda m, x: m(x).mean(), 3, [toy.image])
     toy.run(search, 3)
-    assert [layer.held for layer in model] == [None, None]
+    assert [layer.dilation_override for layer in model] == [None, None]
     assert all(isinstance(layer, AdaptiveConv2d) and layer.snapped for layer in model)

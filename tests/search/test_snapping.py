@@ -87,7 +87,7 @@ def test_regulators_and_convolutions_that_share_a_factor(kind: str) -> None:
         layer.share_factor(model[0])
     assert [len(group) for group in learned_layers(model)] == [3]
     learn(model, kind)
-    assert all(layer.snapped and layer.held is None for layer in model)
+    assert all(layer.snapped and layer.dilation_override is None for layer in model)
     assert all(value == int(value) for layer in model for value in layer.effective_dilation)
     assert torch.equal(fuse(model)(image()), model(image()))
 
@@ -99,7 +99,7 @@ def test_a_reading_and_the_delivery_round_alike(toy: Any) -> None:
     search.loss(toy.image)
     model[0].set_factor(2.0)
     search._log_dilation[0].data.fill_(torch.tensor(2.5).log())
-    search._compared.clear()
+    search._loss_pairs.clear()
     search.step()
     assert search.unsnapped == [[pytest.approx(2.5)]]
     assert model[0].effective_dilation == (3, 3)
@@ -194,7 +194,7 @@ class TestSecondSearch:
 
 
 def learn_toy(toy: Any, kind: str, model: nn.Module, best: float = 7) -> Search:
-    """The guides are those of the factors that are learned."""
+    """The factor losses are those of the factors that are learned."""
 
     def loss_fn(model: nn.Module, batch: Any) -> torch.Tensor:
         groups = learned_layers(model)

@@ -87,8 +87,8 @@ class TestSpsa:
         model = toy.model(3, 5)
 
         def loss_fn(model: nn.Module, batch: Any) -> Any:
-            loss, guides = toy.loss(3.0, 3.0)(model, batch)
-            return loss, guides + torch.tensor([0.0, bad if search.step_index == 2 else 0.0])
+            loss, factor_losses = toy.loss(3.0, 3.0)(model, batch)
+            return loss, factor_losses + torch.tensor([0.0, bad if search.step_index == 2 else 0.0])
 
         search = SpsaSearch(model, loss_fn, 8)
         toy.run(search, 2)

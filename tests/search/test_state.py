@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rfield.search import GradientSearch, SampledSearch, Search, SpsaSearch, parameter_groups
-from rfield.search.factors import names_of
+from rfield.search.factors import names_by_id
 
 KINDS = pytest.mark.parametrize("kind", ["gradient", "spsa", "sampled"])
 
@@ -106,9 +106,9 @@ class TestState:
         """Also from a start beyond the map, where the range is what the start has made it."""
 
         def loss_fn(model: nn.Module, batch: Any) -> Any:
-            loss, guides = toy.loss(90.0)(model, batch)
+            loss, factor_losses = toy.loss(90.0)(model, batch)
             # The gradient search sees the loss alone.
-            return loss if kind == "gradient" else (loss, guides)
+            return loss if kind == "gradient" else (loss, factor_losses)
 
         whole, resumed = toy.model(20), toy.model(20)
         whole[0].set_factor(20 / 30)
@@ -192,6 +192,6 @@ class TestWrappedModels:
         expected = {id(weight): name for name, weight in plain.named_parameters()}
         plain[1][0] = torch.compile(plain[1][0], backend="eager")
         for wrapped in (plain, torch.compile(plain), nn.DataParallel(torch.compile(nn.DataParallel(plain)))):
-            names = names_of(wrapped)
+            names = names_by_id(wrapped)
             assert {id(weight): names[id(weight)] for weight in wrapped.parameters()} == expected
-        assert names_of(conv := nn.Conv2d(1, 1, 1))[id(conv)] == "Conv2d"
+        assert names_by_id(conv := nn.Conv2d(1, 1, 1))[id(conv)] == "Conv2d"

@@ -218,9 +218,9 @@ def test_a_deep_copy_takes_no_part_in_the_search() -> None:
     (layer,) = rfield.adapt(model)
     search = search_of("sampled", model, 8, batches(2, 0))
     search.loss(batches(1, 0)[0]).backward()
-    assert layer.held is not None
+    assert layer.dilation_override is not None
     copied = copy.deepcopy(model)
-    assert [group[0].held for group in learned_layers(copied)] == [None]
+    assert [group[0].dilation_override for group in learned_layers(copied)] == [None]
     with torch.no_grad():
         factor_parameters(copied)[0].fill_(0.3)
     assert layer.factor.item() == pytest.approx(1.0)

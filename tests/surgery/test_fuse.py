@@ -82,7 +82,7 @@ class TestAdaptiveConv:
 
     def test_a_factor_in_between_is_rounded_per_axis(self) -> None:
         layer = AdaptiveConv2d.from_conv(dilated(), (5 / 2.6, 5 / 7.4))
-        layer.held = (9.0, 9.0)
+        layer.dilation_override = (9.0, 9.0)
         assert rfield.fuse(layer).dilation == (3, 7)
 
     def test_the_model_is_left_alone(self) -> None:

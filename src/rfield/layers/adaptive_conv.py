@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from rfield.layers.factor import LearnedFactor, padding_of, without_noise_of
+from rfield.layers.factor import LearnedFactor, numeric_padding, remove_rounding_error_tensor
 from rfield.ops import fractional_conv2d
 
 
@@ -91,7 +91,7 @@ class AdaptiveConv2d(LearnedFactor):
         self.out_channels = conv.out_channels
         self.kernel_size = (conv.kernel_size[0], conv.kernel_size[1])
         self.stride = (conv.stride[0], conv.stride[1])
-        self.padding = padding_of(conv)
+        self.padding = numeric_padding(conv)
         self.dilation = dilation
         self.groups = conv.groups
         # Those that a parametrization makes are carried over with it: to read them runs it.
@@ -107,7 +107,7 @@ class AdaptiveConv2d(LearnedFactor):
         """Maps Tensor[N, C, h, w] to Tensor[N, K, H, W], the size that the convolution at dilation d gives."""
         if input.dim() != 4 or 0 in input.shape:
             raise ValueError(f"input must be a map (N, C, h, w) that is not empty, got shape {tuple(input.shape)}")
-        self._see((input.shape[2], input.shape[3]))
+        self._record_map_size((input.shape[2], input.shape[3]))
         return fractional_conv2d(
             input,
             self.weight,
@@ -120,9 +120,9 @@ class AdaptiveConv2d(LearnedFactor):
         )
 
     def _present_dilation(self) -> Tensor:
-        if self.held is not None:
-            return self.log_factor.new_tensor(self.held)
-        dilation = without_noise_of(self.log_factor.new_tensor(self.base_dilation) / self.log_factor.exp())
+        if self.dilation_override is not None:
+            return self.log_factor.new_tensor(self.dilation_override)
+        dilation = remove_rounding_error_tensor(self.log_factor.new_tensor(self.base_dilation) / self.log_factor.exp())
         if self.log_factor.requires_grad and torch.is_grad_enabled():
             if not self.snapped:
                 return dilation
@@ -133,9 +133,9 @@ class AdaptiveConv2d(LearnedFactor):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if f"{prefix}log_factor" not in state_dict:
             start = torch.tensor(self._start).log().expand_as(self.log_factor)
-            no_value = self.log_factor.is_meta or self._unfilled
+            no_value = self.log_factor.is_meta or self._uninitialized
             state_dict[f"{prefix}log_factor"] = start if no_value else self.log_factor.detach()
-            if not self._unfilled and self.snapped:
+            if not self._uninitialized and self.snapped:
                 state_dict[f"{prefix}snapped"] = self.snapped_dilation
         super()._load_from_state_dict(state_dict, prefix, *args)
 

@@ -38,7 +38,8 @@ class LearnedFactor(nn.Module):
         snapped_dilation: integer Tensor[2], the whole dilation (height, width) that `snap` has left the layer at; zeros
             before. Each layer has its own, also where a factor is shared. A state dict holds it as `snapped`, once
             there is one.
-        held: the effective dilation that a search has the layer realise instead of the learned one, or None.
+        dilation_override: the effective dilation that a search makes the layer run at instead of the learned one, or
+            None.
         map_size: (h, w) of the last map seen, or None.
         in_search: whether a search that has not ended has the factor frozen, and sets it by itself.
         rounds: whether a search runs the layer at integer dilations, where it is cheap and exact.
@@ -50,7 +51,7 @@ class LearnedFactor(nn.Module):
     rounds = False
     snapped_dilation: Tensor
     # Whether the buffer has been on the meta device, and rfield has not filled it since.
-    _unfilled = False
+    _uninitialized = False
     # The layer that this one is a replica of, under `nn.DataParallel`.
     _replica_of: "LearnedFactor | None" = None
 
@@ -74,8 +75,8 @@ class LearnedFactor(nn.Module):
         self.max_factor = max_factor
         # A buffer, so that running averages of the weights, which copy buffers, run at it too.
         self.register_buffer("snapped_dilation", torch.zeros(2, dtype=torch.int64), persistent=False)
-        self._unfilled = self.snapped_dilation.is_meta
-        self.held: Pair | None = None
+        self._uninitialized = self.snapped_dilation.is_meta
+        self.dilation_override: Pair | None = None
         self.map_size: tuple[int, int] | None = None
         self.in_search = False
         self._start = start
@@ -84,7 +85,7 @@ class LearnedFactor(nn.Module):
     @property
     def snapped(self) -> bool:
         """Whether `snap` has ended the learning at a whole dilation."""
-        self._check_filled()
+        self._check_initialized()
         return not self.snapped_dilation.is_meta and bool(self.snapped_dilation.any())
 
     @property
@@ -112,12 +113,12 @@ class LearnedFactor(nn.Module):
             return float(height), float(width)
         factor = read_values("factor", self.factor)
         height, width = self.base_dilation
-        return without_noise(height / factor[0]), without_noise(width / factor[-1])
+        return remove_rounding_error(height / factor[0]), remove_rounding_error(width / factor[-1])
 
     @property
     def realised_dilation(self) -> Pair:
         """The dilation that a forward runs at now: what a search holds, or else the effective one."""
-        return self.effective_dilation if self.held is None else self.held
+        return self.effective_dilation if self.dilation_override is None else self.dilation_override
 
     def factor_bounds(self, map_size: tuple[int, int]) -> tuple[Pair, Pair]:
         """The range of the factor on a map of (h, w): ((min_h, min_w), (max_h, max_w)).
@@ -154,12 +155,12 @@ class LearnedFactor(nn.Module):
         values = _as_factors("factor", factor)
         if len(values) > self.log_factor.numel():
             raise ValueError(f"this layer has one factor for both axes, got {len(values)} values: {values}")
-        if self._unfilled or self.snapped:
-            self._snap_at((0, 0))
+        if self._uninitialized or self.snapped:
+            self._set_snapped_dilation((0, 0))
         present = _whole(self.log_factor)
         self._write(present.new_tensor(values).log().expand_as(present))
 
-    def widen_range(self, start: Sequence[float]) -> None:
+    def extend_range(self, start: Sequence[float]) -> None:
         """Has the default range hold this factor, where a search starts; one number or (height, width)."""
         self._start = _as_factors("start", start)
 
@@ -172,8 +173,8 @@ class LearnedFactor(nn.Module):
         for value, base in zip(dilation, self.base_dilation, strict=True):
             least = 1.0 if self.max_factor is None else base / self.max_factor
             greatest = float(sys.maxsize) if self.min_factor is None else base / self.min_factor
-            low, high = whole_range(least, greatest) or (1, sys.maxsize)
-            nearest.append(min(max(whole_dilation(value), low), high))
+            low, high = integer_range(least, greatest) or (1, sys.maxsize)
+            nearest.append(min(max(round_dilation(value), low), high))
         return nearest[0], nearest[1]
 
     def _move_factor(self, device: torch.device) -> None:
@@ -181,7 +182,7 @@ class LearnedFactor(nn.Module):
         # Made anew: a parameter cannot be moved to torch's meta device.
         self.log_factor = nn.Parameter(self.log_factor.detach().to(device), self.log_factor.requires_grad)
         self.snapped_dilation = self.snapped_dilation.to(device)
-        self._unfilled = self.snapped_dilation.is_meta
+        self._uninitialized = self.snapped_dilation.is_meta
 
     def _write(self, value: Tensor) -> None:
         """Sets the parameter in place, also where FSDP2 has dealt it to several processes."""
@@ -194,18 +195,18 @@ class LearnedFactor(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A copy takes no part in the search that holds the original at some dilation.
-        super().__setstate__({**state, "held": None})  # type: ignore[no-untyped-call]
+        super().__setstate__({**state, "dilation_override": None})  # type: ignore[no-untyped-call]
 
     def snap(self) -> None:
         """Ends the learning: the layer stays at the whole dilation that is nearest, halves up, and at least 1.
 
         The factor is frozen. Layers that share it are snapped one by one, each to its own dilation.
         """
-        self._snap_at(self.nearest_dilation(self.effective_dilation))
+        self._set_snapped_dilation(self.nearest_dilation(self.effective_dilation))
         self.freeze_factor()
 
     @torch.no_grad()
-    def settle_factor(self) -> None:
+    def copy_snap_to_factor(self) -> None:
         """Brings the parameter to what a snapped layer runs at, for those who read it alone.
 
         Of layers that share it, this is the parameter of all, so snap them first.
@@ -213,10 +214,10 @@ class LearnedFactor(nn.Module):
         present = _whole(self.log_factor)
         self._write(present.new_tensor(self.factor.tolist()[: present.numel()]).log())
 
-    def _snap_at(self, dilation: tuple[int, int]) -> None:
+    def _set_snapped_dilation(self, dilation: tuple[int, int]) -> None:
         """Snaps the layer to a dilation, or with zeros has it follow its factor."""
         self.snapped_dilation.copy_(torch.tensor(dilation))
-        self._unfilled = self.snapped_dilation.is_meta
+        self._uninitialized = self.snapped_dilation.is_meta
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LearnedFactor":
         own, gradient = self.log_factor, self.log_factor.grad
@@ -239,7 +240,7 @@ class LearnedFactor(nn.Module):
                 self._write(own.new_tensor(self._start).log().expand_as(own))
         if no_snap and not self.snapped_dilation.is_meta:
             self.snapped_dilation.zero_()
-        self._unfilled = self.snapped_dilation.is_meta or (self._unfilled and not no_snap)
+        self._uninitialized = self.snapped_dilation.is_meta or (self._uninitialized and not no_snap)
         return self
 
     def _keep_parameter(self, own: nn.Parameter) -> None:
@@ -282,17 +283,17 @@ class LearnedFactor(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         own, dilation = self.log_factor, state_dict.pop(f"{prefix}snapped", None)
-        if f"{prefix}log_factor" in state_dict and (self._unfilled or self.snapped_dilation.is_meta):
+        if f"{prefix}log_factor" in state_dict and (self._uninitialized or self.snapped_dilation.is_meta):
             self.snapped_dilation = torch.zeros(2, dtype=torch.int64, device=state_dict[f"{prefix}log_factor"].device)
-            self._unfilled = self.snapped_dilation.is_meta
+            self._uninitialized = self.snapped_dilation.is_meta
         if dilation is None:
             if self.snapped and f"{prefix}log_factor" in state_dict:
-                self._snap_at((0, 0))
+                self._set_snapped_dilation((0, 0))
         elif dilation.shape != (2,) or dilation.is_floating_point() or not bool((dilation > 0).all()):
             errors: list[str] = args[-1]
             errors.append(f"{prefix}snapped must be two whole dilations (height, width), got {dilation}")
         else:
-            self._snap_at((int(dilation[0]), int(dilation[1])))
+            self._set_snapped_dilation((int(dilation[0]), int(dilation[1])))
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._keep_parameter(own)
 
@@ -301,18 +302,18 @@ class LearnedFactor(nn.Module):
         factor = ", ".join(f"{value:.4g}" for value in values) or "?"
         return f"factor=({factor}), min_factor={self.min_factor}, max_factor={self.max_factor}"
 
-    def _see(self, map_size: tuple[int, int]) -> None:
+    def _record_map_size(self, map_size: tuple[int, int]) -> None:
         """Called by every forward with the size of its map."""
-        self._check_filled()
+        self._check_initialized()
         self.map_size = map_size
         if self._replica_of is not None:
             self._replica_of.map_size = map_size
         if self.training and self.log_factor.requires_grad:
             self.clamp_factor_(map_size)
 
-    def _check_filled(self) -> None:
+    def _check_initialized(self) -> None:
         """Refuses a layer that others have brought from the meta device: its buffer holds any number then."""
-        if self._unfilled and not self.snapped_dilation.is_meta:
+        if self._uninitialized and not self.snapped_dilation.is_meta:
             raise ValueError(
                 "a learned layer was made on the meta device and filled without load_state_dict, as from_pretrained "
                 "of transformers does, so that its dilation is not known: call load_state_dict with the saved state, "
@@ -325,36 +326,36 @@ class LearnedFactor(nn.Module):
         return replica
 
 
-def without_noise(dilation: float) -> float:
+def remove_rounding_error(dilation: float) -> float:
     """The dilation itself, or the whole one that it misses by what exp(log(f)) is off.
 
-    >>> without_noise(10.9999993), without_noise(10.9993)
+    >>> remove_rounding_error(10.9999993), remove_rounding_error(10.9993)
     (11.0, 10.9993)
     """
     nearest = max(1, round(dilation))
     return float(nearest) if abs(dilation - nearest) <= _SLACK * nearest else dilation
 
 
-def without_noise_of(dilation: Tensor) -> Tensor:
-    """`without_noise` of a tensor, whose gradient stays."""
+def remove_rounding_error_tensor(dilation: Tensor) -> Tensor:
+    """`remove_rounding_error` of a tensor, whose gradient stays."""
     fixed = dilation.detach()
     nearest = fixed.round().clamp(min=1)
     return dilation + torch.where((fixed - nearest).abs() <= _SLACK * nearest, nearest - fixed, 0)
 
 
-def whole_dilation(dilation: float) -> int:
+def round_dilation(dilation: float) -> int:
     """The whole dilation next to one, halves up, at least 1.
 
-    >>> [whole_dilation(value) for value in (0.2, 2.4, 2.5, 3.5)]
+    >>> [round_dilation(value) for value in (0.2, 2.4, 2.5, 3.5)]
     [1, 2, 3, 4]
     """
     return max(1, math.floor(dilation * (1 + _SLACK) + 0.5))
 
 
-def whole_range(least: float, greatest: float) -> tuple[int, int] | None:
+def integer_range(least: float, greatest: float) -> tuple[int, int] | None:
     """The least and the greatest whole dilation between two dilations; None if there is none.
 
-    >>> whole_range(1.4, 5.0), whole_range(2.2, 2.8)
+    >>> integer_range(1.4, 5.0), integer_range(2.2, 2.8)
     ((2, 5), None)
     """
     low, high = max(1, math.ceil(least * (1 - _SLACK))), math.floor(greatest * (1 + _SLACK))
@@ -379,7 +380,7 @@ def _as_factors(name: str, value: float | Sequence[float]) -> tuple[float, ...]:
     return values
 
 
-def padding_of(conv: nn.Conv2d) -> tuple[int, int]:
+def numeric_padding(conv: nn.Conv2d) -> tuple[int, int]:
     """(height, width) of the zeros around a convolution's input, also where they are given in words."""
     if isinstance(conv.padding, str):
         same = [d * (k - 1) // 2 for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
@@ -387,7 +388,7 @@ def padding_of(conv: nn.Conv2d) -> tuple[int, int]:
     return conv.padding[0], conv.padding[1]
 
 
-def followed_padding(conv: Any, dilation: tuple[int, int]) -> tuple[int, int]:
+def padding_for_dilation(conv: Any, dilation: tuple[int, int]) -> tuple[int, int]:
     """The padding that keeps a convolution's output where it is, at another dilation; may be negative."""
     height, width = (
         conv.padding[axis] + (dilation[axis] - conv.dilation[axis]) * (conv.kernel_size[axis] - 1) // 2
@@ -410,12 +411,12 @@ def set_dilation(conv: nn.Conv2d, dilation: tuple[int, int]) -> None:
     if min(dilation) < 1:
         raise ValueError(f"a dilation must be at least 1, got {dilation}")
     if conv.padding != "same":
-        conv.padding = padding_of(conv)
-        padding = followed_padding(conv, dilation)
+        conv.padding = numeric_padding(conv)
+        padding = padding_for_dilation(conv, dilation)
         if min(padding) < 0:
             raise ValueError(f"a padding of {conv.padding} is too small to follow the dilation to {dilation}")
         conv.padding = padding
     conv.dilation = dilation
     # What torch pads with itself, where it is not with zeros; the last axis first.
-    height, width = padding_of(conv)
+    height, width = numeric_padding(conv)
     conv._reversed_padding_repeated_twice = [width, width, height, height]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from rfield.layers.factor import LearnedFactor, Pair, set_dilation, whole_dilation
+from rfield.layers.factor import LearnedFactor, Pair, round_dilation, set_dilation
 from rfield.layers.resize import Inflation2d, Interpolation2d, inflated_size
 from rfield.ops.sampling import read_values
 
@@ -56,7 +56,7 @@ class ReceptiveFieldRegulator(LearnedFactor):
         self.inflation = Inflation2d()
         self.interpolation = Interpolation2d()
         self.memory_budget = memory_budget
-        self._told_of_budget = False
+        self._warned_of_budget = False
         self.record_gradients = False
         self._convs = [
             (conv, (conv.dilation[0], conv.dilation[1]))
@@ -79,11 +79,11 @@ class ReceptiveFieldRegulator(LearnedFactor):
         if input.dim() != 4 or 0 in input.shape:
             raise ValueError(f"input must be a map (N, C, h, w) that is not empty, got shape {tuple(input.shape)}")
         grid_size = (input.shape[2], input.shape[3])
-        self._see(grid_size)
+        self._record_map_size(grid_size)
         snapped = self.snapped
         if snapped:
             # Copied from another regulator, as a running average of the weights is, the buffer may have come alone.
-            self.realise_snap()
+            self.apply_snap()
         # The size on the meta device does not depend on the factor, which has no value there.
         resizes = not snapped and not input.is_meta
         factor = self._present_factor(input) if resizes else torch.ones_like(self.log_factor)
@@ -146,28 +146,28 @@ class ReceptiveFieldRegulator(LearnedFactor):
         """Whether the module has a dilation to snap."""
         return max(self.base_dilation) > 1
 
-    def _snap_at(self, dilation: tuple[int, int]) -> None:
-        super()._snap_at(dilation)
-        self.realise_snap()
+    def _set_snapped_dilation(self, dilation: tuple[int, int]) -> None:
+        super()._set_snapped_dilation(dilation)
+        self.apply_snap()
 
-    def realise_snap(self) -> None:
+    def apply_snap(self) -> None:
         """Gives the convolutions the dilations that a snapped regulator stands for, or else their own."""
         realised = self.effective_dilation if self.snapped else self.base_dilation
         ratio = [value / base for value, base in zip(realised, self.base_dilation, strict=True)]
         for conv, (height, width) in self._convs:
-            set_dilation(conv, (whole_dilation(height * ratio[0]), whole_dilation(width * ratio[1])))
+            set_dilation(conv, (round_dilation(height * ratio[0]), round_dilation(width * ratio[1])))
 
     def _present_factor(self, input: Tensor) -> Tensor:
         """The factor to inflate by, Tensor[1] or Tensor[2], within the memory budget."""
-        if self.held is not None:
-            held = [base / dilation for base, dilation in zip(self.base_dilation, self.held, strict=True)]
+        if self.dilation_override is not None:
+            held = [base / dilation for base, dilation in zip(self.base_dilation, self.dilation_override, strict=True)]
             factor = self.log_factor.new_tensor(held)
         else:
             factor = self.log_factor.exp()
         shrink = self._within_budget(input, read_values("factor", factor))
         if shrink == 1.0:
             return factor
-        if self.held is not None or not self._learns:
+        if self.dilation_override is not None or not self._learns:
             return factor * shrink
         with torch.no_grad():
             self.log_factor.add_(math.log(shrink))
@@ -190,15 +190,15 @@ class ReceptiveFieldRegulator(LearnedFactor):
             f"inflating {tuple(input.shape)} by {[round(value, 3) for value in factor]} takes "
             f"{needed / 2**20:.0f} MiB, over the budget of {self.memory_budget / 2**20:.0f} MiB"
         )
-        if not (self._learns or self.in_search or self.held is not None):
+        if not (self._learns or self.in_search or self.dilation_override is not None):
             raise ValueError(f"{message}: raise memory_budget, or use a smaller batch, map or factor")
         sizes = [size for size in (height, width) if size > 1]  # An axis of one pixel stays one.
         side = (self.memory_budget / needed) ** (1 / max(1, len(sizes)))
         shrink = min(((math.floor(size * side) - 1) / (size - 1) for size in sizes), default=0)
         if shrink <= 0:
             raise ValueError(f"{message}, and no factor fits it: raise memory_budget or use a smaller batch")
-        if not self._told_of_budget:  # Once: a factor that wants to grow meets its bound at every step.
-            self._told_of_budget = True
+        if not self._warned_of_budget:  # Once: a factor that wants to grow meets its bound at every step.
+            self._warned_of_budget = True
             warnings.warn(
                 f"{message}: the factor is held at {shrink:.3g} of it; raise memory_budget, or use a smaller batch, "
                 "map or dilation",

@@ -1,4 +1,4 @@
-"""What the searches share: the groups of layers, the step, the end, the state."""
+"""The base class of all searches: groups of layers, steps, the final result, and the saved state."""
 
 import copy
 import random
@@ -10,62 +10,66 @@ from torch import Tensor, nn
 
 from rfield.layers import LearnedFactor
 from rfield.layers.factor import Pair
-from rfield.search.factors import dilation_range, learned_layers, names_of, still_learned
+from rfield.search.factors import dilation_range, learned_layers, names_by_id, searchable_layers
 
 LossFunction = Callable[[nn.Module, Any], Tensor | tuple[Tensor, Tensor]]
 
 
-class _HoldInBackward(torch.autograd.Function):
-    """A loss, whose backward pass holds the dilations that its forward pass ran at.
+class _OverrideInBackward(torch.autograd.Function):
+    """Return the loss; its backward pass runs at the dilations that its forward pass ran at.
 
-    Gradient checkpointing repeats parts of the forward pass in the backward one, and a search may have moved on.
+    Gradient checkpointing repeats parts of the forward pass during the backward pass, and by then the search may have
+    set other dilations.
     """
 
     @staticmethod
     def forward(ctx: Any, loss: Tensor, search: "Search") -> Tensor:
-        ctx.search, ctx.held, ctx.step = search, search._held, search.step_index
-        return loss.clone()  # A view could not be changed in place.
+        ctx.search, ctx.overrides, ctx.step = search, search._overrides, search.step_index
+        return loss.clone()  # autograd forbids changing a view in place
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
-        for layer, dilation in ctx.held:
-            layer.held = dilation
-        if ctx.step != ctx.search.step_index:  # A backward pass after its step leaves nothing held.
-            torch.autograd.Variable._execution_engine.queue_callback(ctx.search._release)
+        for layer, dilation in ctx.overrides:
+            layer.dilation_override = dilation
+        if ctx.step != ctx.search.step_index:  # `step` has already cleared the overrides: clear them again afterwards
+            torch.autograd.Variable._execution_engine.queue_callback(ctx.search._clear_overrides)
         return grad_outputs[0], None
 
 
 class Search:
-    """What the three searches share: the groups of layers, the step, the end.
+    """Base class of the searches, which learn the factors of a model during its training.
 
-    Between `step` and the next `loss` the network is at the present best of the search, or at its start where there is
-    none yet: that is what a validation sees, and what a checkpoint of the model holds.
+    Between `step` and the next `loss` the network runs at the best dilations found so far, or at its start where there
+    are none yet. A validation measures the network there, and a checkpoint of the model saves it there.
 
     Args:
-        model: holds the layers to learn; may be wrapped (DistributedDataParallel). Factors that are frozen, and layers
-            that are snapped, stay as they are.
-        loss_fn: `loss_fn(model, batch)` gives the scalar loss; or (loss, guides), where guides is Tensor[number of
-            factors]: the weights train on the loss, and each factor is learned by its own guide.
-        steps: optimizer steps of the search; at their end the factors are snapped.
-        seed: of the draws.
+        model: contains the layers to learn; may be wrapped (DistributedDataParallel). Frozen factors and snapped layers
+            do not change.
+        loss_fn: `loss_fn(model, batch)` returns the scalar loss, or `(loss, factor_losses)` with `factor_losses`,
+            Tensor[number of factors]. The weights are trained on `loss`, and each factor on its own entry of
+            `factor_losses`.
+        steps: number of optimizer steps of the search; after the last one the factors are snapped.
+        seed: seed of the random draws.
 
     Attributes:
-        groups: the layers that are learned, those that share a factor together.
+        groups: the layers to learn; layers that share a factor form one group.
         done: whether the receptive field is final.
-        starts: for each factor the effective dilations that the search was started at, one or (height, width).
-        trajectory: (step, the dilations along the height that it ran at, one a factor) of each step.
-        unsnapped: the dilations that it ended with, one number or (height, width) a factor; empty until `done`.
+        starts: for each factor the effective dilation at the start of the search, one number or (height, width).
+        trajectory: for each step (step, dilations): the dilations along the height that the step ran at, one per
+            factor.
+        unsnapped: for each factor the final dilation before it was snapped, one number or (height, width); empty until
+            `done`.
 
     Raises:
-        ValueError: if there is nothing to learn in the model, or no steps to learn it in; in `loss` and `step` if a
-            layer to learn has not run, or its bounds hold no whole dilation.
+        ValueError: if the model has nothing to learn, or `steps` is below 1. `loss` and `step` raise it if a layer to
+            learn has not run, or no integer dilation lies within its bounds.
     """
 
     def __init__(self, model: nn.Module, loss_fn: LossFunction, steps: int, seed: int = 0) -> None:
-        every = learned_layers(model)
-        if not every:
+        all_groups = learned_layers(model)
+        if not all_groups:
             raise ValueError("the model has no learned factor: wrap layers in a regulator or an AdaptiveConv2d first")
-        self.groups = [group for layers in every if (group := still_learned(layers))]
+        self.groups = [group for layers in all_groups if (group := searchable_layers(layers))]
         if not self.groups:
             raise ValueError(
                 "the model's learned factors are all frozen or snapped, which leaves none to search: call "
@@ -81,32 +85,32 @@ class Search:
         self.done = False
         self.trajectory: list[tuple[int, list[float]]] = []
         self.unsnapped: list[list[float]] = []
-        self._held: list[tuple[LearnedFactor, Pair | None]] = []
-        self._names = names_of(model)
-        self._guided = self._checked = False
+        self._overrides: list[tuple[LearnedFactor, Pair | None]] = []
+        self._names = names_by_id(model)
+        self._has_factor_losses = self._checked = False
         self._set_starts([list(group[0].effective_dilation[: group[0].log_factor.numel()]) for group in self.groups])
         for group in self.groups:
             for layer in group:
-                layer.map_size = None  # Until this search has seen it run.
+                layer.map_size = None  # unknown until the layer runs in this search
 
     def loss(self, batch: Any) -> Tensor:
-        """The loss to call `backward` on."""
+        """Return the loss to call `backward` on."""
         raise NotImplementedError
 
     def step(self) -> None:
-        """Ends an optimizer step, and lets go of the dilations that it ran at."""
+        """End an optimizer step: update the factors and remove the dilations that the step tried."""
         if self.done:
             return
         self._check_layers()
-        self._learn()
-        self._release()
+        self._update_factors()
+        self._clear_overrides()
 
-    def _learn(self) -> None:
-        """A step's part of the search."""
+    def _update_factors(self) -> None:
+        """Do the search method's part of a step."""
         raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain types and tensors of its own, for a checkpoint beside the model's."""
+        """Return plain types and copied tensors, to be saved beside the model's state."""
         return copy.deepcopy(self._state())
 
     def _state(self) -> dict[str, Any]:
@@ -122,10 +126,10 @@ class Search:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues where `state_dict` was taken, as if it had never stopped; load the model's state first.
+        """Continue a search exactly where `state_dict` was called; load the model's state first.
 
         Raises:
-            ValueError: if the state is that of another search, or of a model with other learned layers.
+            ValueError: if the state belongs to another kind of search, or to a model with other learned layers.
         """
         axes = [len(start) for start in self.starts]
         if state["kind"] != type(self).__name__ or [len(start) for start in state["starts"]] != axes:
@@ -154,72 +158,77 @@ class Search:
         for group, start in zip(self.groups, starts, strict=True):
             factor = [base / dilation for base, dilation in zip(group[0].base_dilation, start, strict=False)]
             for layer in group:
-                layer.widen_range(factor)
+                layer.extend_range(factor)
 
-    def _take_factors(self) -> None:
-        """Freezes the factors that the search sets by itself."""
+    def _freeze_factors(self) -> None:
+        """Freeze the factors, for a search that sets them itself."""
         for group in self.groups:
             group[0].freeze_factor()
             for layer in group:
                 layer.in_search = True
 
-    def _losses(self, batch: Any) -> tuple[Tensor, Tensor]:
-        """The loss for the weights, and the guides for the factors, Tensor[number of factors]."""
+    def _call_loss_fn(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """Return the loss for the weights and the losses for the factors, Tensor[number of factors]."""
         try:
             value = self.loss_fn(self.model, batch)
-        except BaseException:  # As of a lack of memory: who goes on from it finds the network as between steps.
-            self._release()
+        except BaseException:  # a caller may catch an out-of-memory error and continue
+            self._clear_overrides()
             raise
-        self._guided = not isinstance(value, Tensor)
-        loss, guides = (value, value.expand(len(self.groups))) if isinstance(value, Tensor) else value
-        if guides.shape != (len(self.groups),):
+        self._has_factor_losses = not isinstance(value, Tensor)
+        loss, factor_losses = (value, value.expand(len(self.groups))) if isinstance(value, Tensor) else value
+        if factor_losses.shape != (len(self.groups),):
             raise ValueError(
-                f"loss_fn gave guides of shape {tuple(guides.shape)}, but the model has {len(self.groups)} factors"
+                f"loss_fn returned factor_losses of shape {tuple(factor_losses.shape)}, but the model has "
+                f"{len(self.groups)} factors"
             )
-        self._held = [(layer, layer.held) for group in self.groups for layer in group]
-        return _HoldInBackward.apply(loss, self), guides
+        self._overrides = [(layer, layer.dilation_override) for group in self.groups for layer in group]
+        return _OverrideInBackward.apply(loss, self), factor_losses
 
     def _check_layers(self) -> None:
-        """Refuses layers that no forward pass reaches, and bounds that no whole dilation lies between."""
+        """Raise ValueError for a layer that no forward pass runs, or whose bounds contain no integer dilation."""
         if self._checked:
             return
         for group in self.groups:
             if all(layer.map_size is None for layer in group):
                 raise ValueError(
-                    f"the learned layer {self._name(group)} has not run in the forward pass, so that nothing can be "
-                    "learned of it: freeze its factor by freeze_factor() before the search, or leave it out of adapt"
+                    f"the learned layer {self._layer_names(group)} has not run in the forward pass, so that nothing "
+                    "can be learned of it: freeze its factor by freeze_factor() before the search, or leave it out of "
+                    "adapt"
                 )
             try:
                 dilation_range(group)
             except ValueError as error:
-                raise ValueError(f"the learned layer {self._name(group)}: {error}") from error
+                raise ValueError(f"the learned layer {self._layer_names(group)}: {error}") from error
         self._checked = True
 
-    def _name(self, group: list[LearnedFactor]) -> str:
-        """The layers of a group by their names in the model."""
+    def _layer_names(self, group: list[LearnedFactor]) -> str:
+        """Return the names that a group's layers have in the model."""
         return ", ".join(self._names[id(layer)] for layer in group)
 
     def _record(self) -> None:
+        """Count the step, and add the dilations of its last forward pass to the trajectory."""
         self.step_index += 1
-        for layer, dilation in self._held:  # The backward pass may have changed it.
-            layer.held = dilation
+        for layer, dilation in self._overrides:  # the backward pass may have set those of another forward pass
+            layer.dilation_override = dilation
         self.trajectory.append((self.step_index, [group[0].realised_dilation[0] for group in self.groups]))
 
-    def _release(self) -> None:
-        """Puts the network at its present best, which its factors stand at."""
+    def _clear_overrides(self) -> None:
+        """Make all layers run at their own factors, which hold the best dilations found so far."""
         for group in self.groups:
             for layer in group:
-                layer.held = None
+                layer.dilation_override = None
 
-    def _finish(self) -> None:
-        self._release()
+    def _finalize(self) -> None:
+        """End the search: record the final dilations, then snap every layer."""
+        self._clear_overrides()
         for group in self.groups:
             axes = group[0].log_factor.numel()
             self.unsnapped.append(list(group[0].effective_dilation[:axes]))
             for layer in group:
                 layer.snap()
-            group[0].settle_factor()
+            group[0].copy_snap_to_factor()
         self.done = True
 
     def _random(self, *key: object) -> random.Random:
+        """Return a generator that depends on the seed, the step and `key` only."""
         return random.Random(repr((self.seed, self.step_index, *key)))

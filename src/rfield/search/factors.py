@@ -1,4 +1,4 @@
-"""The learned factors of a model: found, grouped for an optimizer, set, held."""
+"""Find, group, read and set the learned factors of a model; share values between processes."""
 
 import random
 from collections.abc import Sequence
@@ -9,18 +9,19 @@ import torch.distributed
 from torch import Tensor, nn
 
 from rfield.layers import LearnedFactor
-from rfield.layers.factor import whole_range
+from rfield.layers.factor import integer_range
 
-# What torch puts into the names of a part that it wraps.
+# Name parts that torch inserts when it wraps a module.
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
 def learned_layers(model: nn.Module) -> list[list[LearnedFactor]]:
-    """The layers that share a factor, group by group, in the order of the model's modules; frozen ones, too.
+    """Return all learned layers, frozen ones too, in groups that share a factor, in the order of the model's modules.
 
-    >>> from rfield.layers import AdaptiveConv2d
-    >>> [len(group) for group in learned_layers(AdaptiveConv2d(1, 1, 3))]
-    [1]
+    Example:
+        >>> from rfield.layers import AdaptiveConv2d
+        >>> [len(group) for group in learned_layers(AdaptiveConv2d(1, 1, 3))]
+        [1]
     """
     groups: dict[int, list[LearnedFactor]] = {}
     for module in model.modules():
@@ -29,14 +30,14 @@ def learned_layers(model: nn.Module) -> list[list[LearnedFactor]]:
     return list(groups.values())
 
 
-def still_learned(group: Sequence[LearnedFactor]) -> list[LearnedFactor]:
-    """Those layers of a group that a search may move: none of a frozen factor, and no snapped ones."""
-    learns = group[0].log_factor.requires_grad or all(layer.in_search for layer in group)
-    return [layer for layer in group if learns and not layer.snapped]
+def searchable_layers(group: Sequence[LearnedFactor]) -> list[LearnedFactor]:
+    """Return the layers of a group that a search may change: none with a frozen factor, and no snapped ones."""
+    is_learned = group[0].log_factor.requires_grad or all(layer.in_search for layer in group)
+    return [layer for layer in group if is_learned and not layer.snapped]
 
 
-def names_of(model: nn.Module) -> dict[int, str]:
-    """The names of a model's modules and parameters by their ids, without what wrappers put before and between."""
+def names_by_id(model: nn.Module) -> dict[int, str]:
+    """Return the names of a model's modules and parameters, by their ids, without the name parts that wrappers add."""
     while True:
         if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
             model = model.module
@@ -52,33 +53,35 @@ def names_of(model: nn.Module) -> dict[int, str]:
 
 
 def factor_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The learned factors of a model, each once, in the order of its modules; frozen ones, too.
+    """Return the learned factors of a model, frozen ones too, each once, in the order of the model's modules.
 
-    >>> from rfield.layers import AdaptiveConv2d
-    >>> len(factor_parameters(AdaptiveConv2d(1, 1, 3)))
-    1
+    Example:
+        >>> from rfield.layers import AdaptiveConv2d
+        >>> len(factor_parameters(AdaptiveConv2d(1, 1, 3)))
+        1
     """
     return [group[0].log_factor for group in learned_layers(model)]
 
 
 def parameter_groups(model: nn.Module, lr: float, factor_lr: float) -> list[dict[str, Any]]:
-    """Optimizer-ready groups: the weights, and the factors at their own rate and without weight decay.
+    """Return parameter groups for an optimizer: the weights, and the factors with their own rate and no weight decay.
 
     Args:
         model: any module, with or without learned factors inside.
         lr: learning rate of the weights.
-        factor_lr: learning rate of the factors (of their logarithm).
+        factor_lr: learning rate of the factors, which applies to their logarithm.
 
     Returns:
         Groups for any torch optimizer; parameters that need no gradient are left out.
 
-    >>> from rfield.layers import AdaptiveConv2d
-    >>> [len(group["params"]) for group in parameter_groups(AdaptiveConv2d(1, 1, 3), lr=1e-3, factor_lr=1e-2)]
-    [2, 1]
+    Example:
+        >>> from rfield.layers import AdaptiveConv2d
+        >>> [len(group["params"]) for group in parameter_groups(AdaptiveConv2d(1, 1, 3), lr=1e-3, factor_lr=1e-2)]
+        [2, 1]
     """
     factors = factor_parameters(model)
-    known = {id(parameter) for parameter in factors}
-    weights = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
+    factor_ids = {id(parameter) for parameter in factors}
+    weights = [p for p in model.parameters() if p.requires_grad and id(p) not in factor_ids]
     groups: list[dict[str, Any]] = [{"params": weights, "lr": lr}]
     learned = [p for p in factors if p.requires_grad]
     if learned:
@@ -87,23 +90,24 @@ def parameter_groups(model: nn.Module, lr: float, factor_lr: float) -> list[dict
 
 
 def mean_over_processes(value: Tensor) -> Tensor:
-    """The mean of a number over all processes of a distributed run; the number itself elsewhere."""
+    """Return the mean of a tensor over all processes of a distributed run, or the tensor itself in a single process."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return value
-    # NCCL knows GPUs alone.
+    # NCCL supports GPU tensors only.
     total = value.to("cuda" if torch.distributed.get_backend() == "nccl" else value.device, copy=True)
     torch.distributed.all_reduce(total)
     return (total / torch.distributed.get_world_size()).to(value.device)
 
 
 def gather_rows(rows: Tensor) -> Tensor:
-    """The rows of all processes, Tensor[N, K] to Tensor[all N, K]: the first of each, the second of each, and so on.
+    """Return the rows of all processes, from Tensor[N, K] to Tensor[sum of N, K].
 
-    The processes need not have equally many. Elsewhere than in a distributed run: the rows themselves.
+    The first row of each process comes first, then the second row of each, and so on. The processes may have different
+    numbers of rows. In a single process, return the rows themselves.
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return rows
-    # NCCL knows GPUs alone.
+    # NCCL supports GPU tensors only.
     own = rows.to("cuda") if torch.distributed.get_backend() == "nccl" else rows
     counts = [own.new_zeros(1) for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather(counts, own.new_tensor([len(own)]))
@@ -111,74 +115,80 @@ def gather_rows(rows: Tensor) -> Tensor:
     padded = torch.cat([own, own.new_zeros(most - len(own), own.shape[1])])
     gathered = [torch.empty_like(padded) for _ in counts]
     torch.distributed.all_gather(gathered, padded)
-    held = torch.arange(most, device=own.device)[:, None] < torch.cat(counts)
-    return torch.stack(gathered, dim=1)[held].to(rows.device)
+    is_row = torch.arange(most, device=own.device)[:, None] < torch.cat(counts)
+    return torch.stack(gathered, dim=1)[is_row].to(rows.device)
 
 
 def reshard(model: nn.Module) -> None:
-    """Ends a forward without a backward: FSDP2 then lets go of the parameters it has gathered, which are copies."""
+    """Make FSDP2 free the parameters that it gathered for a forward pass that no backward pass follows."""
     for module in model.modules():
         if callable(release := getattr(module, "reshard", None)):
             release()
 
 
 def dilation_range(group: Sequence[LearnedFactor]) -> tuple[float, float]:
-    """The effective dilations of a group's first layer that a search may try, along the tighter axis of the last map.
+    """Return the least and the greatest effective dilation of a group's first layer that a search may try.
+
+    Where the axes of the last map differ, the tighter axis counts.
 
     Raises:
-        ValueError: if the search is to end at a whole dilation, and the bounds hold none.
+        ValueError: if the search must end at an integer dilation, and none lies within the bounds.
     """
     first = group[0]
-    seen = next((layer for layer in group if layer.map_size is not None), None)
-    if seen is None or seen.map_size is None:
+    has_run = next((layer for layer in group if layer.map_size is not None), None)
+    if has_run is None or has_run.map_size is None:
         return 1.0, max(32.0, *first.base_dilation)
-    lower, upper = seen.factor_bounds(seen.map_size)
+    lower, upper = has_run.factor_bounds(has_run.map_size)
     least = max(base / bound for base, bound in zip(first.base_dilation, upper, strict=True))
     greatest = min(base / bound for base, bound in zip(first.base_dilation, lower, strict=True))
     greatest = max(least, greatest)
-    if first.snaps and whole_range(least, greatest) is None:
+    if first.snaps and integer_range(least, greatest) is None:
         raise ValueError(
-            f"its bounds (min_factor {first.min_factor}, max_factor {first.max_factor}, a map of {seen.map_size}) "
+            f"its bounds (min_factor {first.min_factor}, max_factor {first.max_factor}, a map of {has_run.map_size}) "
             f"leave it the dilations {least:.4g} to {greatest:.4g}, none of which is whole: widen them"
         )
     return least, greatest
 
 
 def log_dilation(layer: LearnedFactor) -> Tensor:
+    """Return the logarithm of a layer's effective dilation, a float64 leaf Tensor[1] or Tensor[2]."""
     axes = layer.log_factor.numel()
     return torch.tensor(layer.effective_dilation[:axes], dtype=torch.float64).log().requires_grad_()
 
 
-def set_dilation(group: Sequence[LearnedFactor], dilation: Sequence[float]) -> None:
-    """Sets a group's factor so that its first layer has this effective dilation, one number or (height, width)."""
+def set_effective_dilation(group: Sequence[LearnedFactor], dilation: Sequence[float]) -> None:
+    """Set a group's factor so that its first layer has this effective dilation, one number or (height, width)."""
     first = group[0]
     first.set_factor([base / value for base, value in zip(first.base_dilation, dilation, strict=False)])
 
 
-def all_round(group: Sequence[LearnedFactor]) -> bool:
+def runs_at_integers(group: Sequence[LearnedFactor]) -> bool:
+    """Return whether a search runs all layers of a group at integer dilations."""
     return all(layer.rounds for layer in group)
 
 
-def present_dilation(group: Sequence[LearnedFactor]) -> list[float]:
-    """The effective dilation of a group's first layer, one number or (height, width); whole where it is run so."""
+def current_dilation(group: Sequence[LearnedFactor]) -> list[float]:
+    """Return the dilation that a group's first layer runs at without an override, one number or (height, width)."""
     first = group[0]
     values = first.nearest_dilation(first.effective_dilation) if first.rounds else first.effective_dilation
     return [float(value) for value in values[: first.log_factor.numel()]]
 
 
-def hold_dilation(group: Sequence[LearnedFactor], dilation: Sequence[float], draw: random.Random | None = None) -> None:
-    """Has a group's layers realise a dilation of the first, one number or (height, width).
+def override_dilation(
+    group: Sequence[LearnedFactor], dilation: Sequence[float], draw: random.Random | None = None
+) -> None:
+    """Make a group's layers run at a dilation of the first layer, one number or (height, width).
 
-    Layers that run at integers take the nearest, or one drawn by stochastic rounding if `draw` is given.
+    Layers that run at integers take the nearest integer, or, if `draw` is given, one drawn by stochastic rounding.
     """
     first = group[0]
     values = (dilation[0], dilation[-1])
     for layer in group:
-        held = [values[axis] * layer.base_dilation[axis] / first.base_dilation[axis] for axis in (0, 1)]
+        override = [values[axis] * layer.base_dilation[axis] / first.base_dilation[axis] for axis in (0, 1)]
         if layer.rounds:
             noise = [0.5, 0.5] if draw is None else [draw.random(), draw.random()]
-            if len(dilation) == 1:  # A square field stays square.
+            if len(dilation) == 1:  # a square receptive field stays square
                 noise[1] = noise[0]
-            # Rounded at a half, the value moved by the rest.
-            held = [*layer.nearest_dilation([value + at - 0.5 for value, at in zip(held, noise, strict=True)])]
-        layer.held = (float(held[0]), float(held[1]))
+            # Stochastic rounding is rounding to the nearest after a shift by uniform noise in [-0.5, 0.5).
+            override = [*layer.nearest_dilation([value + at - 0.5 for value, at in zip(override, noise, strict=True)])]
+        layer.dilation_override = (float(override[0]), float(override[1]))

@@ -1,4 +1,4 @@
-"""The paper's own search: the factors follow their exact gradient (Wei et al., CVPR 2017)."""
+"""Search by the factors' exact gradient, the method of the paper (Wei et al., CVPR 2017)."""
 
 import functools
 import warnings
@@ -11,20 +11,23 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from rfield.search.base import LossFunction, Search
 
-# Optimizer steps after which a factor that no optimizer holds is named.
-_PATIENCE = 10
+# After this many optimizer steps, warn about factors that no optimizer updates.
+_STEPS_BEFORE_WARNING = 10
 
 
 class GradientSearch(Search):
-    """The paper's: the factors follow their exact gradient, which the optimizer applies (Wei et al., CVPR 2017).
+    """Learn the factors by their exact gradient, which the optimizer applies (Wei et al., CVPR 2017).
 
-    A factor with a guide of its own follows that one's gradient, which costs a further backward pass a factor. A
-    factor that no optimizer holds, as after an `adapt` that came too late, is named in a warning.
+    A factor with a loss of its own needs one more backward pass. A warning names each factor that no optimizer updates,
+    for example because `adapt` was called after the optimizer was made.
+
+    Args:
+        model, loss_fn, steps, seed: see `Search`.
     """
 
     def __init__(self, model: nn.Module, loss_fn: LossFunction, steps: int, seed: int = 0) -> None:
         super().__init__(model, loss_fn, steps, seed)
-        for group in self.groups:  # A search that has not ended may have had them.
+        for group in self.groups:  # an unfinished search of another kind may have frozen them
             group[0].freeze_factor(False)
             for layer in group:
                 layer.in_search = False
@@ -33,44 +36,45 @@ class GradientSearch(Search):
         _WATCHING.add(self)
 
     def loss(self, batch: Any) -> Tensor:
-        loss, guides = self._losses(batch)
+        loss, factor_losses = self._call_loss_fn(batch)
         total = loss
-        for group, guide in zip(self.groups, guides, strict=True):
+        for group, factor_loss in zip(self.groups, factor_losses, strict=True):
             factor = group[0].log_factor
-            # Without guides of their own, all factors' guide is the loss itself.
-            if factor.requires_grad and self._guided:
-                (correction,) = torch.autograd.grad(guide - loss, factor, retain_graph=True, allow_unused=True)
-                if correction is not None:  # else this batch has not passed the layer
+            if factor.requires_grad and self._has_factor_losses:
+                (correction,) = torch.autograd.grad(factor_loss - loss, factor, retain_graph=True, allow_unused=True)
+                if correction is not None:  # None if this batch did not run the layer
+                    # Zero in value, so that the loss does not change; its gradient is the correction.
                     term = (correction * factor).sum()
                     total = total + (term - term.detach())
         return total
 
-    def _learn(self) -> None:
+    def _update_factors(self) -> None:
         for group in self.groups:
             if not bool(torch.isfinite(group[0].factor).all()):
                 raise ValueError(
-                    f"step {self.step_index + 1}: the factor of {self._name(group)} is {group[0].factor.tolist()}: the "
-                    "training has diverged; lower the factor's learning rate"
+                    f"step {self.step_index + 1}: the factor of {self._layer_names(group)} is "
+                    f"{group[0].factor.tolist()}: the training has diverged; lower the factor's learning rate"
                 )
-            # The layers' own clamping, in the forward, is lost on what FSDP2 gathers.
+            # The layers clamp in their forward, too, but under FSDP2 that changes a temporary copy only.
             for layer in group:
                 if layer.map_size is not None and layer.log_factor.requires_grad:
                     layer.clamp_factor_(layer.map_size)
         self._record()
-        if self.step_index == min(_PATIENCE, self.steps):
-            self._name_what_no_optimizer_holds()
+        if self.step_index == min(_STEPS_BEFORE_WARNING, self.steps):
+            self._warn_about_missing_optimizer()
         if self.step_index >= self.steps:
-            self._finish()
+            self._finalize()
 
-    def _name_what_no_optimizer_holds(self) -> None:
+    def _warn_about_missing_optimizer(self) -> None:
         _WATCHING.discard(self)
         if not any(id(weight) in self._optimized for weight in self.model.parameters()):
-            return  # Of none of torch's.
+            return  # the model is trained by something other than torch's optimizers
         for group in self.groups:
             if id(group[0].log_factor) not in self._optimized:
                 warnings.warn(
-                    f"no optimizer that has stepped holds the factor of {self._name(group)}, so that its receptive "
-                    "field is not learned: make the optimizer after adapt or regulate, of rfield.parameter_groups",
+                    f"no optimizer that has stepped holds the factor of {self._layer_names(group)}, so that its "
+                    "receptive field is not learned: make the optimizer after adapt or regulate, of "
+                    "rfield.parameter_groups",
                     stacklevel=4,
                 )
         self._optimized = set()
@@ -81,10 +85,10 @@ _WATCHING: "weakref.WeakSet[GradientSearch]" = weakref.WeakSet()
 
 @functools.cache
 def _watch_optimizers() -> None:
-    """Has each step of any optimizer tell the searches of their first steps which parameters it holds."""
+    """Record, for all searches in `_WATCHING`, which parameters the optimizers update."""
 
-    def note(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    def record(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         for search in list(_WATCHING):
             search._optimized.update(id(weight) for group in optimizer.param_groups for weight in group["params"])
 
-    register_optimizer_step_post_hook(note)
+    register_optimizer_step_post_hook(record)

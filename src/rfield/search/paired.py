@@ -1,4 +1,4 @@
-"""Losses that were read on the same images at several dilations: their differences and the errors of those."""
+"""Losses of the same images at several dilations: paired differences and their standard errors."""
 
 import math
 from collections.abc import Hashable, Mapping, Sequence
@@ -7,11 +7,21 @@ import torch
 from torch import Tensor
 
 Losses = Mapping[float, Sequence[float]]
-"""One reading: {dilation: its losses, one a held-out image}; the images are the same at every dilation."""
+"""One evaluation of a curve: {dilation: its losses, one per held-out image}, for the same images at every dilation."""
 
 
-class Reading:
-    """The losses of one reading, and which of its dilations have finite ones."""
+class Evaluation:
+    """The losses of one evaluation of a curve, on the same images at every dilation.
+
+    Attributes:
+        losses: {dilation: Tensor[images]}, in ascending order of the dilation.
+        count: number of images.
+        finite: the dilations at which all losses are finite.
+        ends: the least and the greatest dilation.
+
+    Raises:
+        ValueError: for dilations that are not positive and finite, or a number of images that differs or is 0.
+    """
 
     def __init__(self, losses: Losses) -> None:
         self.losses = {float(d): torch.tensor([*each], dtype=torch.float64) for d, each in sorted(losses.items())}
@@ -19,13 +29,16 @@ class Reading:
             raise ValueError(f"dilations must be above 0 and finite, got {[*self.losses]}")
         counts = {len(each) for each in self.losses.values()}
         if len(counts) != 1 or counts == {0}:
-            raise ValueError(f"a reading has the same images at every dilation, one or more, got {sorted(counts)}")
+            raise ValueError(f"an evaluation has the same images at every dilation, one or more, got {sorted(counts)}")
         self.count = counts.pop()
         self.finite = [dilation for dilation, each in self.losses.items() if bool(each.isfinite().all())]
         self.ends = min(self.losses), max(self.losses)
 
     def at(self, dilation: float) -> Tensor:
-        """Each image's loss: linear in the logarithm of the dilation between those read, constant beyond the ends."""
+        """Return each image's loss at a dilation, Tensor[images].
+
+        Between the dilations evaluated it is linear in the dilation's logarithm, and beyond the ends it is constant.
+        """
         if dilation in self.losses:
             return self.losses[dilation]
         below = max((d for d in self.finite if d <= dilation), default=self.finite[0])
@@ -36,40 +49,54 @@ class Reading:
         return self.losses[below].lerp(self.losses[above], share)
 
 
-def common_grid(readings: Sequence[Reading]) -> list[float]:
-    """The dilations of any of the readings at which none has a loss that is not finite."""
-    if not all(reading.finite for reading in readings):
+def common_grid(evaluations: Sequence[Evaluation]) -> list[float]:
+    """Return all dilations of the evaluations, except those at which any of them has a loss that is not finite."""
+    if not all(each.finite for each in evaluations):
         return []
-    bad = {dilation for reading in readings for dilation in reading.losses if dilation not in reading.finite}
-    return sorted({dilation for reading in readings for dilation in reading.finite} - bad)
+    bad = {dilation for each in evaluations for dilation in each.losses if dilation not in each.finite}
+    return sorted({dilation for each in evaluations for dilation in each.finite} - bad)
 
 
-def covering(readings: Sequence[Reading], *dilations: float) -> Reading:
-    """The last reading whose range holds the dilations; the widest if none does."""
-    for reading in reversed(readings):
-        if reading.finite and reading.ends[0] <= min(dilations) and max(dilations) <= reading.ends[1]:
-            return reading
-    return max((r for r in readings if r.finite), key=lambda reading: reading.ends[1] / reading.ends[0])
+def last_covering(evaluations: Sequence[Evaluation], *dilations: float) -> Evaluation:
+    """Return the last evaluation whose range contains the dilations, or the widest one if there is none."""
+    for each in reversed(evaluations):
+        if each.finite and each.ends[0] <= min(dilations) and max(dilations) <= each.ends[1]:
+            return each
+    return max((each for each in evaluations if each.finite), key=lambda each: each.ends[1] / each.ends[0])
 
 
 def mean_loss(columns: Sequence[Tensor]) -> float:
+    """Return the mean over the searches of the mean over each search's images."""
     return sum(float(column.mean()) for column in columns) / len(columns)
 
 
 def difference(
-    readings: Sequence[Reading], one: float, other: float, images: Sequence[Sequence[Hashable]] | None = None
+    evaluations: Sequence[Evaluation], one: float, other: float, images: Sequence[Sequence[Hashable]] | None = None
 ) -> tuple[float, float]:
-    """By how much the loss at one dilation exceeds that at another, and the standard error of that."""
-    columns = [reading.at(one) - reading.at(other) for reading in readings]
+    """Return how much higher the loss at dilation `one` is than that at `other`, and the standard error of this.
+
+    Args:
+        evaluations: one per search.
+        one, other: the dilations to compare.
+        images: as in `judge`.
+
+    Returns:
+        (mean, error): the error is the larger of that over the images and that over the searches; infinite for a single
+        image.
+    """
+    columns = [each.at(one) - each.at(other) for each in evaluations]
     mean = mean_loss(columns)
-    moves: dict[Hashable, float] = {}
+    # An image that several searches share counts once, with the sum of its deviations.
+    deviations: dict[Hashable, float] = {}
     for search, column in enumerate(columns):
-        names = images[search] if images else [(search, place) for place in range(len(column))]
-        for name, move in zip(names, ((column - column.mean()) / len(column) / len(columns)).tolist(), strict=True):
-            moves[name] = moves.get(name, 0.0) + move
-    if len(moves) < 2:
+        names = images[search] if images else [(search, index) for index in range(len(column))]
+        shares = ((column - column.mean()) / len(column) / len(columns)).tolist()
+        for name, share in zip(names, shares, strict=True):
+            deviations[name] = deviations.get(name, 0.0) + share
+    count = len(deviations)
+    if count < 2:
         return mean, math.inf
-    error = math.sqrt(len(moves) / (len(moves) - 1) * sum(move**2 for move in moves.values()))
+    error = math.sqrt(count / (count - 1) * sum(deviation**2 for deviation in deviations.values()))
     if len(columns) > 1:
         means = torch.stack([column.mean() for column in columns])
         error = max(error, float(means.std()) / math.sqrt(len(means)))
@@ -79,34 +106,38 @@ def difference(
 def standard_errors(
     readings: Sequence[Losses], images: Sequence[Sequence[Hashable]] | None = None
 ) -> dict[float, float]:
-    """For each dilation the standard error of its difference to the least of the mean curve: 0 there.
+    """Return for each dilation the standard error of its difference to the least loss of the mean curve.
 
     Args:
-        readings: one of each search.
+        readings: for each search {dilation: its losses, one per image}.
         images: as in `judge`.
 
     Returns:
-        NaN where a loss is not finite, or for one image alone.
+        {dilation: error}: 0 at the least loss; NaN where a loss is not finite, and everywhere for a single image.
 
-    >>> standard_errors([{1.0: [1.0, 3.0], 2.0: [0.0, 1.0]}])
-    {1.0: 0.5, 2.0: 0.0}
+    Raises:
+        ValueError: as `judge` does.
+
+    Example:
+        >>> standard_errors([{1.0: [1.0, 3.0], 2.0: [0.0, 1.0]}])
+        {1.0: 0.5, 2.0: 0.0}
     """
-    read = [Reading(losses) for losses in readings]
-    every = sorted({dilation for reading in read for dilation in reading.losses})
-    grid = common_grid(read)
+    evaluations = [Evaluation(losses) for losses in readings]
+    dilations = sorted({dilation for each in evaluations for dilation in each.losses})
+    grid = common_grid(evaluations)
     if not grid:
-        return dict.fromkeys(every, math.nan)
-    best = min(grid, key=lambda dilation: mean_loss([reading.at(dilation) for reading in read]))
-    errors = {dilation: difference(read, dilation, best, images)[1] for dilation in every}
+        return dict.fromkeys(dilations, math.nan)
+    best = min(grid, key=lambda dilation: mean_loss([each.at(dilation) for each in evaluations]))
+    errors = {dilation: difference(evaluations, dilation, best, images)[1] for dilation in dilations}
     return {dilation: error if math.isfinite(error) else math.nan for dilation, error in errors.items()}
 
 
 def class_share_loss(counts: Tensor, class_weights: Tensor | None = None) -> float:
-    """The least cross-entropy of a prediction that does not look at the image: the classes' weighted shares.
+    """Return the least cross-entropy of a prediction that ignores the image: always the classes' weighted shares.
 
     Args:
-        counts: labelled pixels of each class in each image, Tensor[N, K]; images without any are left out.
-        class_weights: how much each class counts, Tensor[K]. Default: all 1.
+        counts: number of labelled pixels of each class in each image, Tensor[N, K]; images without labels are left out.
+        class_weights: weight of each class, Tensor[K]. Default: all 1.
 
     Returns:
         The mean over the images of the weighted sum over an image's pixels, divided by their number.
@@ -121,7 +152,7 @@ def class_share_loss(counts: Tensor, class_weights: Tensor | None = None) -> flo
     counts = counts.double().cpu()
     counts = counts[counts.sum(1) > 0]
     if not len(counts):
-        raise ValueError("no pixel has a label, so that the classes have no shares")
+        raise ValueError("no pixel has a label, so that the classes have no shares: give counts of labelled pixels")
     shares = (counts / counts.sum(1, keepdim=True)).mean(0)
     if class_weights is not None:
         shares = shares * class_weights.double().cpu()

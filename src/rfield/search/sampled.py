@@ -1,4 +1,4 @@
-"""Learning without a start: draw, read the curve, keep the best."""
+"""Search without a start value: train at random dilations, evaluate the loss curve, keep the best dilation."""
 
 import math
 import random
@@ -10,52 +10,59 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from rfield.layers.factor import whole_dilation, whole_range
+from rfield.layers.factor import integer_range
 from rfield.search.base import LossFunction, Search
 from rfield.search.certainty import Verdict, judge
+from rfield.search.curve import curve_minimum, dilation_grid
 from rfield.search.factors import (
-    all_round,
+    current_dilation,
     dilation_range,
     gather_rows,
-    hold_dilation,
-    names_of,
-    present_dilation,
+    names_by_id,
+    override_dilation,
     reshard,
-    set_dilation,
+    runs_at_integers,
+    set_effective_dilation,
 )
 from rfield.search.paired import standard_errors
 
-# Of the running average of the weights: about the last 33 steps.
-_DECAY = 0.97
-# Share of a search's steps: how far the window reaches to either side of the minimum from there on.
+# Decay of the weights' exponential moving average (EMA), which covers about the last 33 steps.
+_EMA_DECAY = 0.97
+# {share of the steps: ratio}. After that share of the steps, the window extends from the minimum by that ratio to each
+# side.
 NARROWINGS = {0.25: 2.5, 0.4: 1.75, 0.6: 1.35}
 
 
 class SampledSearch(Search):
-    """Start-free: train at dilations drawn at random, read the loss curve on held-out images, narrow, keep the best.
+    """Search that needs no start value: train at random dilations and keep the one with the least held-out loss.
 
-    Every step runs at a dilation drawn log-uniformly from a window, at first the whole range, so that the weights
-    learn to work at all of them. The loss on held-out training images, read across the window with a running average
-    of these shared weights, is then a receptive-field curve. Each reading centres a narrower window on its minimum:
-    the weights train on where it matters, at hardly any price once the window is small, and a minimum that was read
-    too early (small dilations are learned faster) is still mended by the readings that follow. The minimum of the
-    last is kept and snapped. Give the held-out images back to training when `done`.
+    Every step runs at a dilation drawn log-uniformly from a window. The window is at first the whole range, so that the
+    weights learn to work at all dilations. Then the loss on held-out training images, evaluated across the window with
+    the exponential moving average (EMA) of these shared weights, is a receptive-field curve. After each evaluation the
+    window becomes narrower and is centred on the curve's minimum, so that the weights train mostly on the dilations
+    that matter. Small dilations are learned faster, and a minimum that was found too early is corrected by the next
+    evaluations. The search ends at the minimum of the last one, snapped to an integer. When the search is `done`, the
+    held-out images can be used for training again.
 
-    With several factors all are drawn independently; a reading takes one factor and axis at a time, the others at
-    their best, and goes round until none moves.
+    With several factors, all dilations are drawn independently. An evaluation varies one factor and axis at a time,
+    with the others at their best dilations, and is repeated until no minimum moves.
 
     Args:
         model, loss_fn, steps, seed: see `Search`.
-        held_out: batches of training images that the search does not train on; gone through at every reading. The
-            reading's standard error is over the batches: one image a batch tells most.
-        narrowings: when to read before the end, as shares of the steps, and how far the window then reaches to
-            either side of the minimum, as a ratio. Not too early: weights that have learned little favour dilations
-            at which the kernel's outer taps leave the map.
-        candidates: dilations that the whole range is read at; a window has its share of them.
+        held_out: batches of training images that the search does not train on; every evaluation iterates over them.
+            The standard errors are taken over the batches, so batches of one image give the most reliable ones.
+        narrowings: {share of the steps: ratio}: when to evaluate the curve before the end, and how far the window then
+            extends from the minimum, as a ratio to each side. Do not evaluate too early: weights that have learned
+            little prefer dilations at which the kernel's outer taps leave the map.
+        candidates: number of dilations at which the whole range is evaluated; a narrower window gets its share of them.
 
     Attributes:
-        readings: for each (factor, axis), all (step, {dilation: held-out loss}) read so far.
-        losses: the same with a list in place of each loss: those of the held-out batches, of all processes.
+        readings: for each (factor, axis), all curves evaluated so far, as (step, {dilation: held-out loss}).
+        losses: the same, with the list of the losses of all held-out batches, of all processes, in place of each loss.
+
+    Raises:
+        ValueError: for `narrowings` or `candidates` out of range, for held-out batches that are empty or can be
+            iterated over only once, or as `Search` does.
     """
 
     def __init__(
@@ -86,64 +93,66 @@ class SampledSearch(Search):
         }
         self._ranges: list[tuple[float, float]] = []
         self._windows: dict[tuple[int, int], tuple[float, float]] = {}
-        self._average: dict[str, Tensor] = {}
-        self._take_factors()
+        self._ema: dict[str, Tensor] = {}
+        self._freeze_factors()
 
     def loss(self, batch: Any) -> Tensor:
         if self.done:
-            return self._losses(batch)[0]
+            return self._call_loss_fn(batch)[0]
         if not self._windows:
-            for group in self.groups:  # Held, a regulator keeps to its memory budget.
-                hold_dilation(group, group[0].effective_dilation[: group[0].log_factor.numel()])
+            for group in self.groups:  # with an override, a regulator respects its memory budget
+                override_dilation(group, group[0].effective_dilation[: group[0].log_factor.numel()])
             with torch.no_grad():
-                self._losses(batch)  # Shows the layers how large their maps are.
+                self._call_loss_fn(batch)  # for the layers to record their map sizes
             reshard(self.model)
-            self._release()
+            self._clear_overrides()
             self._check_layers()
             self._ranges = [dilation_range(group) for group in self.groups]
             self._windows = {key: self._ranges[key[0]] for key in self.readings}
         for index, group in enumerate(self.groups):
             draw = self._random("dilation", index)
-            hold_dilation(group, [self._draw(index, axis, draw) for axis in range(group[0].log_factor.numel())], draw)
-        return self._losses(batch)[0]
+            dilation = [self._draw_dilation(index, axis, draw) for axis in range(group[0].log_factor.numel())]
+            override_dilation(group, dilation, draw)
+        return self._call_loss_fn(batch)[0]
 
-    def _draw(self, index: int, axis: int, draw: random.Random) -> float:
-        """A dilation of the window, log-uniform and stratified.
+    def _draw_dilation(self, index: int, axis: int, draw: random.Random) -> float:
+        """Draw a dilation from the window, log-uniform and stratified.
 
-        As many strata as candidates, each once a round: weights follow what they have seen last, and a run of large
-        dilations before a reading would make large ones look good.
+        There are as many strata as candidates, and each round draws from every stratum once. Weights adapt to the
+        dilations that they saw last, and without strata a run of large dilations before an evaluation would make large
+        dilations look better than they are.
         """
         low, high = self._windows[index, axis]
-        strata = self._count(index, low, high)
+        strata = self._candidate_count(index, low, high)
         rounds, place = divmod(self.step_index, strata)
         order = random.Random(repr((self.seed, "round", index, axis, rounds, strata))).sample(range(strata), strata)
         return low * math.pow(high / low, (order[place] + draw.random()) / strata)
 
-    def _count(self, index: int, low: float, high: float) -> int:
-        """A window's share of the candidates."""
+    def _candidate_count(self, index: int, low: float, high: float) -> int:
+        """Return a window's share of the candidates."""
         least, greatest = self._ranges[index]
         share = math.log(high / low) / math.log(greatest / least) if greatest > least else 0.0
         return 1 + math.ceil((self.candidates - 1) * share)
 
-    def _learn(self) -> None:
+    def _update_factors(self) -> None:
         self._record()
         self._update_ema()
         last = self.step_index >= self.steps
         if last or self.step_index in self.narrowings:
-            self._read()
+            self._evaluate_curves()
         if last:
-            self._average = {}  # Read for the last time; later checkpoints need not carry it.
-            self._finish()
+            self._ema = {}  # not needed any more, and checkpoints become smaller
+            self._finalize()
 
     def curve(self, index: int = 0, axis: int = 0) -> dict[float, float]:
-        """The held-out loss over the dilations of one factor and axis, from each candidate's last reading."""
+        """Return {dilation: held-out loss} for one factor and axis, with each dilation's last evaluation."""
         merged: dict[float, float] = {}
         for _, reading in self.readings[index, axis]:
             merged |= reading
         return dict(sorted(merged.items()))
 
     def errors(self, index: int = 0, axis: int = 0) -> dict[float, float]:
-        """The standard errors of `curve`: of each loss's difference to the least of its reading, over the batches."""
+        """Return the standard errors of `curve`: of each loss's difference to the least loss of its evaluation."""
         merged: dict[float, float] = {}
         for _, losses in self.losses[index, axis]:
             merged |= standard_errors([losses])
@@ -152,16 +161,17 @@ class SampledSearch(Search):
     def verdict(
         self, index: int = 0, axis: int = 0, chance: float | None = None, random_backbone: bool = False
     ) -> Verdict:
-        """How sure the answer for one factor and axis is, compared with where the search was started.
+        """Return how reliable the result for one factor and axis is, compared with the dilation at the start.
 
         Args:
-            index, axis: which factor, and height (0) or width (1).
-            chance: the held-out loss of predicting the classes' shares everywhere, see `class_share_loss`. Default: it
-                is not checked whether the network does better.
+            index: which factor.
+            axis: 0 for the height, 1 for the width.
+            chance: the held-out loss of always predicting the classes' shares, see `class_share_loss`. Default: the
+                network's loss is not compared with it.
             random_backbone: whether the backbone is frozen at random weights.
 
         Raises:
-            ValueError: if nothing has been read yet.
+            ValueError: if no curve has been evaluated yet.
         """
         return judge(
             [[losses for _, losses in self.losses[index, axis]]],
@@ -173,63 +183,62 @@ class SampledSearch(Search):
             unit="held-out batch",
         )
 
-    def _read(self) -> None:
-        """Reads every factor and axis, moves it to its minimum, and narrows its window around that."""
+    def _evaluate_curves(self) -> None:
+        """Evaluate all curves, set each factor to its curve's minimum, and narrow the windows around the minima."""
         losses: dict[tuple[int, int], dict[float, list[float]]] = {}
-        curves: dict[tuple[int, int], dict[float, float]] = {}
-        with self._averaged_weights():
-            moved = True
+        with self._swap_ema():
             for _ in range(3 if len(self.readings) > 1 else 1):
-                if not moved:
+                moved = [self._minimize(index, axis, losses) for index, axis in self.readings]
+                if not any(moved):
                     break
-                moved = False
-                for index, axis in self.readings:
-                    before = self.groups[index][0].effective_dilation[axis]
-                    losses[index, axis] = self._curve(index, axis)
-                    curves[index, axis] = {d: sum(each) / len(each) for d, each in losses[index, axis].items()}
-                    best = self._minimum(index, axis, curves[index, axis])
-                    self._move(index, axis, best)
-                    moved |= abs(math.log(best / before)) > 0.1
-        for key, curve in curves.items():
+        for key, batch_losses in losses.items():
+            curve = _mean_curve(batch_losses)
             self.readings[key].append((self.step_index, curve))
-            self.losses[key].append((self.step_index, losses[key]))
+            self.losses[key].append((self.step_index, batch_losses))
             low, high = self._ranges[key[0]]
             best, reach = curve_minimum(curve), self.narrowings.get(self.step_index, 1.0)
             self._windows[key] = max(low, best / reach), min(high, best * reach)
 
-    def _minimum(self, index: int, axis: int, curve: dict[float, float]) -> float:
+    def _minimize(self, index: int, axis: int, losses: dict[tuple[int, int], dict[float, list[float]]]) -> bool:
+        """Set one factor and axis to the minimum of its curve, store its losses, and return whether it moved far."""
+        before = self.groups[index][0].effective_dilation[axis]
+        losses[index, axis] = self._evaluate_curve(index, axis)
         try:
-            return curve_minimum(curve)
+            best = curve_minimum(_mean_curve(losses[index, axis]))
         except ValueError as error:
             side = ("height", "width")[axis]
-            name = self._name(self.groups[index])
+            name = self._layer_names(self.groups[index])
             raise ValueError(f"step {self.step_index}, the learned layer {name}, {side}: {error}") from error
+        values = list(self.groups[index][0].effective_dilation[: self.groups[index][0].log_factor.numel()])
+        values[axis] = best
+        set_effective_dilation(self.groups[index], values)
+        return abs(math.log(best / before)) > 0.1
 
     def _named_weights(self) -> list[tuple[str, nn.Parameter]]:
-        """The names are those of the model without its wrappers, which may have come after the search."""
-        names = names_of(self.model)
+        """Return (name, weight) pairs; wrappers, which may be added during the search, do not change the names."""
+        names = names_by_id(self.model)
         return [(names[id(weight)], weight) for weight in self.model.parameters()]
 
     @torch.no_grad()
     def _update_ema(self) -> None:
-        """Moves the running average of the weights, which is what is read: the last steps' weights are noisy.
+        """Update the EMA of the weights, at which curves are evaluated because the weights of a single step are noisy.
 
-        In float32 or better: most of a step of 3 % would be lost in bfloat16.
+        It has float32 precision at least: in bfloat16 most updates of 3 % would be rounded away.
         """
         averages, values = [], []
         for name, weight in self._named_weights():
             if weight.requires_grad:
                 value = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
-                averages.append(self._average.setdefault(name, value.clone()))
+                averages.append(self._ema.setdefault(name, value.clone()))
                 values.append(value)
         if values:
-            get_ema_multi_avg_fn(_DECAY)(averages, values, 0)  # type: ignore[no-untyped-call]
+            get_ema_multi_avg_fn(_EMA_DECAY)(averages, values, 0)  # type: ignore[no-untyped-call]
 
     @contextmanager
-    def _averaged_weights(self) -> Iterator[None]:
-        """The model with the running average of its weights, in eval mode."""
+    def _swap_ema(self) -> Iterator[None]:
+        """Put the EMA of the weights into the model and switch it to eval mode; restore both when the block ends."""
         modes = [(module, module.training) for module in self.model.modules()]
-        averaged = [(weight, self._average[name]) for name, weight in self._named_weights() if name in self._average]
+        averaged = [(weight, self._ema[name]) for name, weight in self._named_weights() if name in self._ema]
         own = [weight.detach().clone() for weight, _ in averaged]
         self.model.eval()
         try:
@@ -243,43 +252,40 @@ class SampledSearch(Search):
                     weight.copy_(value)
             for module, training in modes:
                 module.training = training
-            self._release()
-
-    def _move(self, index: int, axis: int, dilation: float) -> None:
-        axes = self.groups[index][0].log_factor.numel()
-        values = list(self.groups[index][0].effective_dilation[:axes])
-        values[axis] = dilation
-        set_dilation(self.groups[index], values)
+            self._clear_overrides()
 
     @torch.no_grad()
-    def _curve(self, index: int, axis: int) -> dict[float, list[float]]:
-        """The held-out losses, one a batch, across the window of a factor and axis, all else at its present best."""
+    def _evaluate_curve(self, index: int, axis: int) -> dict[float, list[float]]:
+        """Return {dilation: loss of each held-out batch} across the window of one factor and axis.
+
+        All other factors and axes stay at their best dilations.
+        """
         for group in self.groups:
-            hold_dilation(group, present_dilation(group))
+            override_dilation(group, current_dilation(group))
         group = self.groups[index]
         low, high = self._windows[index, axis]
-        count = max(7 if self.step_index >= self.steps else 4, self._count(index, low, high))
-        grid = dilation_grid(low, high, count, all_round(group))
-        # Rounded, its ends may have left the range, and the next window would end before it begins.
-        if all_round(group) and (whole := whole_range(*self._ranges[index])):
-            grid = sorted({float(min(max(dilation, whole[0]), whole[1])) for dilation in grid})
-        return self._read_at(index, axis, grid)
+        count = max(7 if self.step_index >= self.steps else 4, self._candidate_count(index, low, high))
+        grid = dilation_grid(low, high, count, runs_at_integers(group))
+        # Rounding may move the grid's ends out of the range, and the next window would be empty.
+        if runs_at_integers(group) and (integers := integer_range(*self._ranges[index])):
+            grid = sorted({float(min(max(dilation, integers[0]), integers[1])) for dilation in grid})
+        return self._evaluate_dilations(index, axis, grid)
 
-    def _read_at(self, index: int, axis: int, dilations: list[float]) -> dict[float, list[float]]:
+    def _evaluate_dilations(self, index: int, axis: int, dilations: list[float]) -> dict[float, list[float]]:
         group = self.groups[index]
         rows = [torch.empty(0, len(dilations), dtype=torch.float64)]
         for batch in self.held_out:
             row = []
             for dilation in dilations:
-                values = present_dilation(group)
+                values = current_dilation(group)
                 values[axis] = dilation
-                hold_dilation(group, values)
-                row.append(self._losses(batch)[1][index].double().cpu())
+                override_dilation(group, values)
+                row.append(self._call_loss_fn(batch)[1][index].double().cpu())
             rows.append(torch.stack(row)[None])
         reshard(self.model)
         losses = gather_rows(torch.cat(rows))
         if not len(losses):
-            raise ValueError("a sampled search reads its curve on held-out batches, but there is none")
+            raise ValueError(_NO_HELD_OUT)
         return dict(zip(dilations, losses.T.tolist(), strict=True))
 
     def _state(self) -> dict[str, Any]:
@@ -290,7 +296,7 @@ class SampledSearch(Search):
             "losses": self.losses,
             "ranges": self._ranges,
             "windows": self._windows,
-            "average": self._average,
+            "average": self._ema,
         }
 
     def _load(self, state: dict[str, Any]) -> None:
@@ -303,59 +309,29 @@ class SampledSearch(Search):
         weights = dict(self._named_weights())
         if unknown := [name for name in state["average"] if name not in weights]:
             raise ValueError(f"the state averages weights that the model does not have: {', '.join(unknown[:3])}")
-        self._average = {name: average.to(weights[name].device) for name, average in state["average"].items()}
+        self._ema = {name: average.to(weights[name].device) for name, average in state["average"].items()}
+
+
+_NO_HELD_OUT = "a sampled search reads its curve on held-out batches, but there is none"
+
+
+def _mean_curve(losses: Mapping[float, list[float]]) -> dict[float, float]:
+    """Return {dilation: mean loss} from the losses of all batches."""
+    return {dilation: sum(each) / len(each) for dilation, each in losses.items()}
 
 
 def _check_held_out(held_out: Iterable[Any]) -> None:
-    """Refuses what cannot be gone through at every reading, as far as that can be told before the first."""
+    """Raise ValueError for batches that are empty, where this can be known, or can be iterated over only once."""
     if iter(held_out) is held_out:
         raise ValueError(
-            f"held_out is a {type(held_out).__name__}, which can be gone through once, but every reading goes through "
-            "it: give a list of batches or a DataLoader"
+            f"held_out is a {type(held_out).__name__}, which can be gone through once, but every evaluation of the "
+            "curve goes through it: give a list of batches or a DataLoader"
         )
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return  # Another process may have some.
+        return  # another process may have some
     try:
         count = len(held_out)  # type: ignore[arg-type]
-    except TypeError:  # As that of a loader of an iterable data set.
+    except TypeError:  # for example a DataLoader of an iterable data set
         count = sum(1 for _ in zip((1,), held_out, strict=False))
     if count == 0:
-        raise ValueError("a sampled search reads its curve on held-out batches, but there is none")
-
-
-def dilation_grid(low: float, high: float, count: int, whole: bool) -> list[float]:
-    """At most `count` dilations from `low` to `high`, evenly spaced in their logarithm; integers if `whole`.
-
-    >>> dilation_grid(1.0, 32.0, 6, whole=True)
-    [1.0, 2.0, 4.0, 8.0, 16.0, 32.0]
-    """
-    steps = [low * (high / low) ** (place / max(1, count - 1)) for place in range(count)]
-    return sorted({float(whole_dilation(value)) for value in steps} if whole else set(steps))
-
-
-def curve_minimum(curve: dict[float, float]) -> float:
-    """Where a loss curve is least: the vertex of the parabola, in the logarithm, through the three lowest in a row.
-
-    Raises:
-        ValueError: if no loss is finite; those that are not are passed over.
-
-    >>> round(curve_minimum({2.0: 0.69, 4.0: 0.0, 8.0: 0.69}), 2)
-    4.0
-    """
-    dilations = sorted(curve)
-    finite = [place for place, dilation in enumerate(dilations) if math.isfinite(curve[dilation])]
-    if not finite:
-        raise ValueError(
-            f"no loss of the curve is finite: {curve}; the training has diverged, or the loss is not defined on the "
-            "held-out batches, as where one has no labels"
-        )
-    place = min(finite, key=lambda index: curve[dilations[index]])
-    if not {place - 1, place + 1} <= set(finite):
-        return dilations[place]
-    (x0, x1, x2), (y0, y1, y2) = zip(*((math.log(d), curve[d]) for d in dilations[place - 1 : place + 2]), strict=True)
-    left, right = (y1 - y0) / (x1 - x0), (y2 - y1) / (x2 - x1)
-    curvature = (right - left) / (x2 - x0)
-    if not curvature > 0:
-        return dilations[place]
-    vertex = (x0 + x1) / 2 - left / (2 * curvature)
-    return math.exp(min(max(vertex, x0), x2))
+        raise ValueError(_NO_HELD_OUT)

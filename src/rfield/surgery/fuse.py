@@ -8,7 +8,7 @@ from torch.nn.utils import parametrize
 
 from rfield.layers import AdaptiveConv2d, LearnedFactor, ReceptiveFieldRegulator, WeightedGradient
 from rfield.layers.adaptive_conv import carry_parametrizations, carry_state_hooks, has_hooks, unchanged
-from rfield.layers.factor import followed_padding, set_dilation, whole_dilation
+from rfield.layers.factor import padding_for_dilation, round_dilation, set_dilation
 from rfield.receptive_field.theoretical import copied, is_pointwise
 
 Mode = Literal["resize", "dilation"]
@@ -271,7 +271,7 @@ def _plain(module: AdaptiveConv2d | ReceptiveFieldRegulator | WeightedGradient, 
         return _identity()
     factor = _factors(module)
     if module.snapped:
-        module.realise_snap()
+        module.apply_snap()
     elif mode == "dilation":
         _dilate(module.module, factor)
     elif factor != (1.0, 1.0):
@@ -289,13 +289,13 @@ def _factors(layer: LearnedFactor) -> tuple[float, float]:
 
 
 def _nearest(dilation: Pair, factor: tuple[float, float]) -> Pair:
-    height, width = (whole_dilation(d / f) for d, f in zip(dilation, factor, strict=True))
+    height, width = (round_dilation(d / f) for d, f in zip(dilation, factor, strict=True))
     return height, width
 
 
 def _plain_conv(layer: AdaptiveConv2d) -> nn.Module:
     dilation = layer.nearest_dilation(layer.effective_dilation)
-    padding = followed_padding(layer, dilation)
+    padding = padding_for_dilation(layer, dilation)
     conv = nn.Conv2d(
         layer.in_channels,
         layer.out_channels,

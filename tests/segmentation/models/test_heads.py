@@ -6,7 +6,7 @@ import torch
 from rfield import fuse
 from rfield.layers import ReceptiveFieldRegulator
 from rfield.search import learned_layers
-from rfield.search.factors import hold_dilation
+from rfield.search.factors import override_dilation
 from rfield.segmentation.models import SinglePathHead
 
 
@@ -48,7 +48,7 @@ def test_effective_dilation() -> None:
 @pytest.mark.parametrize("mechanism", ["regulator", "dilation"])
 def test_a_held_dilation_is_realised_and_not_effective(mechanism: Any) -> None:
     head = SinglePathHead(8, 5, 6, head_channels=4, mechanism=mechanism, rectangular=True)
-    hold_dilation(learned_layers(head)[0], [3.0, 4.0])
+    override_dilation(learned_layers(head)[0], [3.0, 4.0])
     assert (head.effective_dilation, head.realised_dilation) == ((6.0, 6.0), (3.0, 4.0))
     plain = SinglePathHead(8, 5, 6, head_channels=4, regulate=False)
     plain.layers.fc6.dilation = (2, 5)  # type: ignore[union-attr]

@@ -610,7 +610,7 @@ def test_the_curve_counts_small_classes_unless_the_loss_says_what_counts(
 ) -> None:
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
     read: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]] = []
-    real_logits, real_losses = ParsingModule._logits, SampledSearch._losses
+    real_logits, real_losses = ParsingModule._logits, SampledSearch._call_loss_fn
 
     def watched_logits(self: ParsingModule, network: torch.nn.Module, batch: Any) -> Any:
         seen.append(real_logits(self, network, batch))
@@ -623,18 +623,18 @@ def test_the_curve_counts_small_classes_unless_the_loss_says_what_counts(
         return output
 
     monkeypatch.setattr(ParsingModule, "_logits", watched_logits)
-    monkeypatch.setattr(SampledSearch, "_losses", watched_losses)
+    monkeypatch.setattr(SampledSearch, "_call_loss_fn", watched_losses)
     train(make(search="sampled", search_share=0.6, loss=loss))
     whole = {mask.numpy().tobytes(): mask for mask, *_ in read}
     labels = torch.cat([mask[mask != 255] for mask in whole.values()])
     weight = (labels.bincount() / len(labels)).sqrt().sum()
-    for _, logits, mask, guides in read:
+    for _, logits, mask, factor_losses in read:
         losses = [
             F.cross_entropy(logits[0, :, y, x], mask[0, y, x]) * (len(labels) / (labels == mask[0, y, x]).sum()).sqrt()
             for y, x in (mask[0] != 255).nonzero().tolist()
         ]
         expected = (torch.stack(losses).mean() / weight).item()
-        assert (guides.item() == pytest.approx(expected, rel=1e-4)) == (loss == "cross_entropy")
+        assert (factor_losses.item() == pytest.approx(expected, rel=1e-4)) == (loss == "cross_entropy")
 
 
 def test_the_start_of_a_sampled_search_does_not_matter(make: Make) -> None:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rfield.search import GradientSearch, SampledSearch, SpsaSearch, factor_parameters, learned_layers
-from rfield.search.factors import hold_dilation
+from rfield.search.factors import override_dilation
 from rfield.segmentation.config.train import TrainConfig
 from rfield.segmentation.data import EpochSampler
 from rfield.segmentation.models import ParsingNetwork
@@ -372,7 +372,7 @@ def test_fields_of_each_path_and_axis(rectangular: bool) -> None:
         assert found == [(0, 0, 1.5, 4.0), (1, 0, 2.0, 3.0)]
     for field in present_fields(network):
         assert field.receptive_field_px == pytest.approx(15 + 8 * field.effective_dilation)
-    hold_dilation(learned_layers(network)[1], [5.0])
+    override_dilation(learned_layers(network)[1], [5.0])
     assert present_fields(network)[-1].effective_dilation == 5, "where a forward runs at now"
 
 

@@ -13,7 +13,7 @@ from rfield.layers import AdaptiveConv2d
 from rfield.search import GradientSearch, SampledSearch, SpsaSearch, factor_parameters, learned_layers
 
 
-class TestGuides:
+class TestFactorLosses:
     @pytest.mark.parametrize("kind", ["spsa", "sampled"])
     def test_two_processes_have_one_factor(self, kind: str, tmp_path: Path, in_processes: Any) -> None:
         """They see other images, and so have other losses; what they decide is the same."""
@@ -29,10 +29,10 @@ class TestGuides:
         assert one["unsnapped"] != [[5.0], [2.0]]
 
     @pytest.mark.slow
-    def test_loss_and_guides_go_their_own_ways(self, cues: Any) -> None:
-        """Of two factors each is learned by its own guide; the weights see the loss alone."""
+    def test_weights_follow_the_loss_and_factors_their_own_losses(self, cues: Any) -> None:
+        """Each of two factors is learned by its own loss; the weights by the first loss alone."""
 
-        def guided(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+        def separate(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
             layers = [group[0] for group in learned_layers(model)]
             distances = [
                 abs(math.log(layer.realised_dilation[0] / best)) for layer, best in zip(layers, (3, 9), strict=True)
@@ -45,11 +45,11 @@ class TestGuides:
             convs = [AdaptiveConv2d(1 + 3 * i, 4, 3, padding=5, dilation=5) for i in range(2)]
             model = nn.Sequential(*convs, nn.ReLU(), nn.Conv2d(4, 2, 1))
             options = {"held_out": cues.batches(1)} if kind is SampledSearch else {}
-            search = kind(model, guided, 120, **options)
+            search = kind(model, separate, 120, **options)
             cues.run(search, model, cues.batches(120))
             assert [conv.effective_dilation[0] for conv in convs] == pytest.approx([3, 9], abs=1.01)
 
-    def test_guides_replace_the_factors_gradient_and_nothing_else(self, cues: Any) -> None:
+    def test_factor_losses_replace_the_factors_gradient_and_nothing_else(self, cues: Any) -> None:
         def plain(model: nn.Module, batch: Any) -> Tensor:
             return cues.loss(model, batch)
 
@@ -57,11 +57,11 @@ class TestGuides:
             losses = F.cross_entropy(model(batch[0]), batch[1], ignore_index=255, reduction="none")
             return (losses * torch.where(batch[1] == 1, 5.0, 1.0)).mean()
 
-        def guided(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+        def separate(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
             return plain(model, batch), weighted(model, batch)[None]
 
         gradients = {}
-        for name, loss_fn in {"plain": plain, "weighted": weighted, "guided": guided}.items():
+        for name, loss_fn in {"plain": plain, "weighted": weighted, "separate": separate}.items():
             for mechanism in ("regulator", "dilation"):
                 model = cues.model(7, mechanism)
                 factor_parameters(model)[0].data += 0.1
@@ -69,7 +69,7 @@ class TestGuides:
                 loss = search.loss(cues.batches(1)[0])
                 loss.backward()
                 gradients[name, mechanism] = [p.grad.clone() for n, p in sorted(model.named_parameters())]
-                if name == "guided":
+                if name == "separate":
                     assert loss.item() == pytest.approx(plain(model, cues.batches(1)[0]).item(), rel=1e-5)
         names = [n for n, _ in sorted(cues.model(7).named_parameters())]
         for mechanism in ("regulator", "dilation"):
@@ -77,9 +77,9 @@ class TestGuides:
             for index, name in enumerate(names):
                 like = "weighted" if name.endswith("log_factor") else "plain"
                 expected = gradients[like, mechanism][index]
-                assert torch.allclose(gradients["guided", mechanism][index], expected, rtol=1e-4, atol=1e-6), name
+                assert torch.allclose(gradients["separate", mechanism][index], expected, rtol=1e-4, atol=1e-6), name
 
-    def test_guides_must_be_as_many_as_factors(self, cues: Any) -> None:
+    def test_factor_losses_must_be_as_many_as_factors(self, cues: Any) -> None:
         search = GradientSearch(cues.model(3), lambda model, batch: (torch.ones(()), torch.ones(2)), steps=1)
         with pytest.raises(ValueError, match="has 1 factors"):
             search.loss(cues.batches(1)[0])
