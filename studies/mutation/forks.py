@@ -214,6 +214,8 @@ class _Teller:
     def __init__(self, write: int, measure: coverage.Coverage | None) -> None:
         self._write, self._measure = write, measure
         self._outcome, self._why = "", ""
+        # Of the fixtures that several tests share: what each took on the processor and by the clock.
+        self._shared: dict[Any, tuple[float, float]] = {}
 
     def _tell(self, **event: Any) -> None:
         os.write(self._write, json.dumps(event).encode() + b"\n")
@@ -225,11 +227,23 @@ class _Teller:
         if self._measure:
             self._measure.switch_context(item.nodeid)
         self._tell(test=item.nodeid)
-        cpu, wall = _cpu(), time.monotonic()
+        # A test that runs alone must set up what an earlier one has set up here.
+        definitions = [each for of in item._fixtureinfo.name2fixturedefs.values() for each in of]  # type: ignore[attr-defined]
+        before = [self._shared[each] for each in definitions if each in self._shared]
+        cpu, wall = (sum(spent[axis] for spent in before) for axis in (0, 1))
+        cpu, wall = _cpu() - cpu, time.monotonic() - wall
         result = yield
         apart = any(item.get_closest_marker(name) for name in ("shared", "slow"))
         seconds = {"cpu": round(_cpu() - cpu, 3), "wall": round(time.monotonic() - wall, 3)}
         self._tell(test=item.nodeid, outcome=self._outcome, why=self._why, apart=apart, **seconds)
+        return result
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_fixture_setup(self, fixturedef: Any) -> Iterator[None]:
+        cpu, wall = _cpu(), time.monotonic()
+        result = yield
+        if fixturedef.scope != "function":
+            self._shared[fixturedef] = _cpu() - cpu, time.monotonic() - wall
         return result
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
