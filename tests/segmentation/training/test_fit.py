@@ -1,13 +1,9 @@
-"""Whole runs on a few tiny synthetic images, in this process or in one of their own."""
+"""One whole run on a few tiny synthetic images: its folder, schedule, checkpoints, gradients, frozen backbone."""
 
 import csv
-import dataclasses
 import json
-import os
 import shutil
-import signal
-import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,27 +12,16 @@ import torch
 import torch.nn.functional as F
 import yaml
 
-from rfield.search import SampledSearch
 from rfield.segmentation.cli import main
 from rfield.segmentation.config.train import TrainConfig
 from rfield.segmentation.data import AugmentedDataset, EpochSampler, load_dataset, training_transform
-from rfield.segmentation.models import ParsingNetwork
-from rfield.segmentation.runs import build_network, load_config, load_run
+from rfield.segmentation.runs import build_network
 from rfield.segmentation.training import FACTOR_COLUMNS, ParsingModule, read_factor_csv, train
 
 pytestmark = pytest.mark.slow
 
 STEPS_AN_EPOCH = 3
 Make = Callable[..., TrainConfig]
-Forked = Callable[..., subprocess.CompletedProcess[str]]
-
-
-@pytest.fixture(autouse=True)
-def _restored_signals() -> Iterator[None]:
-    """Lightning ignores SIGINT for good after a KeyboardInterrupt."""
-    handler = signal.getsignal(signal.SIGINT)
-    yield
-    signal.signal(signal.SIGINT, handler)
 
 
 def rows_of(config: TrainConfig) -> list[list[str]]:
@@ -54,29 +39,6 @@ def metrics_of(config: TrainConfig) -> dict[str, Any]:
     assert metrics.pop("train_seconds") > 0
     assert metrics.get("search", {"seconds": 0}).pop("seconds") >= 0
     return metrics
-
-
-def assert_same_run(one: TrainConfig, other: TrainConfig) -> None:
-    """The same numbers everywhere."""
-    assert rows_of(one) == rows_of(other)
-    assert metrics_of(one) == metrics_of(other)
-    for name in ("last", "best"):
-        weights, other_weights = (checkpoint_of(config, name)["state_dict"] for config in (one, other))
-        assert weights.keys() == other_weights.keys()
-        for key, weight in weights.items():
-            assert torch.equal(weight, other_weights[key]), key
-
-
-def stop_at(patch: pytest.MonkeyPatch, step: int, error: type[BaseException]) -> None:
-    """Has the training step raise an error after so many steps."""
-    real = ParsingModule.training_step
-
-    def failing(self: ParsingModule, batch: Any, batch_index: int) -> Any:
-        if self.global_step == step:
-            raise error
-        return real(self, batch, batch_index)
-
-    patch.setattr(ParsingModule, "training_step", failing)
 
 
 @pytest.mark.parametrize("frozen", [False, True])
@@ -146,145 +108,6 @@ def test_evaluate_gives_the_run_s_own_score_bit_for_bit(make: Make, frozen: bool
     assert json.loads(again.read_text()) == scores
     main(["evaluate", config.out, "--checkpoint", "best", "--split", "test"])
     assert (Path(config.out) / "evaluation-test.json").is_file()
-
-
-def test_the_written_config_gives_the_same_run(make: Make) -> None:
-    config = make(epochs=1, freeze_backbone=True)
-    train(config)
-    other = dataclasses.replace(config, out=f"{config.out}-again")
-    main(["train", "--config", f"{config.out}/config.yaml", "--out", other.out])
-    assert_same_run(config, other)
-
-
-@pytest.mark.parametrize(
-    ("values", "error"),
-    [
-        ({"workers": 1}, RuntimeError),
-        ({"freeze_backbone": True}, KeyboardInterrupt),
-        ({"val_every": 2, "optimizer": "adamw", "loss_resolution": "image", "factor_start": 2}, RuntimeError),
-        ({"search": "spsa", "freeze_backbone": True}, RuntimeError),
-        ({"search": "spsa", "search_share": 0.4, "mechanism": "regulator"}, RuntimeError),
-        ({"search": "sampled", "search_share": 0.6, "freeze_backbone": True}, RuntimeError),
-        ({"search": "sampled", "search_share": 0.3, "workers": 1}, RuntimeError),
-    ],
-)
-def test_an_interrupted_run_goes_on_exactly(
-    make: Make, monkeypatch: pytest.MonkeyPatch, values: dict[str, Any], error: type[BaseException]
-) -> None:
-    whole, cut = make("whole", dropout=0.5, **values), make("cut", dropout=0.5, **values)
-    train(whole)
-    with monkeypatch.context() as patch:
-        stop_at(patch, STEPS_AN_EPOCH + 2, error)
-        with pytest.raises(error):
-            train(cut)
-    assert not (Path(cut.out) / "metrics.json").exists()
-    # What a kill in the midst of writing leaves: steps of the unfinished epoch, and half a row.
-    with (Path(cut.out) / "factor.csv").open("a") as file:
-        file.write("4,1,3,39,0,0,1\n5,1,3,39,0,0,1\n1,1,3")
-    train(dataclasses.replace(cut, resume=True))
-    assert_same_run(whole, cut)
-
-
-KILLED = """
-import os, signal, sys
-from rfield.segmentation.cli import main
-from rfield.segmentation.training import ParsingModule
-
-real = ParsingModule.training_step
-
-def training_step(self, batch, batch_index):
-    if self.global_step == 4:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return real(self, batch, batch_index)
-
-ParsingModule.training_step = training_step
-main(sys.argv[1:])
-"""
-
-
-def test_a_killed_run_goes_on_exactly(make: Make, forked: Forked) -> None:
-    whole, cut = make("whole", dropout=0.5), make("cut", dropout=0.5, workers=1)
-    train(whole)
-    config = Path(cut.out).with_suffix(".yaml")
-    config.write_text(yaml.safe_dump(cut.plain()))
-    assert forked(KILLED, "train", "--config", str(config)).returncode == -signal.SIGKILL
-    main(["train", "--config", str(config), "--resume"])
-    assert_same_run(whole, cut)
-
-
-def test_a_run_that_never_ended_an_epoch_begins_anew(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole, cut = make("whole", epochs=1), make("cut", epochs=1)
-    train(whole)
-    with monkeypatch.context() as patch:
-        stop_at(patch, 1, RuntimeError)
-        with pytest.raises(RuntimeError):
-            train(cut)
-    train(dataclasses.replace(cut, resume=True))
-    assert_same_run(whole, cut)
-
-
-def test_resuming_a_finished_run_just_finishes(make: Make) -> None:
-    for config in (make("a", epochs=1), make("b", max_steps=STEPS_AN_EPOCH + 1)):
-        first = train(config)
-        rows = rows_of(config)
-        again = train(dataclasses.replace(config, resume=True))
-        assert rows_of(config) == rows
-        for metrics in (first, again):
-            metrics.pop("train_seconds")
-            metrics["search"].pop("seconds")
-        assert again == first
-
-
-def test_resuming_where_there_is_no_run_begins_one(make: Make) -> None:
-    config = make(epochs=1)
-    train(dataclasses.replace(config, resume=True))
-    assert len(rows_of(config)) == 1 + STEPS_AN_EPOCH
-
-
-def test_other_settings_are_no_continuation(make: Make) -> None:
-    config = make(epochs=1)
-    train(config)
-    changed = dataclasses.replace(config, resume=True, seed=1, crop_size=(17, 17), workers=1, cache=None)
-    message = r"other settings: crop_size: \[33, 33\] -> \[17, 17\]; seed: 0 -> 1$"
-    with pytest.raises(ValueError, match=message):
-        train(changed)
-    assert load_config(Path(config.out) / "config.yaml") == config.resolved()
-
-
-def test_a_run_is_never_overwritten(make: Make, capsys: pytest.CaptureFixture[str]) -> None:
-    config = make(epochs=1)
-    train(config)
-    before = {path: path.read_bytes() for path in Path(config.out).rglob("*") if path.is_file()}
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as exit_:
-        main(["train", "--config", f"{config.out}/config.yaml"])
-    assert exit_.value.code == 2
-    error = capsys.readouterr().err
-    assert error == f"rfield train: {config.out} holds a run already: give --resume to continue it, or another --out\n"
-    assert {path: path.read_bytes() for path in Path(config.out).rglob("*") if path.is_file()} == before
-
-
-@pytest.mark.parametrize("damage", ["cut", "garbage", "other"])
-def test_a_damaged_checkpoint_is_answered_with_one_line(
-    make: Make, capsys: pytest.CaptureFixture[str], damage: str
-) -> None:
-    config = make(epochs=1)
-    train(config)
-    path = Path(config.out) / "checkpoints/last.ckpt"
-    if damage == "cut":
-        os.truncate(path, path.stat().st_size // 2)
-    elif damage == "garbage":
-        path.write_bytes(b"garbage" * 99)
-    else:
-        torch.save({"state_dict": {"network.head.nonsense": torch.zeros(1)}}, path)
-    capsys.readouterr()
-    for words in (["evaluate", config.out], ["train", "--config", f"{config.out}/config.yaml", "--resume"]):
-        with pytest.raises(SystemExit) as exit_:
-            main(words)
-        assert exit_.value.code == 2
-        error = capsys.readouterr().err
-        assert error.count("\n") == 1
-        assert "last.ckpt is damaged or not a checkpoint of this run" in error
 
 
 def test_a_step_limit_ends_inside_an_epoch(make: Make) -> None:
@@ -435,126 +258,6 @@ def test_mixed_precision(make: Make) -> None:
     assert {kind for kind in kinds if kind.is_floating_point} == {torch.float32}
 
 
-def test_runs_repeat_themselves_and_seeds_differ(make: Make) -> None:
-    one, same, other = make("one", epochs=1), make("same", epochs=1, workers=1), make("other", epochs=1, seed=1)
-    for config in (one, same, other):
-        train(config)
-    assert_same_run(one, same)
-    assert rows_of(one) != rows_of(other)
-
-
-def test_two_processes_are_one_run(make: Make, forked: Forked) -> None:
-    """Lightning starts the second, as the command line has started the first."""
-    values: dict[str, Any] = {
-        "dropout": 0.0,
-        "scale_range": (1, 1),
-        "crop_size": (36, 41),
-        "epochs": 2,
-        "lr": 0.1,
-        "head_lr_scale": 1.0,
-    }
-    alone, both = make("alone", **values), make("both", devices=2, **values)
-    train(alone)
-    config = Path(both.out).with_suffix(".yaml")
-    config.write_text(yaml.safe_dump(both.plain()))
-    code = "import runpy; runpy.run_module('rfield', run_name='__main__', alter_sys=True)"
-    done = forked(code, "train", "--config", str(config))
-    assert done.returncode == 0, done.stderr
-    assert "Traceback" not in done.stderr
-    assert done.stdout.count("mIoU") == 1, "the first process alone reports"
-    assert len(rows_of(both)) == 1 + 2 * STEPS_AN_EPOCH
-    torch.manual_seed(alone.seed)
-    start = build_network(alone.resolved(), 4).state_dict()
-    ends = [checkpoint_of(config)["state_dict"] for config in (alone, both)]
-    for key in (key for key, weight in start.items() if weight.dim() == 4):
-        one, two = (end[f"network.{key}"] - start[key] for end in ends)
-        assert (one - two).norm() < 0.01 * one.norm(), key
-    assert metrics_of(both)["miou"] == pytest.approx(metrics_of(alone)["miou"], abs=1e-3)
-
-
-@pytest.mark.parametrize("search", ["gradient", "spsa", "sampled"])
-@pytest.mark.parametrize("rectangular", [False, True])
-def test_paths_are_learned_and_recorded(make: Make, search: str, rectangular: bool) -> None:
-    groups = {"near": ["neither"], "far": ["both", "red right"]}
-    values: dict[str, Any] = {"search": search, "rectangular": rectangular, "search_share": 0.9}
-    config = make(paths=2, class_groups=groups, dilation=4, epochs=2, **values)
-    metrics = train(config)
-    assert [path["class_group"] for path in metrics["paths"]] == [["neither"], ["red right", "both"]]
-    assert [path["class_group_name"] for path in metrics["paths"]] == ["near", "far"]
-    with (Path(config.out) / "paths.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    series = {(row["path"], row["axis"]) for row in rows}
-    assert series == {(path, axis) for path in "12" for axis in (("height", "width") if rectangular else ("height",))}
-    assert len(rows) == 2 * STEPS_AN_EPOCH * len(series)
-    last = {(int(row["path"]), row["axis"]): float(row["effective_dilation"]) for row in rows[-len(series) :]}
-    # Snapped at the search's end, before the last step.
-    assert [path["effective_dilation"] for path in metrics["paths"]] == [last[index, "height"] for index in (1, 2)]
-    for path in metrics["paths"]:
-        assert path["receptive_field_px"] == pytest.approx(15 + 8 * path["effective_dilation"], rel=1e-6)
-        assert path["factor"] == pytest.approx(4 / path["effective_dilation"], rel=1e-6)
-    assert ("rectangle" in metrics) == rectangular
-    for field in metrics.get("rectangle", ()):
-        assert field["effective_dilation"] == last[field["path"] + 1, field["axis"]]
-    # Each has gone its own way, and what a step ran at is what its row says.
-    ways = [[row["factor"] for row in rows if (row["path"], row["axis"]) == each] for each in sorted(series)]
-    assert all(len(set(way)) > 2 for way in ways)
-    assert all(ways.count(way) == 1 for way in ways)
-    assert (Path(config.out) / "paths.png").is_file()
-    if search == "sampled":
-        assert len(metrics["search"]["factors"]) == len(series)
-    again = load_run(config.out).network
-    for path, described in zip(again.head.paths, metrics["paths"], strict=True):
-        assert path.effective_dilation[0] == pytest.approx(described["effective_dilation"], rel=1e-6)
-
-
-@pytest.mark.parametrize(("search", "most"), [("sampled", 0.7), ("spsa", 0.8)])
-def test_a_search_computes_features_once_for_all_dilations(
-    make: Make, monkeypatch: pytest.MonkeyPatch, search: str, most: float
-) -> None:
-    calls = {"features": 0, "logits_of": 0}
-
-    def count(method: str) -> None:
-        real = getattr(ParsingNetwork, method)
-
-        def counting(self: ParsingNetwork, *arguments: Any) -> Any:
-            calls[method] += not torch.is_inference_mode_enabled()  # The validation looks once.
-            return real(self, *arguments)
-
-        monkeypatch.setattr(ParsingNetwork, method, counting)
-
-    count("features")
-    count("logits_of")
-    train(make(search=search, decoder=True))
-    assert 0 < calls["features"] < most * calls["logits_of"], calls
-
-
-def test_published_guidance_warns_of_the_drift(make: Make) -> None:
-    values: dict[str, Any] = {"path_guidance": "gradient", "path_weight": 30.0, "optimizer": "adamw", "lr": 0.05}
-    config = make(paths=2, class_groups=[["neither"], ["both"]], epochs=20, head_lr_scale=1.0, dropout=0.0, **values)
-    with pytest.warns(UserWarning, match="no joint rest point"):
-        train(config)
-
-
-def test_a_drift_is_told_where_the_sum_explodes_too(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = ParsingModule.training_step
-
-    def training_step(self: ParsingModule, *arguments: Any) -> Any:
-        loss = real(self, *arguments)
-        self.network.head.path_logits = torch.tensor([60.0, 55.0, 80.0])
-        return loss
-
-    monkeypatch.setattr(ParsingModule, "training_step", training_step)
-    config = make(paths=2, class_groups=[["neither"], ["both"]], path_guidance="gradient", epochs=1)
-    with pytest.warns(UserWarning, match="60 in root mean square where their sum has 80"):
-        train(config)
-
-
-def test_aspp_trains(make: Make) -> None:
-    metrics = train(make(aspp=(2, 4), search="none", epochs=1))
-    assert [path["effective_dilation"] for path in metrics["paths"]] == [2, 4]
-    assert metrics["receptive_field_px"] == 15 + 8 * 2
-
-
 @pytest.mark.shared
 def test_real_images_and_weights(
     shared: Path, small_msrc: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -581,69 +284,3 @@ def test_real_images_and_weights(
     main(["predict", str(out), f"{small_msrc}/JPEGImages", "--out", str(tmp_path / "out")])
     assert len(list((tmp_path / "out").glob("*.png"))) == 12
     assert "308 px" in capsys.readouterr().out
-
-
-def test_a_sampled_search_holds_images_out_and_gives_them_back(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[set[int]] = []
-    real = AugmentedDataset.__getitem__
-
-    def watched(self: AugmentedDataset, key: tuple[int, int]) -> Any:
-        seen.extend(set() for _ in range(key[0] + 1 - len(seen)))
-        seen[key[0]].add(key[1])
-        return real(self, key)
-
-    monkeypatch.setattr(AugmentedDataset, "__getitem__", watched)
-    config = make(search="sampled", search_share=0.6, dilation=5)
-    metrics = train(config)
-    assert [len(images) for images in seen] == [4, 4, 6], "a third is held out"
-    dilations = read_factor_csv(Path(config.out) / "factor.csv")["effective_dilation"]
-    assert dilations[5:].tolist() == pytest.approx([metrics["effective_dilation"]] * 4)
-    assert metrics["search"]["kind"] == "sampled"
-    curve = dict(metrics["search"]["curve"])
-    assert min(curve, key=lambda dilation: curve[dilation]) == pytest.approx(metrics["effective_dilation"], abs=1)
-    assert all(loss > 0 for loss in curve.values())
-
-
-@pytest.mark.parametrize("loss", ["cross_entropy", "dice"])
-def test_the_curve_counts_small_classes_unless_the_loss_says_what_counts(
-    make: Make, loss: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
-    read: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]] = []
-    real_logits, real_losses = ParsingModule._logits, SampledSearch._call_loss_fn
-
-    def watched_logits(self: ParsingModule, network: torch.nn.Module, batch: Any) -> Any:
-        seen.append(real_logits(self, network, batch))
-        return seen[-1]
-
-    def watched_losses(self: SampledSearch, batch: Any) -> Any:
-        output = real_losses(self, batch)
-        if not self.model.training:
-            read.append((batch[1], *seen[-1], output[1]))
-        return output
-
-    monkeypatch.setattr(ParsingModule, "_logits", watched_logits)
-    monkeypatch.setattr(SampledSearch, "_call_loss_fn", watched_losses)
-    train(make(search="sampled", search_share=0.6, loss=loss))
-    whole = {mask.numpy().tobytes(): mask for mask, *_ in read}
-    labels = torch.cat([mask[mask != 255] for mask in whole.values()])
-    weight = (labels.bincount() / len(labels)).sqrt().sum()
-    for _, logits, mask, factor_losses in read:
-        losses = [
-            F.cross_entropy(logits[0, :, y, x], mask[0, y, x]) * (len(labels) / (labels == mask[0, y, x]).sum()).sqrt()
-            for y, x in (mask[0] != 255).nonzero().tolist()
-        ]
-        expected = (torch.stack(losses).mean() / weight).item()
-        assert (factor_losses.item() == pytest.approx(expected, rel=1e-4)) == (loss == "cross_entropy")
-
-
-def test_the_start_of_a_sampled_search_does_not_matter(make: Make) -> None:
-    first, second = (train(make(f"from-{d}", search="sampled", dilation=d, freeze_backbone=True)) for d in (2, 7))
-    assert first["miou"] == second["miou"]
-    assert first["effective_dilation"] == pytest.approx(second["effective_dilation"])
-
-
-def test_no_search_has_no_factor(make: Make) -> None:
-    metrics = train(make(search="none", epochs=1))
-    assert "search" not in metrics
-    assert metrics["factor"] == 1

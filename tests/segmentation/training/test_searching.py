@@ -1,0 +1,171 @@
+"""Whole runs that search: several paths, features computed once, held-out images, the curve."""
+
+import csv
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from rfield.search import SampledSearch
+from rfield.segmentation.config.train import TrainConfig
+from rfield.segmentation.data import AugmentedDataset
+from rfield.segmentation.models import ParsingNetwork
+from rfield.segmentation.runs import load_run
+from rfield.segmentation.training import ParsingModule, read_factor_csv, train
+
+pytestmark = pytest.mark.slow
+
+STEPS_AN_EPOCH = 3
+Make = Callable[..., TrainConfig]
+
+
+@pytest.mark.parametrize("search", ["gradient", "spsa", "sampled"])
+@pytest.mark.parametrize("rectangular", [False, True])
+def test_paths_are_learned_and_recorded(make: Make, search: str, rectangular: bool) -> None:
+    groups = {"near": ["neither"], "far": ["both", "red right"]}
+    values: dict[str, Any] = {"search": search, "rectangular": rectangular, "search_share": 0.9}
+    config = make(paths=2, class_groups=groups, dilation=4, epochs=2, **values)
+    metrics = train(config)
+    assert [path["class_group"] for path in metrics["paths"]] == [["neither"], ["red right", "both"]]
+    assert [path["class_group_name"] for path in metrics["paths"]] == ["near", "far"]
+    with (Path(config.out) / "paths.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    series = {(row["path"], row["axis"]) for row in rows}
+    assert series == {(path, axis) for path in "12" for axis in (("height", "width") if rectangular else ("height",))}
+    assert len(rows) == 2 * STEPS_AN_EPOCH * len(series)
+    last = {(int(row["path"]), row["axis"]): float(row["effective_dilation"]) for row in rows[-len(series) :]}
+    # Snapped at the search's end, before the last step.
+    assert [path["effective_dilation"] for path in metrics["paths"]] == [last[index, "height"] for index in (1, 2)]
+    for path in metrics["paths"]:
+        assert path["receptive_field_px"] == pytest.approx(15 + 8 * path["effective_dilation"], rel=1e-6)
+        assert path["factor"] == pytest.approx(4 / path["effective_dilation"], rel=1e-6)
+    assert ("rectangle" in metrics) == rectangular
+    for field in metrics.get("rectangle", ()):
+        assert field["effective_dilation"] == last[field["path"] + 1, field["axis"]]
+    # Each has gone its own way, and what a step ran at is what its row says.
+    ways = [[row["factor"] for row in rows if (row["path"], row["axis"]) == each] for each in sorted(series)]
+    assert all(len(set(way)) > 2 for way in ways)
+    assert all(ways.count(way) == 1 for way in ways)
+    assert (Path(config.out) / "paths.png").is_file()
+    if search == "sampled":
+        assert len(metrics["search"]["factors"]) == len(series)
+    again = load_run(config.out).network
+    for path, described in zip(again.head.paths, metrics["paths"], strict=True):
+        assert path.effective_dilation[0] == pytest.approx(described["effective_dilation"], rel=1e-6)
+
+
+@pytest.mark.parametrize(("search", "most"), [("sampled", 0.7), ("spsa", 0.8)])
+def test_a_search_computes_features_once_for_all_dilations(
+    make: Make, monkeypatch: pytest.MonkeyPatch, search: str, most: float
+) -> None:
+    calls = {"features": 0, "logits_of": 0}
+
+    def count(method: str) -> None:
+        real = getattr(ParsingNetwork, method)
+
+        def counting(self: ParsingNetwork, *arguments: Any) -> Any:
+            calls[method] += not torch.is_inference_mode_enabled()  # The validation looks once.
+            return real(self, *arguments)
+
+        monkeypatch.setattr(ParsingNetwork, method, counting)
+
+    count("features")
+    count("logits_of")
+    train(make(search=search, decoder=True))
+    assert 0 < calls["features"] < most * calls["logits_of"], calls
+
+
+def test_published_guidance_warns_of_the_drift(make: Make) -> None:
+    values: dict[str, Any] = {"path_guidance": "gradient", "path_weight": 30.0, "optimizer": "adamw", "lr": 0.05}
+    config = make(paths=2, class_groups=[["neither"], ["both"]], epochs=20, head_lr_scale=1.0, dropout=0.0, **values)
+    with pytest.warns(UserWarning, match="no joint rest point"):
+        train(config)
+
+
+def test_a_drift_is_told_where_the_sum_explodes_too(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = ParsingModule.training_step
+
+    def training_step(self: ParsingModule, *arguments: Any) -> Any:
+        loss = real(self, *arguments)
+        self.network.head.path_logits = torch.tensor([60.0, 55.0, 80.0])
+        return loss
+
+    monkeypatch.setattr(ParsingModule, "training_step", training_step)
+    config = make(paths=2, class_groups=[["neither"], ["both"]], path_guidance="gradient", epochs=1)
+    with pytest.warns(UserWarning, match="60 in root mean square where their sum has 80"):
+        train(config)
+
+
+def test_aspp_trains(make: Make) -> None:
+    metrics = train(make(aspp=(2, 4), search="none", epochs=1))
+    assert [path["effective_dilation"] for path in metrics["paths"]] == [2, 4]
+    assert metrics["receptive_field_px"] == 15 + 8 * 2
+
+
+def test_a_sampled_search_holds_images_out_and_gives_them_back(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[set[int]] = []
+    real = AugmentedDataset.__getitem__
+
+    def watched(self: AugmentedDataset, key: tuple[int, int]) -> Any:
+        seen.extend(set() for _ in range(key[0] + 1 - len(seen)))
+        seen[key[0]].add(key[1])
+        return real(self, key)
+
+    monkeypatch.setattr(AugmentedDataset, "__getitem__", watched)
+    config = make(search="sampled", search_share=0.6, dilation=5)
+    metrics = train(config)
+    assert [len(images) for images in seen] == [4, 4, 6], "a third is held out"
+    dilations = read_factor_csv(Path(config.out) / "factor.csv")["effective_dilation"]
+    assert dilations[5:].tolist() == pytest.approx([metrics["effective_dilation"]] * 4)
+    assert metrics["search"]["kind"] == "sampled"
+    curve = dict(metrics["search"]["curve"])
+    assert min(curve, key=lambda dilation: curve[dilation]) == pytest.approx(metrics["effective_dilation"], abs=1)
+    assert all(loss > 0 for loss in curve.values())
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "dice"])
+def test_the_curve_counts_small_classes_unless_the_loss_says_what_counts(
+    make: Make, loss: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    read: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]] = []
+    real_logits, real_losses = ParsingModule._logits, SampledSearch._call_loss_fn
+
+    def watched_logits(self: ParsingModule, network: torch.nn.Module, batch: Any) -> Any:
+        seen.append(real_logits(self, network, batch))
+        return seen[-1]
+
+    def watched_losses(self: SampledSearch, batch: Any) -> Any:
+        output = real_losses(self, batch)
+        if not self.model.training:
+            read.append((batch[1], *seen[-1], output[1]))
+        return output
+
+    monkeypatch.setattr(ParsingModule, "_logits", watched_logits)
+    monkeypatch.setattr(SampledSearch, "_call_loss_fn", watched_losses)
+    train(make(search="sampled", search_share=0.6, loss=loss))
+    whole = {mask.numpy().tobytes(): mask for mask, *_ in read}
+    labels = torch.cat([mask[mask != 255] for mask in whole.values()])
+    weight = (labels.bincount() / len(labels)).sqrt().sum()
+    for _, logits, mask, factor_losses in read:
+        losses = [
+            F.cross_entropy(logits[0, :, y, x], mask[0, y, x]) * (len(labels) / (labels == mask[0, y, x]).sum()).sqrt()
+            for y, x in (mask[0] != 255).nonzero().tolist()
+        ]
+        expected = (torch.stack(losses).mean() / weight).item()
+        assert (factor_losses.item() == pytest.approx(expected, rel=1e-4)) == (loss == "cross_entropy")
+
+
+def test_the_start_of_a_sampled_search_does_not_matter(make: Make) -> None:
+    first, second = (train(make(f"from-{d}", search="sampled", dilation=d, freeze_backbone=True)) for d in (2, 7))
+    assert first["miou"] == second["miou"]
+    assert first["effective_dilation"] == pytest.approx(second["effective_dilation"])
+
+
+def test_no_search_has_no_factor(make: Make) -> None:
+    metrics = train(make(search="none", epochs=1))
+    assert "search" not in metrics
+    assert metrics["factor"] == 1
