@@ -21,7 +21,7 @@ PACKAGES: dict[str, set[str]] = {
     "receptive_field": {"torch"},
     "surgery": {"torch"},
     "segmentation.config": set(),
-    "segmentation.files": {"yaml"},
+    "segmentation.files": {"yaml", "torch", "safetensors"},
     "segmentation.console": {"rich"},
     "segmentation.models": {"torch", "torchvision", "timm", "huggingface_hub", "safetensors"},
     "segmentation.data": {"torch", "numpy", "PIL", "scipy", "torchvision", "yaml"},
@@ -116,8 +116,38 @@ def test_text_files_are_utf_8_whatever_the_console_speaks(path: Path) -> None:
         given = [*node.args, *(word.value for word in node.keywords)]
         binary = any(isinstance(each, ast.Constant) and str(each.value).endswith("b") for each in given)
         if name in ("read_text", "write_text", "open") and not binary and owner not in ("os", "PIL.Image", "bar"):
-            own = name == "write_text" and isinstance(node.func, ast.Name)  # of rfield.training, which is UTF-8
+            own = name == "write_text" and isinstance(
+                node.func, ast.Name
+            )  # of rfield.segmentation.files, which is UTF-8
             assert own or any(word.arg == "encoding" for word in node.keywords), f"{path}:{node.lineno}: no encoding"
+
+
+def test_files_are_written_in_one_place() -> None:
+    # Locks, and folders that are renamed when all of them is written.
+    others = {"data/faces.py", "data/voc.py", "experiments/trials.py", "inference/feature_cache.py"}
+    for path in (SRC / "segmentation").rglob("*.py"):
+        if str(path.relative_to(SRC / "segmentation")) in others | {"files/atomic.py", "files/checkpoints.py"}:
+            continue
+        source = re.sub(r"(?m)^ *(>>>|\.\.\.) .*", "", path.read_text(encoding="utf-8"))
+        found = re.findall(
+            r"os\.replace|\.write_(?:text|bytes)\(|\bopen\([^)]*\"wb?\"|json\.dump\(|yaml\.dump\(", source
+        )
+        assert not found, f"{path}: {found}: use rfield.segmentation.files.atomic"
+
+
+def test_evaluate_imports_no_lightning() -> None:
+    tree = ast.parse((SRC / "segmentation" / "cli.py").read_text(encoding="utf-8"))
+    functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
+    called = [functions["evaluate"]]
+    for function in called:
+        names = {node.id for node in ast.walk(function) if isinstance(node, ast.Name)}
+        called += [functions[name] for name in sorted(names & set(functions)) if functions[name] not in called]
+        for node in ast.walk(function):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("rfield."):
+                package = package_of(str(node.module).removeprefix("rfield."))
+                # What a package imports lies below it.
+                assert LEVEL[package] < LEVEL["segmentation.training"], f"{function.name} imports {node.module}"
+    assert {"evaluate", "_write_scores"} <= {function.name for function in called}
 
 
 def test_error_messages_start_in_lower_case_and_end_without_a_period() -> None:

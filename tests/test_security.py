@@ -25,11 +25,10 @@ from rfield.segmentation.config.train import TrainConfig, parse_groups
 from rfield.segmentation.data import FolderDataset, check_data, load_dataset
 from rfield.segmentation.data.images import palette_of
 from rfield.segmentation.export.hub import _scores
-from rfield.segmentation.files.untrusted import read_json, read_yaml
+from rfield.segmentation.files.untrusted import read_json, read_weights, read_yaml
 from rfield.segmentation.inference.feature_cache import CachedFeatures
 from rfield.segmentation.inspection.model_names import open_model
 from rfield.segmentation.models import ParsingNetwork
-from rfield.segmentation.models.weights import read_weights
 from rfield.segmentation.runs import build_network, load_config, load_run
 
 LAUGHS = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 40)) + "data: *a39\n"

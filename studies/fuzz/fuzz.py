@@ -47,9 +47,8 @@ from rfield.segmentation.data.class_groups import class_groups
 from rfield.segmentation.data.paths import lies_in
 from rfield.segmentation.export import hub as sharing
 from rfield.segmentation.export.fused_run import fuse_run
-from rfield.segmentation.files.untrusted import read_json
+from rfield.segmentation.files.untrusted import read_json, read_weights
 from rfield.segmentation.inference.onnx import load_onnx
-from rfield.segmentation.models.weights import read_weights
 from rfield.segmentation.runs import build_network, load_config, load_run, read_classes
 
 _SECONDS = 10

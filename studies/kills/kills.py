@@ -26,7 +26,8 @@ from typing import Any
 import torch
 
 from rfield.segmentation.config.train import TrainConfig
-from rfield.segmentation.training import fit, train, write_json
+from rfield.segmentation.files.atomic import write_json
+from rfield.segmentation.training import fit, train
 
 RUNS: dict[str, dict[str, Any]] = {
     "spsa": {"search": "spsa", "search_share": 0.6},
@@ -91,8 +92,8 @@ def interrupt(process: int, signum: int, moment: float, folder: Path | None) -> 
     Returns:
         The exit status, negative if a signal has ended the process: 0 if it was faster.
     """
-    partial = None if folder is None else folder / "last.ckpt.partial"
-    while time.monotonic() < moment or (partial is not None and not os.path.exists(partial)):
+    pattern = ".last.*.partial.ckpt"
+    while time.monotonic() < moment or (folder is not None and not any(folder.glob(pattern))):
         found, status = os.waitpid(process, os.WNOHANG)
         if found:
             return os.waitstatus_to_exitcode(status)
@@ -130,7 +131,7 @@ def plain(value: Any) -> Any:
 def where(out: Path) -> str:
     """What lies in the folder after a kill; half a checkpoint may be an earlier kill's."""
     checkpoints = out / "checkpoints"
-    if checkpoints.is_dir() and any(checkpoints.glob("*.partial")):
+    if checkpoints.is_dir() and any(checkpoints.glob(".*.partial.*")):
         return "half a checkpoint in the folder"
     if not (checkpoints / "last.ckpt").is_file():
         return "no checkpoint yet"

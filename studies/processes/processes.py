@@ -25,7 +25,8 @@ import torch
 import yaml
 
 from rfield.segmentation.config.train import TrainConfig
-from rfield.segmentation.training import fit, read_factor_csv, train, write_json
+from rfield.segmentation.files.atomic import write_json
+from rfield.segmentation.training import fit, read_factor_csv, train
 
 BATCH = 4
 # 11 images in either split: neither the batches nor the processes divide them.

@@ -31,7 +31,7 @@ import yaml
 from optuna.trial import TrialState
 
 from rfield.segmentation.experiments.trials import Point
-from rfield.segmentation.training import write_json
+from rfield.segmentation.files.atomic import write_json
 
 WORKERS = 4
 VICTIMS = (0, 1)

@@ -473,7 +473,7 @@ def _evaluate_onnx(config: EvaluateConfig) -> None:
 
 
 def _write_scores(path: Path, scores: dict[str, Any], about: dict[str, str]) -> None:
-    from rfield.segmentation.training import write_json
+    from rfield.segmentation.files.atomic import write_json
 
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, {**scores, **about})

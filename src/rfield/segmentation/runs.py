@@ -9,11 +9,10 @@ import torch
 
 from rfield.layers import LearnedFactor, ReceptiveFieldRegulator
 from rfield.segmentation.config.train import TrainConfig, counted, parse_size
-from rfield.segmentation.files.checkpoints import damage, find_checkpoint
-from rfield.segmentation.files.untrusted import read_json, read_yaml
+from rfield.segmentation.files.checkpoints import checkpoint_error, find_checkpoint
+from rfield.segmentation.files.untrusted import read_json, read_weights, read_yaml
 from rfield.segmentation.models import ParsingNetwork, Paths, find_model
 from rfield.segmentation.models.hub import find_folder, hub_hint
-from rfield.segmentation.models.weights import read_weights
 from rfield.surgery.fuse import restore_fused
 
 # What a config's YAML may hold for the fields that are not parsed: whole numbers do for others.
@@ -109,7 +108,7 @@ def load_run(folder: str | Path, checkpoint: str = "last") -> Run:
     if checkpoint == "last" and fused.is_file():
         path = folder / "model.safetensors"
     if not path.is_file():
-        kept = sorted(file.stem for file in path.parent.glob("*.ckpt"))
+        kept = sorted(file.stem for file in path.parent.glob("[!.]*.ckpt"))
         raise FileNotFoundError(f"{folder} has no checkpoint {checkpoint!r}; it has {', '.join(kept) or 'none yet'}")
     config = load_config(folder / "config.yaml")
     class_names, palette, size = read_classes(read_json(folder / "classes.json"), folder / "classes.json")
@@ -123,7 +122,7 @@ def load_run(folder: str | Path, checkpoint: str = "last") -> Run:
             restore_fused(network, read_json(fused))
             state = {prefix + key: value for key, value in read_weights(path).items()}
         else:
-            wrong = damage(path)
+            wrong = checkpoint_error(path)
             if wrong is not None:
                 raise ValueError(wrong)
             state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from rfield.segmentation.files.untrusted import check_yaml, read_json, read_yaml, swells
+from rfield.segmentation.files.untrusted import check_yaml, is_zip_bomb, read_json, read_yaml
 
 
 def nested(depth: int, mapping: bool) -> str:
@@ -52,9 +52,9 @@ def test_missing_files_are_missing_and_damaged_ones_named(tmp_path: Path) -> Non
 def test_archives_swell_only_where_they_hold_more_than_they_are(tmp_path: Path) -> None:
     path = tmp_path / "file.zip"
     path.write_bytes(b"no archive" * 100)
-    assert not swells(path)
+    assert not is_zip_bomb(path)
     for packing, swollen in ((zipfile.ZIP_STORED, False), (zipfile.ZIP_DEFLATED, True)):
         with zipfile.ZipFile(path, "w", packing) as archive:
             archive.writestr("one", bytes(500))
             archive.writestr("two", bytes(500))
-        assert swells(path) == swollen
+        assert is_zip_bomb(path) == swollen

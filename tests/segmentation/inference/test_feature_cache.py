@@ -337,22 +337,22 @@ def test_features_are_on_the_disk_before_they_are_called_done(
     tmp_path: Path, dataset: VOCDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     events: list[str] = []
-    flush, write_text, rename = np.memmap.flush, Path.write_text, Path.rename
+    flush, replace, rename = np.memmap.flush, os.replace, Path.rename
 
     def flushed(array: Any) -> None:
         events.append(f"flush {Path(array.filename).name}")
         flush(array)
 
-    def written(path: Path, text: str, *args: Any, **options: Any) -> int:
-        events.append(f"write {path.name} {text}" if path.name == "done" else f"write {path.name}")
-        return write_text(path, text, *args, **options)
+    def written(partial: Path, path: Path) -> None:
+        events.append(f"write {path.name}" + f" {partial.read_text()}" * (path.name == "done"))
+        replace(partial, path)
 
     def renamed(path: Path, target: Path) -> Path:
         events.append("rename")
         return rename(path, target)
 
     monkeypatch.setattr(np.memmap, "flush", flushed)
-    monkeypatch.setattr(Path, "write_text", written)
+    monkeypatch.setattr(os, "replace", written)
     monkeypatch.setattr(Path, "rename", renamed)
     monkeypatch.setattr(cache_module, "_FLUSH_EVERY", 3)
     cache_features(make_network(), dataset, tmp_path)

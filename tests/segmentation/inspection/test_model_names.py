@@ -12,9 +12,9 @@ from torch import nn
 from rfield.layers import LearnedFactor
 from rfield.receptive_field.theoretical import output_map, probe_receptive_field
 from rfield.segmentation.config.train import TrainConfig
+from rfield.segmentation.files.untrusted import no_pickles
 from rfield.segmentation.inspection.model_names import open_model
 from rfield.segmentation.models import small_cnn
-from rfield.segmentation.models.weights import no_pickles
 from rfield.segmentation.runs import Run, build_network
 
 

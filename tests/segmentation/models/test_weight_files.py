@@ -15,10 +15,10 @@ import torchvision
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from rfield.segmentation.files.untrusted import read_weights
 from rfield.segmentation.inspection.model_names import open_model
 from rfield.segmentation.models import efficientnet_lite0, find_model, largefov_vgg16
 from rfield.segmentation.models.efficientnet import efficientnet_lite0_backbone
-from rfield.segmentation.models.weights import read_weights
 
 State = dict[str, Tensor]
 

@@ -12,12 +12,12 @@ from rfield.search import judge
 from rfield.segmentation.cli import main
 from rfield.segmentation.config.train import TrainConfig
 from rfield.segmentation.data import load_dataset
+from rfield.segmentation.files.atomic import write_json
 from rfield.segmentation.runs import build_network
 from rfield.segmentation.training import train
 from rfield.segmentation.training.held_out import HeldOut, WholeImages, draw_held_out
 from rfield.segmentation.training.losses import make_loss
 from rfield.segmentation.training.module import ParsingModule
-from rfield.segmentation.training.run_folder import write_json
 
 pytestmark = pytest.mark.slow
 

@@ -84,7 +84,7 @@ def test_a_run_folder(make: Make, frozen: bool, capsys: pytest.CaptureFixture[st
     assert list((out / "logs").rglob("events.out.tfevents.*"))
     (log,) = (out / "logs").rglob("metrics.csv")
     assert {"miou", "factor", "rf_px"} <= set(log.read_text().splitlines()[0].split(","))
-    assert not list(out.rglob("*.partial"))
+    assert not list(out.rglob("*.partial*"))
 
     written = yaml.safe_load((out / "config.yaml").read_text())
     assert written["optimizer"] == ("adamw" if frozen else "sgd")

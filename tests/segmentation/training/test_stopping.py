@@ -305,7 +305,10 @@ def test_a_torn_last_checkpoint_and_the_one_before(
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("checkpoints/last.ckpt.partial", "last.ckpt cannot be written: No space left on device; what stood there"),
+        (
+            f"checkpoints/.last.{os.getpid()}.partial.ckpt",
+            "last.ckpt cannot be written: No space left on device; the file that was there is untouched: make room",
+        ),
         ("factor.csv", "factor.csv cannot be written: No space left on device; the checkpoints are untouched: make"),
     ],
 )

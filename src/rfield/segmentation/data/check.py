@@ -1,6 +1,5 @@
 """What ruins a training, found before it."""
 
-import json
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +18,7 @@ from rfield.segmentation.data.mask_options import MaskOptions
 from rfield.segmentation.data.spec import DataSource, parse_spec
 from rfield.segmentation.data.synthetic import SyntheticCues
 from rfield.segmentation.data.voc import list_voc
+from rfield.segmentation.files.atomic import write_json
 
 _LISTINGS: dict[str, Callable[[Path, str, MaskOptions, Refuse], Listing]] = {
     "voc": list_voc,
@@ -118,7 +118,7 @@ def write_findings(path: Path, spec: str, findings: Sequence[Finding]) -> None:
     counts = {f"{level}s": sum(finding.level == level for finding in findings) for level in ("error", "warning")}
     content = {"data": spec, **counts, "findings": [asdict(finding) for finding in findings]}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_json(path, content)
 
 
 def refuse_bad_data(spec: str, splits: Sequence[str], flip: bool = True, skip_bad: bool = False) -> list[str]:

@@ -24,9 +24,10 @@ from rfield.segmentation.experiments.tables import (
     write_csv,
 )
 from rfield.segmentation.experiments.trials import Point, finish_trials
+from rfield.segmentation.files.atomic import write_json, write_text
 from rfield.segmentation.inference.predict import Progress, compute_device, predict_logits
 from rfield.segmentation.runs import load_run
-from rfield.segmentation.training import read_factor_csv, write_json, write_text
+from rfield.segmentation.training import read_factor_csv
 
 # The paper's bad starts on VOC, as dilations of fc6, and where its learned receptive fields ended, in px (nominal).
 PAPER_BEST_PX = 404

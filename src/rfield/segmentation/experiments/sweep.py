@@ -19,8 +19,8 @@ from rfield.segmentation.experiments.tables import (
     write_csv,
 )
 from rfield.segmentation.experiments.trials import Point, Trial, run_trials
+from rfield.segmentation.files.atomic import write_json, write_text
 from rfield.segmentation.inference.predict import Progress
-from rfield.segmentation.training import write_json, write_text
 from rfield.segmentation.training.search_report import has_random_backbone
 
 # Two differences hardly tell their own spread.

@@ -1,9 +1,7 @@
 """Finished runs as tables."""
 
-import csv
 import dataclasses
 import inspect
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,9 +12,9 @@ import torch
 from rfield.receptive_field.theoretical import receptive_field_px
 from rfield.segmentation.config.train import Search, SweepConfig
 from rfield.segmentation.experiments.trials import Trial
+from rfield.segmentation.files import atomic
 from rfield.segmentation.models import find_model
 from rfield.segmentation.runs import build_network
-from rfield.segmentation.training import write_text
 
 RUN_COLUMNS = ("miou", "pixel_accuracy", "effective_dilation", "receptive_field_px", "train_seconds")
 
@@ -116,12 +114,9 @@ def runs_of(trials: Sequence[Trial]) -> list[dict[str, Any]]:
 
 
 def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Writes a whole file or none; the first row's keys are the columns."""
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, list(rows[0]) if rows else ())
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(path, text.getvalue())
+    """Write rows of named values; the first row's keys are the columns."""
+    columns = list(rows[0]) if rows else []
+    atomic.write_csv(path, [columns, *([row[name] for name in columns] for row in rows)])
 
 
 def curve_of(trials: Sequence[Trial]) -> dict[str, dict[float, list[float]]]:

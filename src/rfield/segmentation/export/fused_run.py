@@ -1,15 +1,14 @@
 """A run folder becomes one whose network is plain: fixed dilations, no learned layer."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 import yaml
-from safetensors.torch import save_file
 
 from rfield.layers import AdaptiveConv2d, LearnedFactor, ReceptiveFieldRegulator
 from rfield.segmentation.data import ParsingDataset
+from rfield.segmentation.files.atomic import write_json, write_text, write_weights
 from rfield.segmentation.files.untrusted import read_json
 from rfield.segmentation.inference.predict import Progress, evaluate_run
 from rfield.segmentation.runs import Run, build_network, load_run
@@ -66,10 +65,10 @@ def fuse_run(
         "resizes": resizes,
     }
     out.mkdir(parents=True, exist_ok=True)
-    (out / "config.yaml").write_text(yaml.safe_dump(config.plain(), sort_keys=False), encoding="utf-8")
-    (out / "classes.json").write_bytes((run.folder / "classes.json").read_bytes())
-    save_file({key: value.contiguous() for key, value in plain.state_dict().items()}, out / "model.safetensors")
-    (out / "fused.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    write_text(out / "config.yaml", yaml.safe_dump(config.plain(), sort_keys=False))
+    write_json(out / "classes.json", read_json(run.folder / "classes.json"))
+    write_weights(out / "model.safetensors", plain.state_dict())
+    write_json(out / "fused.json", record)
     return {
         name: f"resized by {_size(resizes[name])}"
         if name in resizes

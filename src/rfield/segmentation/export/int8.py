@@ -1,6 +1,5 @@
 """An exported network that computes in whole numbers of 8 bits."""
 
-import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +9,7 @@ import numpy as np
 
 from rfield.segmentation.data import ParsingDataset, evaluation_transform, match_classes
 from rfield.segmentation.export.onnx import Exported, export_run, quiet
+from rfield.segmentation.files.atomic import atomic_path
 from rfield.segmentation.inference.onnx import evaluate_onnx, load_onnx
 from rfield.segmentation.inference.predict import Progress
 from rfield.segmentation.runs import Run
@@ -48,15 +48,13 @@ def export_int8(
     dataset = match_classes(dataset, run.class_names, ignore_names)
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    # Beside the target, so that a rename moves it.
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.stem}-") as folder:
-        plain, small = Path(folder, "plain.onnx"), Path(folder, "int8.onnx")
+    with tempfile.TemporaryDirectory() as folder, atomic_path(out) as small:
+        plain = Path(folder, "plain.onnx")
         made = export_run(run, plain, size, mode)
         quantise(plain, small, images, count)
         before, after = (
             evaluate_onnx(load_onnx(path), dataset, progress, ignore_names)["miou"] for path in (plain, small)
         )
-        os.replace(small, out)
     return made, before, after
 
 

@@ -5,7 +5,6 @@ import dataclasses
 import io
 import json
 import logging
-import os
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor, fx, nn
 
 from rfield import __version__
 from rfield.segmentation.data import IMAGENET_MEAN, IMAGENET_STD
+from rfield.segmentation.files.atomic import atomic_path
 from rfield.segmentation.inference.onnx import load_onnx
 from rfield.segmentation.models import ParsingNetwork
 from rfield.segmentation.runs import Run
@@ -73,8 +73,7 @@ def export_run(run: Run, out: str | Path, size: tuple[int, int] | None = None, m
     batches = _batches(network, size)
     notes = _notes(run)
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.stem}.partial{out.suffix}")
-    try:
+    with atomic_path(out) as partial:
         program = _trace(network if out.suffix == ".onnx" else _Cropping(network), batches[0], dynamic=size is None)
         if out.suffix == ".onnx":
             write_onnx(program, notes, partial)
@@ -82,9 +81,6 @@ def export_run(run: Run, out: str | Path, size: tuple[int, int] | None = None, m
             _write_program(program, notes, partial)
         difference, agreement = compare(network, read_exported(partial), batches)
         _judge(out, difference, agreement)
-        os.replace(partial, out)
-    finally:
-        partial.unlink(missing_ok=True)
     return Exported(out, size, difference, agreement)
 
 

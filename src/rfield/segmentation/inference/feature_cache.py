@@ -1,7 +1,6 @@
 """Backbone features computed once and kept in a memory-mapped file, so that a head trains in minutes."""
 
 import hashlib
-import json
 import os
 import shutil
 import zlib
@@ -18,6 +17,7 @@ from torch.utils.data import Dataset
 from rfield.segmentation.data.dataset import IGNORE_INDEX, ParsingDataset, exchange_classes
 from rfield.segmentation.data.skipping import SkippingDataset
 from rfield.segmentation.data.transforms import evaluation_transform
+from rfield.segmentation.files.atomic import write_json, write_text
 from rfield.segmentation.files.untrusted import read_json
 from rfield.segmentation.models import ParsingNetwork
 
@@ -212,14 +212,14 @@ def _compute(
             for array in (features, masks, sizes):
                 array.flush()
             _write_meta(partial, dataset)
-            (partial / "done").write_text(str(index + 1), encoding="utf-8")
+            write_text(partial / "done", str(index + 1))
         progress(index + 1, len(dataset))
     for array in (features, masks, sizes):
         array.flush()
     del features, masks, sizes, array
     _write_meta(partial, dataset)
     checksums = {name: _checksum(partial / name) for name in _FILES}
-    (partial / "checksums.json").write_text(json.dumps(checksums), encoding="utf-8")
+    write_json(partial / "checksums.json", checksums)
     partial.rename(path)
 
 
@@ -227,7 +227,7 @@ def _write_meta(partial: Path, dataset: ParsingDataset) -> None:
     meta: dict[str, Any] = {"mirrored_classes": dataset.mirrored_classes}
     if isinstance(dataset, SkippingDataset):
         meta["skipped"] = dataset.skipped_indices()
-    (partial / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+    write_json(partial / "meta.json", meta)
 
 
 def _finished(partial: Path, shape: tuple[int, ...]) -> int:

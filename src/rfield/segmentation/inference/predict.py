@@ -1,7 +1,6 @@
 """Trained networks at work: load a run, score a data set, label images."""
 
 import glob
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from torchvision.transforms.v2 import functional as TF
 from rfield.segmentation import plots
 from rfield.segmentation.data import HELEN_CLASSES, ParsingDataset, evaluation_transform, match_classes
 from rfield.segmentation.data.images import image_files, is_image_name, read_single_image
+from rfield.segmentation.files.atomic import atomic_write
 from rfield.segmentation.inference.feature_cache import CachedFeatures, find_features, image_features
 from rfield.segmentation.inference.tiling import DEFAULT_BUDGET, Tile, Tiler, join_tiles
 from rfield.segmentation.metrics import confusion_matrix, helen_scores, segmentation_scores
@@ -261,7 +261,6 @@ def _labels(
 
 
 def _save(image: PIL.Image.Image, path: Path) -> None:
-    """Writes a whole file or none."""
-    partial = path.with_name(f".{path.name}")
-    image.save(partial, "PNG" if path.suffix == ".png" else "JPEG", quality=92)
-    os.replace(partial, path)
+    """Write an image file."""
+    with atomic_write(path, sync=False) as file:
+        image.save(file, "PNG" if path.suffix == ".png" else "JPEG", quality=92)

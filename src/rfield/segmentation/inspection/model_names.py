@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from rfield.layers import LearnedFactor
 from rfield.segmentation.config.train import counted
-from rfield.segmentation.files.untrusted import read_json
-from rfield.segmentation.models.weights import fit_keys, misfits, no_pickles, read_weights
+from rfield.segmentation.files.untrusted import no_pickles, read_json, read_weights
+from rfield.segmentation.models.weights import fit_keys, state_dict_mismatches
 from rfield.segmentation.runs import build_network, load_run
 
 
@@ -196,7 +196,7 @@ def _load(model: nn.Module, path: Path) -> str:
         for key, tensor in own.items()
         if key.rpartition(".")[0] not in last and (key in state or not key.endswith("num_batches_tracked"))
     }
-    if faults := misfits(state, shapes, ()):
+    if faults := state_dict_mismatches(state, shapes, ()):
         raise ValueError(f"{path} does not fit the model: {_some(faults)}")
     model.load_state_dict(state, strict=False)
     word = f"the weights of {path}"

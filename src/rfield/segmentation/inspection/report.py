@@ -1,8 +1,6 @@
 """What a network sees, measured and written to a folder: `rfield inspect`."""
 
-import csv
 import dataclasses
-import json
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -18,6 +16,7 @@ from rfield.segmentation import plots
 from rfield.segmentation.config.inspect import InspectConfig
 from rfield.segmentation.data import evaluation_transform
 from rfield.segmentation.data.images import read_single_image
+from rfield.segmentation.files.atomic import write_csv, write_json
 from rfield.segmentation.inference.predict import compute_device, find_images
 from rfield.segmentation.inspection.model_names import Source, open_model
 from rfield.segmentation.models import ParsingNetwork
@@ -114,8 +113,7 @@ def run_inspect(config: InspectConfig, progress: Progress) -> dict[str, Inspecti
     _write_layers(out / "layers.csv", list(found.values())[-1], config.size)
     content = {"size": config.size, "images": config.images or "random", "measure": config.measure}
     networks = {title: _plain(each) for title, each in found.items()}
-    text = json.dumps({**content, "count": len(images), "networks": networks}, indent=2, allow_nan=False)
-    (out / "inspect.json").write_text(text + "\n", encoding="utf-8")
+    write_json(out / "inspect.json", {**content, "count": len(images), "networks": networks}, allow_nan=False)
     return found
 
 
@@ -171,15 +169,14 @@ def _panel(found: Inspection) -> tuple[Any, dict[str, tuple[float, float]]]:
 
 
 def _write_layers(path: Path, found: Inspection, size: tuple[int, int]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        pairs = ("kernel", "dilation", "stride", "field", "local", "field_per_image")
-        writer.writerow(["layer", "kind", *(f"{name}_{side}" for name in pairs for side in ("height", "width"))])
-        for layer in found.layers:
-            shares = [field / side for field, side in zip(layer.field, size, strict=True)]
-            values = (layer.kernel, layer.dilation, layer.stride, layer.field, layer.local, shares)
-            row = ["" if pair is None else f"{pair[axis]:.6g}" for pair in values for axis in (0, 1)]
-            writer.writerow([layer.name, layer.kind, *row])
+    pairs = ("kernel", "dilation", "stride", "field", "local", "field_per_image")
+    rows = [["layer", "kind", *(f"{name}_{side}" for name in pairs for side in ("height", "width"))]]
+    for layer in found.layers:
+        shares = [field / side for field, side in zip(layer.field, size, strict=True)]
+        values = (layer.kernel, layer.dilation, layer.stride, layer.field, layer.local, shares)
+        row = ["" if pair is None else f"{pair[axis]:.6g}" for pair in values for axis in (0, 1)]
+        rows.append([layer.name, layer.kind, *row])
+    write_csv(path, rows)
 
 
 def _plain(found: Inspection) -> dict[str, Any]:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from rfield.layers import AdaptiveConv2d
-from rfield.segmentation.models.weights import fit_keys, misfits, no_pickles, read_weights
+from rfield.segmentation.files.untrusted import no_pickles, read_weights
+from rfield.segmentation.models.weights import fit_keys, state_dict_mismatches
 
 _VGG16_STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 
@@ -196,7 +197,7 @@ def load_vgg16_weights(
         shapes |= {"classifier.0.weight": (4096, 512 * 7 * 7), "classifier.0.bias": (4096,)}
         shapes |= {"classifier.3.weight": (4096, 4096), "classifier.3.bias": (4096,)}
 
-    faults = misfits(state, shapes, {"classifier.6.weight", "classifier.6.bias"})
+    faults = state_dict_mismatches(state, shapes, {"classifier.6.weight", "classifier.6.bias"})
     if faults:
         raise ValueError(
             f"{weights} does not fit VGG16: {', '.join(faults)}; give a file with the keys of "

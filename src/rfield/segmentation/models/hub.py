@@ -1,7 +1,6 @@
 """Networks as folders and on the Hugging Face Hub: config.json, model.safetensors, and a card, README.md."""
 
 import dataclasses
-import json
 import re
 import tempfile
 from pathlib import Path
@@ -10,9 +9,9 @@ from typing import Any
 from torch import fx, nn
 
 from rfield.layers import LearnedFactor
-from rfield.segmentation.files.untrusted import read_json
+from rfield.segmentation.files.atomic import write_json, write_text, write_weights
+from rfield.segmentation.files.untrusted import read_json, read_weights
 from rfield.segmentation.models.multi_path import Paths
-from rfield.segmentation.models.weights import read_weights
 from rfield.surgery.fuse import dilations, restore_fused
 
 _PLAIN_CARD = "---\nlibrary_name: rfield\npipeline_tag: image-segmentation\n---\n\nA parsing network of rfield.\n"
@@ -40,8 +39,6 @@ class HubMixin(nn.Module):
         Raises:
             ValueError: if the network was not built by a function of `rfield.segmentation.models`.
         """
-        from safetensors.torch import save_file  # Local: networks that are not saved do without it.
-
         if self.recipe is None:
             raise ValueError(
                 "only networks that a function of rfield.segmentation.models has built know how to be built again"
@@ -62,9 +59,9 @@ class HubMixin(nn.Module):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         config = {**(notes or {}), "network": recipe, "fused": fused}
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        (folder / "README.md").write_text(card, encoding="utf-8")
-        save_file({key: value.contiguous() for key, value in self.state_dict().items()}, folder / "model.safetensors")
+        write_json(folder / "config.json", config)
+        write_text(folder / "README.md", card)
+        write_weights(folder / "model.safetensors", self.state_dict())
 
     @classmethod
     def from_pretrained(cls, name: str | Path) -> Any:

@@ -12,13 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rfield.receptive_field.theoretical import Window, probe_window
+from rfield.segmentation.files.untrusted import no_pickles, read_weights
 from rfield.segmentation.models.backbones import Backbone
 from rfield.segmentation.models.decoder import output_layers
 from rfield.segmentation.models.heads import Mechanism
 from rfield.segmentation.models.multi_path import ONE_PATH, Paths
 from rfield.segmentation.models.network import ParsingNetwork
 from rfield.segmentation.models.normalise import IMAGENET_MEAN, IMAGENET_STD, InputNormalisation
-from rfield.segmentation.models.weights import fit_keys, misfits, no_pickles, read_weights
+from rfield.segmentation.models.weights import fit_keys, state_dict_mismatches
 
 _STRIDES = (8, 16, 32)
 # Px along the longer side that the field is probed at, before the stride's own share is added.
@@ -252,7 +253,7 @@ def _load(net: nn.Module, name: str, weights: str | Path) -> None:
         plain = _plain(key)
         targets[flat.get(plain, plain)] = target
         shapes[flat.get(plain, plain)] = tuple(target.shape)
-    faults = misfits(state, shapes, state)
+    faults = state_dict_mismatches(state, shapes, state)
     if faults:
         shown = ", ".join(faults[:5]) + (f" and {len(faults) - 5} more" if len(faults) > 5 else "")
         raise ValueError(f"{weights} does not fit timm:{name}: {shown}; give a file with timm's keys for it")

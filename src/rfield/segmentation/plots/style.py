@@ -1,6 +1,5 @@
 """What the pictures share: colours, axes, labels, checks, and how a figure is saved."""
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
+
+from rfield.segmentation.files.atomic import atomic_write
 
 # Told apart by the colour-blind, and dark enough for white letters.
 FIELD_COLOURS = ("#0072B2", "#D55E00", "#00795B", "#AA3377", "#5B5B5B")
@@ -52,12 +53,8 @@ def save(figure: Figure, path: str | Path) -> None:
     path = Path(path)
     if path.suffix.lower() != ".png":
         raise ValueError(f"figures are saved as PNG: the path must end in .png, got {path}")
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        figure.savefig(partial, format="png", dpi=150)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=150)
 
 
 def checked_series(name: str, values: npt.ArrayLike) -> npt.NDArray[np.float64]:

@@ -9,7 +9,7 @@ from rfield.segmentation.training.callbacks import (
 )
 from rfield.segmentation.training.fit import prepare, train
 from rfield.segmentation.training.module import ParsingModule, present_field
-from rfield.segmentation.training.run_folder import check_classes, clear_run_folder, write_json, write_text
+from rfield.segmentation.training.run_folder import check_classes, clear_run_folder
 from rfield.segmentation.training.stopping import Interrupted
 
 __all__ = [
@@ -25,6 +25,4 @@ __all__ = [
     "present_field",
     "read_factor_csv",
     "train",
-    "write_json",
-    "write_text",
 ]

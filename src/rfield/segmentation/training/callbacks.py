@@ -1,7 +1,6 @@
 """What is written and shown while a network trains."""
 
 import csv
-import io
 import os
 import warnings
 from collections.abc import Iterable
@@ -15,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from rfield.layers import LearnedFactor
 from rfield.search import GradientSearch, SampledSearch, SpsaSearch
-from rfield.segmentation.files.checkpoints import write_error, written_whole
+from rfield.segmentation.files.atomic import write_csv, write_error
 from rfield.segmentation.training.module import ParsingModule, present_field, present_fields
 from rfield.segmentation.training.search_phase import SearchPhase
 
@@ -54,10 +53,7 @@ class _StepLog(Callback):
             with self.path.open(newline="", encoding="utf-8") as file:
                 whole = [row for row in list(csv.reader(file))[1:] if len(row) == len(self.columns)]
             kept = [row for row in whole if int(row[0]) <= trainer.global_step]
-        text = io.StringIO(newline="")
-        csv.writer(text).writerows([self.columns, *kept])
-        with written_whole(self.path) as file:
-            file.write(text.getvalue().encode())
+        write_csv(self.path, [self.columns, *kept])
 
     @rank_zero_only
     def on_train_batch_end(

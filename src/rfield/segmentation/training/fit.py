@@ -23,6 +23,7 @@ from rfield.segmentation.data import (
 )
 from rfield.segmentation.data.check import refuse_bad_data
 from rfield.segmentation.data.class_groups import ClassGroups, class_groups
+from rfield.segmentation.files.atomic import write_json
 from rfield.segmentation.files.checkpoints import LAST, settle_checkpoints
 from rfield.segmentation.inference.feature_cache import CachedFeatures, cache_features
 from rfield.segmentation.inference.predict import Progress, compute_device, evaluate
@@ -35,7 +36,7 @@ from rfield.segmentation.training.loaders import Loaders, loader_position
 from rfield.segmentation.training.losses import class_weights
 from rfield.segmentation.training.module import ParsingModule, present_fields
 from rfield.segmentation.training.report import describe_fields, plot_results
-from rfield.segmentation.training.run_folder import check_run_folder, start_run_folder, write_json
+from rfield.segmentation.training.run_folder import check_run_folder, start_run_folder
 from rfield.segmentation.training.search_phase import SearchPhase
 from rfield.segmentation.training.stopping import LossGuard, StopOnSignal
 from rfield.segmentation.training.trainer import make_trainer, quiet

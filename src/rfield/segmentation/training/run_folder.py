@@ -1,7 +1,5 @@
 """The run folder that a training writes: checked, started, and cleared."""
 
-import json
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,7 +9,7 @@ import yaml
 from rfield.segmentation.config.train import TrainConfig, differences
 from rfield.segmentation.data import ParsingDataset, ResizedDataset, SkippingDataset, class_difference
 from rfield.segmentation.data.class_groups import ClassGroups
-from rfield.segmentation.files.checkpoints import written_whole
+from rfield.segmentation.files.atomic import write_json, write_text
 from rfield.segmentation.files.untrusted import read_json
 from rfield.segmentation.runs import load_config, read_classes
 
@@ -82,17 +80,3 @@ def clear_run_folder(out: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Writes a whole file or none."""
-    text = json.dumps(content, indent=2)
-    # A list of numbers is one line, however long; strings have no line breaks.
-    text = re.sub(r"\[\n([-+.\w\s,]*)\]", lambda found: f"[{' '.join(found[1].split())}]", text)
-    write_text(path, text + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a whole file or none."""
-    with written_whole(path) as file:
-        file.write(text.encode())

@@ -18,7 +18,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from rfield.segmentation.config.train import counted
 from rfield.segmentation.data import EpochSampler
-from rfield.segmentation.files.checkpoints import written_whole
+from rfield.segmentation.files.checkpoints import write_checkpoint
 from rfield.segmentation.training.module import ParsingModule, present_fields
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -60,14 +60,13 @@ class WholeCheckpoints(TorchCheckpointIO):
     """Lightning's checkpoints, written whole or not at all, the last one's predecessor kept."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Writes `path`; see `rfield.segmentation.files.checkpoints.written_whole`."""
+        """Writes `path`; see `rfield.segmentation.files.checkpoints.write_checkpoint`."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         # In memory first: PyTorch's writer turns what goes wrong on the disk into another error.
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
-        with written_whole(path) as file:
-            file.write(buffer.getbuffer())
+        write_checkpoint(path, buffer.getbuffer())
 
 
 class StopOnSignal(Callback):
