@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from rfield import fuse
 from rfield.layers import AdaptiveConv2d, ReceptiveFieldRegulator
-from rfield.layers.factor import LearnedFactor, round_dilation
+from rfield.layers.dilation import round_dilation
+from rfield.layers.factor import LearnedFactor
 
 
 def conv(dilation: int | tuple[int, int], channels: int = 2) -> nn.Conv2d:

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from rfield import adapt
 from rfield.layers import AdaptiveConv2d, ReceptiveFieldRegulator
-from rfield.layers.factor import LearnedFactor, remove_rounding_error
+from rfield.layers.dilation import remove_rounding_error
+from rfield.layers.factor import LearnedFactor
 
 
 def adaptive(dilation: int = 2, **options: object) -> AdaptiveConv2d:
@@ -166,7 +167,7 @@ class TestWholeDilations:
         layer, plain = adaptive(base, factor=factor), nn.Conv2d(2, 2, 3, padding=whole, dilation=whole)
         plain.load_state_dict(layer.state_dict(), strict=False)
         assert layer.effective_dilation == (whole, whole)
-        assert layer._present_dilation().detach().eq(whole).all()
+        assert layer._current_dilation().detach().eq(whole).all()
         with torch.no_grad():
             assert torch.equal(layer(image()), plain(image()))
         exact = adaptive(whole)

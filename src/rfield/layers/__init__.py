@@ -1,4 +1,4 @@
-"""Layers: the operators as modules, and those whose receptive field is learned."""
+"""Layers: the operators as modules, and the layers with a learned receptive field."""
 
 from rfield.layers.adaptive_conv import AdaptiveConv2d
 from rfield.layers.factor import LearnedFactor

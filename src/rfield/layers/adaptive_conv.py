@@ -1,4 +1,4 @@
-"""A convolution whose dilation is learned: the drop-in for a dilated `nn.Conv2d`."""
+"""A convolution with a learned dilation, which replaces a dilated `nn.Conv2d`."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -8,31 +8,34 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from rfield.layers.factor import LearnedFactor, numeric_padding, remove_rounding_error_tensor
+from rfield.layers.dilation import numeric_padding, remove_rounding_error_tensor
+from rfield.layers.factor import LearnedFactor
 from rfield.ops import fractional_conv2d
 
 
 class AdaptiveConv2d(LearnedFactor):
-    """A convolution at the dilation `d / factor`, a positive real number, per axis if wanted.
+    """A convolution at the dilation `d / factor`, which may be any positive number, and different along each axis.
 
-    Where the effective dilation is an integer and needs no gradient, this is the plain convolution; between integers
-    its taps read the input bilinearly. Output size and kernel centres stay those of the convolution at dilation d,
-    so the padding follows the dilation. State-dict keys of weight and bias are those of `nn.Conv2d`, and a state dict
-    without a factor loads, too.
+    At an integer dilation that needs no gradient it runs the plain convolution. Between integers its taps sample the
+    input bilinearly. The padding follows the dilation, so that output size and kernel centres are those of the
+    convolution at dilation d. Weight and bias have the state-dict keys of `nn.Conv2d`, and a state dict without a
+    factor can be loaded, too.
 
     Args:
-        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias: as in `nn.Conv2d`; odd
-            kernels, padding with zeros.
-        factor: where the factor starts: a number, or (height, width) for rectangular receptive fields.
-        min_factor: lower bound. Default: what keeps `effective_dilation` at or below the map's size.
-        max_factor: upper bound. Default: what keeps `effective_dilation` at or above 1.
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias: as in `nn.Conv2d`, for odd
+            kernels and zero padding.
+        factor: start value: a number, or (height, width) for rectangular receptive fields.
+        min_factor: lower bound. Default: the factor at which `effective_dilation` equals the map's size.
+        max_factor: upper bound. Default: the factor at which `effective_dilation` is 1.
 
     Raises:
-        ValueError: for an even kernel, or factors or bounds that are not positive and finite.
+        ValueError: for an even kernel, or factors or bounds that are not positive and finite; in `forward` for an input
+            that is not a map (N, C, h, w) or is empty.
 
-    >>> conv = AdaptiveConv2d(8, 16, 3, padding=12, dilation=12, factor=1.5)
-    >>> conv.effective_dilation, conv(torch.rand(2, 8, 41, 41)).shape
-    ((8.0, 8.0), torch.Size([2, 16, 41, 41]))
+    Example:
+        >>> conv = AdaptiveConv2d(8, 16, 3, padding=12, dilation=12, factor=1.5)
+        >>> conv.effective_dilation, conv(torch.rand(2, 8, 41, 41)).shape
+        ((8.0, 8.0), torch.Size([2, 16, 41, 41]))
     """
 
     rounds = True
@@ -62,29 +65,35 @@ class AdaptiveConv2d(LearnedFactor):
         min_factor: float | None = None,
         max_factor: float | None = None,
     ) -> "AdaptiveConv2d":
-        """The adaptive twin of a convolution; weight and bias are the very same parameters, and so is what makes them.
+        """Return an adaptive convolution that computes the same as `conv` and shares its weight and bias.
 
-        A parametrization of the convolution, such as a weight norm, becomes one of the twin.
+        It also takes over the parametrizations of `conv`, such as a weight norm.
+
+        Args:
+            conv: the convolution to replace.
+            factor, min_factor, max_factor: see the class.
 
         Raises:
-            ValueError: for what a twin would not repeat: another class's forward, an even kernel, a padding other than
-                zeros, a weight without a shape, hooks, parameters or buffers beside weight and bias.
+            ValueError: if `conv` has something that an AdaptiveConv2d would lose: a forward of its own, an even kernel,
+                a padding other than zeros, a weight without a shape, hooks, parameters or buffers beside weight and
+                bias.
 
-        >>> conv = nn.Conv2d(8, 16, 3, padding=6, dilation=6)
-        >>> AdaptiveConv2d.from_conv(conv).weight is conv.weight
-        True
+        Example:
+            >>> conv = nn.Conv2d(8, 16, 3, padding=6, dilation=6)
+            >>> AdaptiveConv2d.from_conv(conv).weight is conv.weight
+            True
         """
         adaptive = cls.__new__(cls)
         adaptive._init_from(conv, factor, min_factor, max_factor)
-        carry_parametrizations(conv, adaptive)
+        share_parametrizations(conv, adaptive)
         return adaptive
 
     def _init_from(
         self, conv: nn.Conv2d, factor: float | Sequence[float], min_factor: float | None, max_factor: float | None
     ) -> None:
-        fault = why_not_adaptive(conv)
-        if fault:
-            raise ValueError(f"the convolution cannot be adapted: {fault}")
+        reason = reason_not_adaptable(conv)
+        if reason:
+            raise ValueError(f"the convolution cannot be adapted: {reason}")
         dilation = (conv.dilation[0], conv.dilation[1])
         super().__init__((float(dilation[0]), float(dilation[1])), factor, min_factor, max_factor)
         self.in_channels = conv.in_channels
@@ -94,7 +103,7 @@ class AdaptiveConv2d(LearnedFactor):
         self.padding = numeric_padding(conv)
         self.dilation = dilation
         self.groups = conv.groups
-        # Those that a parametrization makes are carried over with it: to read them runs it.
+        # Only those that are parameters: reading a parametrized one would run its parametrization.
         self.weight: Tensor
         self.bias: Tensor | None
         for name in ("weight", "bias"):
@@ -104,22 +113,21 @@ class AdaptiveConv2d(LearnedFactor):
         self.train(conv.training)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Maps Tensor[N, C, h, w] to Tensor[N, K, H, W], the size that the convolution at dilation d gives."""
-        if input.dim() != 4 or 0 in input.shape:
-            raise ValueError(f"input must be a map (N, C, h, w) that is not empty, got shape {tuple(input.shape)}")
-        self._record_map_size((input.shape[2], input.shape[3]))
+        """Map Tensor[N, C, h, w] to Tensor[N, K, H, W], of the size that the convolution at dilation d returns."""
+        self._record_map_size(input)
         return fractional_conv2d(
             input,
             self.weight,
             self.bias,
-            self._present_dilation(),
+            self._current_dilation(),
             self.stride,
             self.padding,
             self.dilation,
             self.groups,
         )
 
-    def _present_dilation(self) -> Tensor:
+    def _current_dilation(self) -> Tensor:
+        """Return the dilation to run at, Tensor[2], with a gradient while the factor is learned."""
         if self.dilation_override is not None:
             return self.log_factor.new_tensor(self.dilation_override)
         dilation = remove_rounding_error_tensor(self.log_factor.new_tensor(self.base_dilation) / self.log_factor.exp())
@@ -127,7 +135,7 @@ class AdaptiveConv2d(LearnedFactor):
             if not self.snapped:
                 return dilation
             dilation = dilation.detach()
-        # Without a question to the device.
+        # `where` needs no synchronization with the GPU, which `if self.snapped` would.
         return torch.where(self.snapped_dilation > 0, self.snapped_dilation.to(dilation.dtype), dilation)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -146,8 +154,8 @@ class AdaptiveConv2d(LearnedFactor):
         )
 
 
-def why_not_adaptive(conv: nn.Module) -> str | None:
-    """Why a module has no adaptive twin that computes the same; None if it has one."""
+def reason_not_adaptable(conv: nn.Module) -> str | None:
+    """Return why a module cannot become an `AdaptiveConv2d` that computes the same, or None if it can."""
     kind = parametrize.type_before_parametrizations(conv)
     if not isinstance(conv, nn.Conv2d):
         return f"it is a {kind.__name__}, and not an nn.Conv2d"
@@ -169,14 +177,14 @@ def why_not_adaptive(conv: nn.Module) -> str | None:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether something else runs when a module runs forward or backward."""
+    """Return whether hooks run in a module's forward or backward."""
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
 
 
-def carry_state_hooks(source: nn.Module, target: nn.Module) -> None:
-    """Has what runs when `source` is saved or loaded run for `target`: a weight norm so reads its older keys."""
+def copy_state_hooks(source: nn.Module, target: nn.Module) -> None:
+    """Copy the state-dict hooks of `source` to `target`; by one of them a weight norm reads its older keys."""
     for name in ("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_post_hooks"):
         getattr(target, name).update(getattr(source, name))
     hooks: dict[int, Any] = source._load_state_dict_pre_hooks
@@ -185,15 +193,16 @@ def carry_state_hooks(source: nn.Module, target: nn.Module) -> None:
 
 
 @contextmanager
-def unchanged(module: nn.Module) -> Iterator[None]:
-    """While it runs, a module is in eval mode; its flags and buffers are afterwards what they were.
+def preserve_state(module: nn.Module) -> Iterator[None]:
+    """Switch a module to eval mode; restore its modes and buffers when the block ends.
 
-    To read a parametrised weight runs the parametrization, which may take a step: a spectral norm in training does.
+    Reading a parametrized weight runs the parametrization, which may change buffers, as a spectral norm in training
+    does.
     """
-    flags = {part: part.training for part in module.modules()}
+    modes = {part: part.training for part in module.modules()}
     buffers = [
         (part, name, buffer, buffer.clone())
-        for part in flags
+        for part in modes
         for name, buffer in part._buffers.items()
         if buffer is not None
     ]
@@ -201,25 +210,22 @@ def unchanged(module: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for part, training in flags.items():
+        for part, training in modes.items():
             part.training = training
         with torch.no_grad():
             for part, name, buffer, value in buffers:
                 part._buffers[name] = buffer.copy_(value)
 
 
-def carry_parametrizations(source: nn.Module, target: nn.Module) -> None:
-    """Gives `target` the parametrizations of `source`, such as a weight norm, with the very same parameters.
-
-    What runs when `source` is saved or loaded goes with them.
-    """
-    carry_state_hooks(source, target)
+def share_parametrizations(source: nn.Module, target: nn.Module) -> None:
+    """Share the parametrizations of `source`, such as a weight norm, and its state-dict hooks with `target`."""
+    copy_state_hooks(source, target)
     if not parametrize.is_parametrized(source):
         return
     target.eval()
-    with unchanged(source):
+    with preserve_state(source):
         parametrize.transfer_parametrizations_and_params(source, target)
-    carried = set(source.modules())
+    shared = set(source.modules())
     for part in target.modules():
-        if part not in carried:
+        if part not in shared:
             part.training = source.training

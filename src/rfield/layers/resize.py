@@ -1,4 +1,4 @@
-"""The two layers around the layers to regulate (Wei et al., CVPR 2017, Sec. 3.2)."""
+"""The two resizes around a regulated module (Wei et al., CVPR 2017, Sec. 3.2)."""
 
 import torch
 from torch import Tensor, nn
@@ -8,14 +8,15 @@ from rfield.ops.sampling import positive_values
 
 
 class Inflation2d(nn.Module):
-    """Spreads a feature map over `factor` times as many pixels, so that the same kernels cover less of the image.
+    """Enlarge a feature map by `factor`, so that the same kernels cover less of the image.
 
-    >>> Inflation2d()(torch.rand(1, 8, 5, 5), torch.tensor([1.5])).shape
-    torch.Size([1, 8, 7, 7])
+    Example:
+        >>> Inflation2d()(torch.rand(1, 8, 5, 5), torch.tensor([1.5])).shape
+        torch.Size([1, 8, 7, 7])
     """
 
     def forward(self, input: Tensor, factor: Tensor) -> Tensor:
-        """Resizes `input` by `factor`.
+        """Resize `input` by `factor`.
 
         Args:
             input: Tensor[N, C, h, w], features.
@@ -25,7 +26,7 @@ class Inflation2d(nn.Module):
             Tensor[N, C, h', w'] with `h' = resized_size(h, factor)`.
 
         Raises:
-            ValueError: as `resize_bilinear` does.
+            ValueError: for an empty map, or as `resize_bilinear` does.
         """
         if input.dim() != 4 or 0 in input.shape:
             raise ValueError(f"input must be a map (N, C, h, w) that is not empty, got shape {tuple(input.shape)}")
@@ -34,17 +35,18 @@ class Inflation2d(nn.Module):
 
 
 class Interpolation2d(nn.Module):
-    """Brings an inflated map to a fixed size: back to the feature grid, or on to label resolution.
+    """Resize an inflated map to a fixed size: that of the feature map, or that of the labels.
 
-    >>> inflated = torch.rand(1, 21, 7, 7)
-    >>> Interpolation2d()(inflated, torch.tensor([1.5]), grid_size=(5, 5), output_size=(33, 33)).shape
-    torch.Size([1, 21, 33, 33])
+    Example:
+        >>> inflated = torch.rand(1, 21, 7, 7)
+        >>> Interpolation2d()(inflated, torch.tensor([1.5]), grid_size=(5, 5), output_size=(33, 33)).shape
+        torch.Size([1, 21, 33, 33])
     """
 
     def forward(
         self, input: Tensor, factor: Tensor, grid_size: tuple[int, int], output_size: tuple[int, int]
     ) -> Tensor:
-        """Resizes `input` by `total_scale / factor`, where `total_scale = (H - 1) / (h - 1)` per axis.
+        """Resize `input` by `total_scale / factor`, where `total_scale = (H - 1) / (h - 1)` per axis.
 
         Args:
             input: Tensor[N, K, h', w'], a map inflated by `factor`.
@@ -59,7 +61,7 @@ class Interpolation2d(nn.Module):
             ValueError: as `resize_bilinear` does.
         """
         total_scale = torch.tensor(
-            # An axis of one pixel, before or after, samples position 0 at any scale.
+            # An axis of one px, before or after, is sampled at position 0 whatever the scale.
             [
                 (size - 1) / (grid - 1) if size > 1 and grid > 1 else 1.0
                 for size, grid in zip(output_size, grid_size, strict=True)
@@ -71,9 +73,10 @@ class Interpolation2d(nn.Module):
 
 
 def inflated_size(grid_size: tuple[int, int], factor: list[float]) -> tuple[int, int]:
-    """(h', w') of an (h, w) grid inflated by one factor or one an axis.
+    """Return the size (h', w') of a map of (h, w) px inflated by one factor, or by one per axis.
 
-    >>> inflated_size((41, 41), [0.5, 2.0])
-    (21, 81)
+    Example:
+        >>> inflated_size((41, 41), [0.5, 2.0])
+        (21, 81)
     """
     return resized_size(grid_size[0], factor[0]), resized_size(grid_size[1], factor[-1])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rfield.layers import LearnedFactor
-from rfield.layers.factor import Pair
+from rfield.layers.dilation import Pair
 from rfield.search.factors import dilation_range, learned_layers, names_by_id, searchable_layers
 
 LossFunction = Callable[[nn.Module, Any], Tensor | tuple[Tensor, Tensor]]

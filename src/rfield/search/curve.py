@@ -2,7 +2,7 @@
 
 import math
 
-from rfield.layers.factor import round_dilation
+from rfield.layers.dilation import round_dilation
 
 
 def dilation_grid(low: float, high: float, count: int, whole: bool) -> list[float]:

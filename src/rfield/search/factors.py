@@ -9,7 +9,7 @@ import torch.distributed
 from torch import Tensor, nn
 
 from rfield.layers import LearnedFactor
-from rfield.layers.factor import integer_range
+from rfield.layers.dilation import integer_range
 
 # Name parts that torch inserts when it wraps a module.
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")

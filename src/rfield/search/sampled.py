@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from rfield.layers.factor import integer_range
+from rfield.layers.dilation import integer_range
 from rfield.search.base import LossFunction, Search
 from rfield.search.certainty import Verdict, judge
 from rfield.search.curve import curve_minimum, dilation_grid

@@ -10,7 +10,7 @@ from typing import Literal
 from torch import nn
 
 from rfield.layers import AdaptiveConv2d, LearnedFactor, ReceptiveFieldRegulator
-from rfield.layers.adaptive_conv import why_not_adaptive
+from rfield.layers.adaptive_conv import reason_not_adaptable
 
 Select = str | Sequence[str] | Callable[[str, nn.Conv2d], bool]
 Share = Literal["parallel", "layer", "stage"]
@@ -47,7 +47,7 @@ def adapt(
     Raises:
         ValueError: if nothing is chosen, a pattern matches nothing, or a convolution that was chosen by name or
             function cannot be adapted: an even kernel, a padding other than zeros, hooks, a forward of its own. Among
-            those chosen by default such a one is left out with a warning. The model is unchanged then.
+            those chosen by default such a one is left out with a warning. The model is preserve_state then.
 
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=4, dilation=4))
     >>> adapt(model)[0].effective_dilation
@@ -70,7 +70,7 @@ def adapt(
         for conv in regulator.modules()
     }
     for name in list(chosen):
-        fault = "it is inside a regulator" if id(convs[name]) in regulated else why_not_adaptive(convs[name])
+        fault = "it is inside a regulator" if id(convs[name]) in regulated else reason_not_adaptable(convs[name])
         if fault and select is not None:
             raise ValueError(f"the convolution {name} cannot be adapted: {fault}")
         if fault:
@@ -174,7 +174,7 @@ def _nothing(convs: dict[str, nn.Conv2d]) -> str:
     candidates = [
         f"{name} (kernel {conv.kernel_size[0]}x{conv.kernel_size[1]}, dilation {max(conv.dilation)})"
         for name, conv in convs.items()
-        if max(conv.kernel_size) > 1 and why_not_adaptive(conv) is None
+        if max(conv.kernel_size) > 1 and reason_not_adaptable(conv) is None
     ]
     if not candidates:
         return "nothing to adapt: the model has no nn.Conv2d of more than one pixel that could be adapted"

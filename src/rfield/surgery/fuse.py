@@ -7,8 +7,8 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from rfield.layers import AdaptiveConv2d, LearnedFactor, ReceptiveFieldRegulator, WeightedGradient
-from rfield.layers.adaptive_conv import carry_parametrizations, carry_state_hooks, has_hooks, unchanged
-from rfield.layers.factor import padding_for_dilation, round_dilation, set_dilation
+from rfield.layers.adaptive_conv import copy_state_hooks, has_hooks, preserve_state, share_parametrizations
+from rfield.layers.dilation import padding_for_dilation, round_dilation, set_dilation
 from rfield.receptive_field.theoretical import copied, is_pointwise
 
 Mode = Literal["resize", "dilation"]
@@ -249,7 +249,7 @@ def _graft(root: nn.Module, part: nn.Module) -> fx.GraphModule:
         result.register_buffer(name, buffer, persistent=name not in part._non_persistent_buffers_set)
     for name, child in part.named_children():
         result.add_module(name, child)
-    carry_state_hooks(part, result)
+    copy_state_hooks(part, result)
     return result
 
 
@@ -260,7 +260,7 @@ def _plain(module: AdaptiveConv2d | ReceptiveFieldRegulator | WeightedGradient, 
             "may have them"
         )
     if isinstance(module, AdaptiveConv2d):
-        with unchanged(module):
+        with preserve_state(module):
             plain = _plain_conv(module)
         carried = set(module.modules())
         for part in plain.modules():
@@ -312,7 +312,7 @@ def _plain_conv(layer: AdaptiveConv2d) -> nn.Module:
         value = getattr(layer, name)
         if value is not None:
             setattr(conv, name, value if isinstance(value, nn.Parameter) else nn.Parameter(value))
-    carry_parametrizations(layer, conv)
+    share_parametrizations(layer, conv)
     if min(padding) >= 0:
         return conv
     return _graft(_Cropped(conv, (max(-padding[0], 0), max(-padding[1], 0))), conv)
