@@ -20,7 +20,7 @@ class InspectConfig:
     """Weights of a model of torchvision, smp or timm, for the effective field: default (those that the library
     publishes; downloads them), or a .pth or .safetensors file of its state dict. Default: random."""
     images: str | None = None
-    """Photographs to measure the effective field on: an image, a folder or a glob. Default: random noise."""
+    """Images to measure the effective field on: an image, a folder or a glob. Default: random noise."""
     count: int = 4
     """So many images at most; 0 leaves the effective field out."""
     measure: Literal["luo", "replknet"] = "luo"

@@ -396,7 +396,7 @@ class ReproduceConfig(SweepConfig):
     freeze_backbone: bool = True
     """Train the head alone, on backbone features computed once; the paper trains the backbone too."""
     images: int = 4
-    """Photographs of the validation split in the panels."""
+    """Images of the validation split in the panels."""
     search: Search = dataclasses.field(default="none", metadata=_FIXED)
 
     def __post_init__(self) -> None:
