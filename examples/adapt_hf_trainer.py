@@ -1,6 +1,6 @@
-"""A model of transformers learns its dilations under the Trainer: MobileViT, whose head is a DeepLabV3 pyramid.
+"""Learn the dilations of transformers' MobileViT, whose head is a DeepLabV3 pyramid, with the Trainer.
 
-Other models of transformers have no dilated convolution. SegFormer's depthwise ones can be chosen by name,
+Other models of transformers have no dilated convolution. Select SegFormer's depthwise convolutions by name:
 `rfield.adapt(model, "*.dwconv.dwconv")`.
 """
 

@@ -1,4 +1,4 @@
-"""segmentation_models_pytorch's DeepLabV3+ learns its dilations under Lightning."""
+"""Learn the dilations of segmentation_models_pytorch's DeepLabV3+ with Lightning."""
 
 import lightning as L
 import segmentation_models_pytorch as smp
@@ -17,7 +17,7 @@ class Adapted(L.LightningModule):
     def __init__(self, steps: int) -> None:
         super().__init__()
         self.model = smp.DeepLabV3Plus("resnet18", encoder_weights=None, classes=4)
-        rfield.adapt(self.model, "decoder", share="parallel")  # one factor for the pyramid: rates keep their ratio
+        rfield.adapt(self.model, "decoder", share="parallel")  # one factor for the pyramid keeps the ratios of its rates
         self.search = rfield.SpsaSearch(self.model, self.loss_fn, steps=6 * steps // 10)
 
     def loss_fn(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -46,7 +46,7 @@ def main(steps: int = 300, folder: str = "runs/lightning") -> nn.Module:
     trainer = L.Trainer(max_steps=steps, default_root_dir=folder, logger=False)
     trainer.fit(module, DataLoader(images, batch_size=4))
     plain = rfield.fuse(module.model)
-    print("the first rate was 12, and is", module.search.unsnapped, "before it is rounded")
+    print("the first rate was 12; the search found", module.search.unsnapped, "before rounding")
     return plain
 
 

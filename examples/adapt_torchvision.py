@@ -1,4 +1,4 @@
-"""torchvision's DeepLabV3 learns the rates of its pyramid, in a plain training loop."""
+"""Learn the rates of torchvision's DeepLabV3 pyramid in a plain training loop."""
 
 from pathlib import Path
 
