@@ -83,7 +83,8 @@ def choose(mutant: Mutant, covering: dict[int, set[Test]], seconds: float) -> tu
     `shared` is run only where nothing else covers the line. Own tests of other lines come last: what the line gave to
     an earlier test may have been kept for them, in a cache of the module.
     """
-    every = set().union(*(covering.get(line, ()) for line in mutant.lines))
+    # What no test runs may have run when the module was imported.
+    every = set().union(*(covering.get(line, ()) for line in mutant.lines)) or set().union(*covering.values())
     tests = [each for each in every if not each.apart] or [*every]
 
     def own(test: Test) -> bool:

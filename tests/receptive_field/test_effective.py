@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rfield.receptive_field.effective import contribution_squares, effective_receptive_field, random_images
+from rfield.receptive_field.effective import Measure, contribution_squares, effective_receptive_field, random_images
 
 
 def test_a_linear_network_s_field_is_its_kernel() -> None:
@@ -38,17 +38,24 @@ def test_nonlinearities_count_as_they_are_and_images_are_averaged() -> None:
     nn.init.constant_(layers[0].weight, -1.0)
     torch.testing.assert_close(effective_receptive_field(layers, [dark, dark, light]), expected)
     nn.init.ones_(layers[0].weight)
-    with pytest.raises(ValueError, match="no finite gradient"):
-        effective_receptive_field(layers, [dark])
+    # Nothing active; a gradient without end at one pixel; no path from the image.
+    edge = light.clone()
+    edge[0, 1, 1] = 0.0
+    mean = nn.AvgPool2d(3, stride=1)
+    for model in (layers, Ending(lambda image: mean(image.sqrt())), Ending(Tensor.detach), Ending(torch.ones_like)):
+        with pytest.raises(ValueError, match="no finite gradient"):
+            effective_receptive_field(model, [dark if model is layers else edge])
 
 
 class Ending(nn.Module):
-    def __init__(self, ending: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, ending: Callable[[Tensor], Tensor], conv: nn.Conv2d | None = None) -> None:
         super().__init__()
-        self.conv, self.ending = nn.Conv2d(3, 7, 3, padding=1), ending
+        # A whole number, in a parameter that is no weight.
+        self.steps = nn.Parameter(torch.tensor([3]), requires_grad=False)
+        self.conv, self.ending = conv, ending
 
     def forward(self, image: Tensor) -> Tensor:
-        return self.ending(self.conv(image))
+        return self.ending(image if self.conv is None else self.conv(image))
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.float64])
@@ -62,11 +69,28 @@ def test_a_sum_over_channels_that_never_changes_is_an_error(precision: torch.dty
     for seed in range(3):
         torch.manual_seed(seed)
         image = torch.randn(1, 3, 9, 9)
+        conv = nn.Conv2d(3, 7, 3, padding=1).to(precision)
         for ending in endings.values():
-            with pytest.raises(ValueError, match="always have the same sum, as after a softmax"):
-                effective_receptive_field(Ending(ending).to(precision), image)
-        field = effective_receptive_field(Ending(lambda logits: logits.log_softmax(1)).to(precision), image)
-        assert int((field > 0).sum()) == 9
+            with pytest.raises(ValueError, match="always have the same sum, as after a softmax"), torch.no_grad():
+                effective_receptive_field(Ending(ending, conv), image)
+        measures: list[tuple[Callable[[Tensor], Tensor], Measure]]
+        measures = [(lambda logits: logits.log_softmax(1), "luo"), (endings["centred"], "replknet")]
+        for ending, measure in measures:
+            field = effective_receptive_field(Ending(ending, conv), image, measure)
+            assert int((field > 0).sum()) == 9 or (measure == "replknet" and field.max() > 1e-3)
+
+
+@pytest.mark.parametrize(("left", "constant"), [(1e-2, False), (1e-5, False), (1e-7, True)])
+def test_a_small_sum_over_channels_is_measured(left: float, constant: bool) -> None:
+    conv = nn.Conv2d(1, 2, 1, bias=False)
+    with torch.no_grad():
+        conv.weight.copy_(torch.tensor([1.0, left - 1.0])[:, None, None, None] / 1024)
+    if constant:
+        with pytest.raises(ValueError, match="always have the same sum"):
+            effective_receptive_field(conv, torch.ones(1, 1, 1, 1))
+        return
+    field = effective_receptive_field(conv, torch.ones(1, 1, 1, 1))
+    assert float(field) * 1024 == pytest.approx(left, rel=0.02)
 
 
 def test_the_model_runs_in_eval_mode() -> None:
@@ -86,6 +110,8 @@ def test_the_model_stays_as_it_was() -> None:
     images = random_images((4, 4), count=2, channels=1)
     kept = [image.clone() for image in random_images((4, 4), count=2, channels=1)]
     given = list(images)
+    noise = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(next(iter(random_images((4, 5), count=1))), noise)
     assert effective_receptive_field(model, given).sum() > 0
     assert model.training
     assert model[2].training
@@ -113,7 +139,8 @@ def test_images_of_two_sizes_are_refused() -> None:
 
 
 def test_squares_of_a_flat_field() -> None:
-    squares = contribution_squares(torch.ones(9, 9))
+    squares = contribution_squares(torch.ones(9, 9, requires_grad=True))
+    assert [square.share for square in squares] == [0.2, 0.3, 0.5, 0.99]
     # 20 % of 81 px is in 5x5, 30 % in 5x5 (25 of 24.3), 50 % in 7x7, 99 % in all.
     assert [(square.side, round(square.area_ratio * 81)) for square in squares] == [(5, 25), (5, 25), (7, 49), (9, 81)]
 
@@ -126,18 +153,25 @@ def test_squares_of_images_of_even_and_unequal_sides() -> None:
     assert (square.side, square.area_ratio) == (13, 1.0)
     field[2, 6] = 3.0
     assert [square.side for square in contribution_squares(field, [0.75, 0.76])] == [1, 13]
+    # More than float32 can add up.
+    field[2, 6] = 2.0**24
+    assert [square.side for square in contribution_squares(field, [1.0])] == [13]
 
 
 def test_compressed_squares() -> None:
     field = torch.tensor([[0.0, 0.0, 0.0], [9.0, 99.0, 0.0], [0.0, 0.0, 0.0]])
     # log10(1 + x): 1 and 2 of 3, instead of 9 and 99 of 108.
     assert [square.side for square in contribution_squares(field, [0.7])] == [1]
-    assert [square.side for square in contribution_squares(field, [0.7], compress=True)] == [3]
+    assert [square.side for square in contribution_squares(field, [0.66, 0.67], compress=True)] == [1, 3]
 
 
-@pytest.mark.parametrize("scores", [torch.zeros(3, 3), -torch.ones(3, 3), torch.full((3, 3), torch.nan), torch.ones(3)])
+@pytest.mark.parametrize(
+    "scores",
+    [torch.zeros(3, 3), torch.tensor([[1.0, -1.0]]), torch.tensor([[1.0, torch.nan, torch.inf]]), torch.ones(3)],
+)
 def test_scores_that_are_none(scores: Tensor) -> None:
     with pytest.raises(ValueError, match="scores must be"):
         contribution_squares(scores)
-    with pytest.raises(ValueError, match="shares must be"):
-        contribution_squares(torch.ones(3, 3), [0.0])
+    for share in (0.0, 1.5):
+        with pytest.raises(ValueError, match="shares must be"):
+            contribution_squares(torch.ones(3, 3), [0.5, share])

@@ -11,6 +11,8 @@ from rfield.receptive_field.theoretical import copied, output_map
 
 Measure = Literal["luo", "replknet"]
 
+_NOTHING = "no finite gradient reaches the images: there is no effective receptive field to measure"
+
 
 def effective_receptive_field(model: nn.Module, images: Iterable[Tensor], measure: Measure = "luo") -> Tensor:
     """How much each pixel counts for the output in the middle, with the model's own weights and nonlinearities.
@@ -38,11 +40,13 @@ def effective_receptive_field(model: nn.Module, images: Iterable[Tensor], measur
         tensor([0., 1., 1., 1., 0.])
     """
     probe = copied(model).eval().requires_grad_(False)
-    weight = next((tensor for tensor in model.parameters() if tensor.is_floating_point()), torch.empty(0))
+    weight = next((tensor for tensor in model.parameters() if tensor.is_floating_point()), torch.tensor([]))
     total: Tensor | None = None
     count = 0
     for image in images:
         centre, leaf = _central(probe, image.to(weight))
+        if not centre.requires_grad:
+            raise ValueError(_NOTHING)
         # Rounding is a small share; where one image leaves doubt, twice the precision decides.
         doubtful = measure == "luo" and count == 0 and _share_of_sum(centre, leaf) < 0.05
         if doubtful and _share_of_sum(*_central(copied(probe).double(), image.double().to(weight.device))) < 1e-6:
@@ -51,24 +55,20 @@ def effective_receptive_field(model: nn.Module, images: Iterable[Tensor], measur
                 "alone: measure what goes into the last layer"
             )
         value = (centre.relu() if measure == "replknet" else centre).sum()
-        if not value.requires_grad:
-            break
-        (grad,) = torch.autograd.grad(value, leaf, allow_unused=True)
-        if grad is None:
-            break
+        (grad,) = torch.autograd.grad(value, leaf)
         scores = (grad.relu() if measure == "replknet" else grad.abs())[0].sum(0)
         if total is not None and total.shape != scores.shape:
             raise ValueError(f"images must have one size, got {_size(total)} and {_size(scores)} px")
         total = scores if total is None else total + scores
         count += 1
-    if total is None or not 0 < total.sum() < torch.inf:
-        raise ValueError("no finite gradient reaches the images: there is no effective receptive field to measure")
+    if total is None or not 0 < total.max() < torch.inf:
+        raise ValueError(_NOTHING)
     return total / count
 
 
 def _central(probe: nn.Module, image: Tensor) -> tuple[Tensor, Tensor]:
     """The channels of the central output pixel, Tensor[C], and the image of one, Tensor[1, C, H, W], before them."""
-    leaf = image.detach()[None].requires_grad_()
+    leaf = image[None].requires_grad_()
     with torch.enable_grad():
         # Not the leaf itself: a model may change its input in place.
         output = output_map(probe(leaf.clone()))
@@ -77,15 +77,13 @@ def _central(probe: nn.Module, image: Tensor) -> tuple[Tensor, Tensor]:
 
 def _share_of_sum(centre: Tensor, leaf: Tensor) -> float:
     """The gradient of the sum over channels, as a share of that of a sum whose weights differ."""
-    if not centre.requires_grad:
-        return 1.0
     weights = torch.ones_like(centre)
     weights[::2] = 1.5
-    sums: list[float] = []
-    for grad in (torch.ones_like(centre), weights):
-        (found,) = torch.autograd.grad(centre, leaf, grad, retain_graph=True, allow_unused=True)
-        sums.append(0.0 if found is None else float(found.abs().sum()))
-    return sums[0] / sums[1] if sums[1] > 0 else 1.0
+    alike, other = (
+        torch.autograd.grad(centre, leaf, grad, retain_graph=True)[0].abs().max()
+        for grad in (torch.ones_like(centre), weights)
+    )
+    return float(alike / other)  # NaN if both are 0
 
 
 def random_images(size: tuple[int, int], count: int, channels: int = 3, seed: int = 0) -> Iterable[Tensor]:
@@ -141,8 +139,8 @@ def contribution_squares(
     held = torch.bincount(rings.flatten(), (scores + 1).log10().flatten() if compress else scores.flatten()).cumsum(0)
     squares = []
     for share in shares:
-        # Rounding may leave the last sum a little below the whole.
-        half = min(int((held < share * held[-1] * (1 - 1e-12)).sum()), len(held) - 1)
+        # Rounding may leave a sum a little below the share.
+        half = int((held < share * held[-1] * (1 - 1e-12)).sum())
         covered = int((rows.abs() <= half).sum()) * int((columns.abs() <= half).sum())
         squares.append(Square(share, 2 * half + 1, covered / (height * width)))
     return squares
