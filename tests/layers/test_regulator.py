@@ -43,6 +43,9 @@ class TestForward:
         regulator = ReceptiveFieldRegulator(dilated(), 0.4)
         regulator.snap()
         assert [conv.dilation for conv in regulator.module if isinstance(conv, nn.Conv2d)] == [(5, 5), (1, 1)]
+        regulator = ReceptiveFieldRegulator(nn.Conv2d(4, 4, 3, padding=(1, 2), dilation=(1, 2)), 0.4)
+        regulator.snap()
+        assert regulator.module.dilation == (3, 5)
 
     @pytest.mark.parametrize("factor", [0.6, 1.0, 1.7, (0.8, 1.5)])
     @pytest.mark.parametrize("output_size", [None, (25, 17)])

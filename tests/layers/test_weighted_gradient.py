@@ -47,8 +47,12 @@ def test_gradient_is_the_oracles(size: tuple[int, int], of: tuple[int, int], wei
 
 def test_void_weighs_one_even_if_a_class_set_is_large() -> None:
     input = torch.zeros(1, 1, 1, 2, requires_grad=True)
-    weight_gradient(input, torch.tensor([[[255, 0]]]), range(11), 3.0).sum().backward()
+    mask = torch.tensor([[[255, 0]]])
+    weight_gradient(input, mask, range(11), 3.0).sum().backward()
     assert input.grad.flatten().tolist() == [1.0, 3.0]
+    for classes in ({0, 999}, ()):
+        weight_gradient(input, mask.byte(), classes, 3.0).sum().backward()
+    assert input.grad.flatten().tolist() == [3.0, 7.0]
 
 
 def test_is_the_identity_in_eval_mode_and_without_a_mask() -> None:

@@ -78,11 +78,14 @@ class TestKinds:
         )
 
     @pytest.mark.parametrize(
-        ("chosen", "kind"), [(41.0, "at the edge"), (40.0, "clear"), (2.0, "clear"), (1.0, "at the edge")]
+        ("chosen", "kind"),
+        [(41.0, "at the edge"), (40.0, "clear"), (2.0, "clear"), (1.0, "at the edge"), (1.9, "clear")],
     )
     def test_a_whole_dilation_is_at_the_edge_if_the_next_one_is_beyond(self, chosen: float, kind: str) -> None:
         losses = reading([0.5, 0.1, 1.0, 0.1, 0.5], dilations=(1.0, 1.9, 6.4, 40.5, 41.3))
         assert judge([[losses]], present=6.4, chosen=chosen).kind == kind
+        # Beyond 2.5 there is no whole dilation below 3.
+        assert judge([[reading(VALLEY, dilations=(2.5, 3, 4, 5, 6))]], present=6, chosen=3).kind == "at the edge"
 
 
 class TestNotReliable:
@@ -147,6 +150,8 @@ class TestNotReliable:
         verdict = judge([[reading(VALLEY)]], present=4, chosen=8)
         assert (verdict.kind, verdict.gain) == ("not reliable", pytest.approx(-0.3))
         assert "the present dilation 4 was read 0.3 better than 8" in verdict.reason
+        # As good as the present one is no contradiction, even with a ridge between them.
+        assert judge([[reading([0.5, 0.9, 0.5, 0.9, 0.9])]], present=1, chosen=4).kind == "likely"
 
 
 class TestWhatIsCompared:
@@ -239,6 +244,8 @@ class TestStandardErrors:
         assert errors[1.0] == pytest.approx(1 / math.sqrt(3))
         assert errors[2.0] == 0
         assert math.isnan(errors[4.0])
+        mixed = [{dilation: [1.0, 2.0] for dilation in own} for own in ((64.0, 2.5), (1.5, 40.0, 3.0))]
+        assert [*standard_errors(mixed)] == [1.5, 2.5, 3.0, 40.0, 64.0]
         assert all(math.isnan(error) for error in standard_errors([{1.0: [1.0], 2.0: [2.0]}]).values())
         nowhere = standard_errors([{1.0: [math.nan, 1.0], 2.0: [math.inf, 2.0]}])
         assert nowhere.keys() == {1.0, 2.0}

@@ -1,6 +1,7 @@
 """`adapt` and `regulate`: what they choose, what they share, what they refuse, and whom they get along with."""
 
 import copy
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +166,11 @@ class TestRefused:
     def test_unknown_name_has_near_ones(self) -> None:
         with pytest.raises(ValueError, match=r"'layer3.0.conv3' names no convolution .* layer3.0.conv"):
             adapt(network(), ["head", "layer3.0.conv3"])
+        # What has half of its letters in common is near, what has less is not.
+        with pytest.raises(ValueError, match=r"'0.conv9.weight' names no convolution .* is it .*layer3.0.conv"):
+            adapt(network(), "0.conv9.weight")
+        with pytest.raises(ValueError, match=r"'weight' names no convolution .*; nothing to adapt; name convolutions"):
+            adapt(network(), "weight")
 
     @pytest.mark.parametrize(
         ("conv", "reason"),
@@ -231,6 +237,7 @@ class TestRegulate:
         ("name", "error"),
         [
             ("layer3.2", r"has no part 'layer3.2'; is it 'layer3"),
+            ("conv1", r"has no part 'conv1'; is it .*'layer3.1.conv1'"),
             ("", "has no part ''; is it 'stem' or"),
             ("head.convs", "'head.convs' is a ModuleList, which cannot be called"),
             ("layer3.0.module.conv1", "is inside a regulator already"),
@@ -246,6 +253,14 @@ class TestRegulate:
     def test_a_part_that_sees_one_pixel(self) -> None:
         with pytest.warns(UserWarning, match=r"no convolution in 'head.convs.0' sees more than one pixel"):
             regulate(network(), "head.convs.0")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            regulate(nn.Sequential(nn.Conv2d(3, 3, (1, 3))), "0")
+
+    def test_a_part_under_two_names(self) -> None:
+        model = network()
+        model.again = model.stem
+        assert regulate(model, "again") is model.again is model.stem
 
 
 def test_public_names_stay_functions_whatever_was_imported() -> None:

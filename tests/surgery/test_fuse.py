@@ -180,6 +180,8 @@ class TestDilation:
     def test_a_larger_field_from_a_plain_convolution(self) -> None:
         model = nn.Sequential(ReceptiveFieldRegulator(nn.Conv2d(4, 4, 3, padding=1), 0.34))
         assert dilations(rfield.fuse(model, mode="dilation")) == {"0": (3, 3)}
+        model = nn.Sequential(ReceptiveFieldRegulator(nn.Conv2d(4, 4, (1, 2), padding=(0, 2), dilation=4), 2.0))
+        assert dilations(rfield.fuse(model, mode="dilation")) == {"0": (2, 2)}
 
     def test_reflecting(self) -> None:
         model = nn.Sequential(ReceptiveFieldRegulator(dilated(padding_mode="reflect"), 2.5))

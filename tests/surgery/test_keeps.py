@@ -153,6 +153,13 @@ def test_an_adapted_weight_norm_reads_its_older_keys() -> None:
     plain = fuse(model)
     plain.load_state_dict(older)
     assert torch.equal(plain[0].weight, layer.weight)
+    # As the part of a regulator, which leaves a graph.
+    regulated = nn.Sequential(parametrizations.weight_norm(dilated()))
+    regulate(regulated, "0", factor=1.3)
+    graph = fuse(regulated)
+    assert not isinstance(graph[0], nn.Conv2d)
+    graph.load_state_dict(older)
+    assert torch.equal(graph.state_dict()["0.parametrizations.weight.original0"], older["0.weight_g"])
 
 
 HOOKS = ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"]

@@ -120,7 +120,7 @@ def regulate(
     modules = dict(model.named_modules(remove_duplicate=False))
     if not name or name not in modules:
         parts = [key for key in modules if key]
-        near = difflib.get_close_matches(name, parts, n=3, cutoff=0.4) or parts[:3]
+        near = difflib.get_close_matches(name, parts, cutoff=0.4) or parts[:3]
         raise ValueError(f"the model has no part {name!r}; is it {' or '.join(map(repr, near))}?")
     module = modules[name]
     if type(module).forward is nn.Module.forward:
@@ -164,7 +164,7 @@ def _chosen(model: nn.Module, convs: dict[str, nn.Conv2d], select: Select | None
     }
     for pattern, found in matches.items():
         if not found:
-            near = difflib.get_close_matches(pattern, seeing, n=3, cutoff=0.4)
+            near = difflib.get_close_matches(pattern, seeing, cutoff=0.4)
             hint = f"is it {' or '.join(near)}?" if near else _nothing(convs)
             raise ValueError(f"{pattern!r} names no convolution of more than one pixel; {hint}")
     return [name for name in seeing if any(name in found for found in matches.values())]

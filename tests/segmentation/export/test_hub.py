@@ -15,7 +15,7 @@ from rfield.segmentation.cli import main, parse
 from rfield.segmentation.config.export import PushConfig
 from rfield.segmentation.config.train import TrainConfig
 from rfield.segmentation.data import SyntheticCues
-from rfield.segmentation.export.hub import share_run
+from rfield.segmentation.export.hub import push_run, share_run
 from rfield.segmentation.models import ParsingNetwork, Paths, small_cnn
 from rfield.segmentation.models.hub import find_folder
 from rfield.segmentation.runs import build_network, load_run
@@ -124,6 +124,8 @@ def test_push(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
 
     assert parse(["push", "r", "me/fields"]) == ("push", PushConfig("r", "me/fields"))
     monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    push_run(run, "me/fields")
+    assert sent["private"] is False
     main(["push", str(run), "me/fields", "--private"])
     assert capsys.readouterr().out == "the network is at https://hub/me/fields\n"
     assert sent == {
