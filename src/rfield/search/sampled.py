@@ -1,8 +1,9 @@
 """Search without a start value: train at random dilations, evaluate the loss curve, keep the best dilation."""
 
+import itertools
 import math
 import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,6 +26,7 @@ from rfield.search.factors import (
     set_effective_dilation,
 )
 from rfield.search.paired import standard_errors
+from rfield.search.sets import Rate, ReadPaths, parallel_factors, read_combinations, shares
 
 # Decay of the weights' exponential moving average (EMA), which covers about the last 33 steps.
 _EMA_DECAY = 0.97
@@ -47,6 +49,12 @@ class SampledSearch(Search):
     With several factors, all dilations are drawn independently. An evaluation varies one factor and axis at a time,
     with the others at their best dilations, and is repeated until no minimum moves.
 
+    Factors of parallel branches form a set, see `parallel_factors`. Their windows are at first adjacent shares of the
+    range, in the order of the branches, so that the branches become different: branches that all draw from the whole
+    range stay alike. With `read_paths`, the dilations of a set are chosen together: each branch is evaluated once for
+    each candidate, and all combinations are scored by adding the branches' logits. The first such evaluation also finds
+    which rates are of use: the range from the smallest of them to 1.5 times the largest is divided into new shares.
+
     Args:
         model, loss_fn, steps, seed: see `Search`.
         held_out: batches of training images that the search does not train on; every evaluation iterates over them.
@@ -55,8 +63,12 @@ class SampledSearch(Search):
             extends from the minimum, as a ratio to each side. Do not evaluate too early: weights that have learned
             little prefer dilations at which the kernel's outer taps leave the map.
         candidates: number of dilations at which the whole range is evaluated; a narrower window gets its share of them.
+        read_paths: `read_paths(model, batch)` returns the logits of each branch, for models whose logits are the sum
+            of parallel branches that hold all learned factors, in their order.
 
     Attributes:
+        sets: for each set of parallel branches the indices of its factors.
+        set_readings: with `read_paths`, all evaluations of combinations so far.
         readings: for each (factor, axis), all curves evaluated so far, as (step, {dilation: held-out loss}).
         losses: the same, with the list of the losses of all held-out batches, of all processes, in place of each loss.
 
@@ -74,6 +86,7 @@ class SampledSearch(Search):
         seed: int = 0,
         narrowings: Mapping[float, float] = NARROWINGS,
         candidates: int = 10,
+        read_paths: ReadPaths | None = None,
     ) -> None:
         if any(not 0 < share <= 1 or reach < 1 for share, reach in narrowings.items()) or candidates < 1:
             raise ValueError(
@@ -91,6 +104,14 @@ class SampledSearch(Search):
         self.losses: dict[tuple[int, int], list[tuple[int, dict[float, list[float]]]]] = {
             key: [] for key in self.readings
         }
+        self.sets = parallel_factors(model, self.groups)
+        if read_paths is not None and self.sets != [[*range(len(self.groups))]]:
+            raise ValueError(
+                "read_paths needs a model whose learned factors are those of one set of parallel branches (the members "
+                f"of one nn.ModuleList, one factor each), got {len(self.groups)} factors with the sets {self.sets}"
+            )
+        self.read_paths = read_paths
+        self.set_readings: list[dict[str, Any]] = []
         self._ranges: list[tuple[float, float]] = []
         self._windows: dict[tuple[int, int], tuple[float, float]] = {}
         self._ema: dict[str, Tensor] = {}
@@ -109,11 +130,26 @@ class SampledSearch(Search):
             self._check_layers()
             self._ranges = [dilation_range(group) for group in self.groups]
             self._windows = {key: self._ranges[key[0]] for key in self.readings}
+            for members in self.sets:
+                self._share_range(members, *self._set_range(members))
         for index, group in enumerate(self.groups):
             draw = self._random("dilation", index)
             dilation = [self._draw_dilation(index, axis, draw) for axis in range(group[0].log_factor.numel())]
             override_dilation(group, dilation, draw)
         return self._call_loss_fn(batch)[0]
+
+    def _set_range(self, members: Sequence[int]) -> tuple[float, float]:
+        """Return the range that a set's branches share: up to half the map, since larger kernels see mostly zeros."""
+        low = max(self._ranges[index][0] for index in members)
+        high = min(self._ranges[index][1] for index in members)
+        sizes = [layer.map_size for index in members for layer in self.groups[index] if layer.map_size is not None]
+        return low, max(low, min(high, max(max(size) for size in sizes) // 2 + 4))
+
+    def _share_range(self, members: Sequence[int], low: float, high: float) -> None:
+        """Make a set's windows adjacent shares of a range."""
+        for index, window in zip(members, shares(low, high, len(members)), strict=True):
+            for axis in range(self.groups[index][0].log_factor.numel()):
+                self._windows[index, axis] = window
 
     def _draw_dilation(self, index: int, axis: int, draw: random.Random) -> float:
         """Draw a dilation from the window, log-uniform and stratified.
@@ -184,20 +220,59 @@ class SampledSearch(Search):
         )
 
     def _evaluate_curves(self) -> None:
-        """Evaluate all curves, set each factor to its curve's minimum, and narrow the windows around the minima."""
-        losses: dict[tuple[int, int], dict[float, list[float]]] = {}
+        """Evaluate all curves, set each factor to its best dilation, and narrow the windows around that."""
         with self._swap_ema():
-            for _ in range(3 if len(self.readings) > 1 else 1):
-                moved = [self._minimize(index, axis, losses) for index, axis in self.readings]
-                if not any(moved):
-                    break
-        for key, batch_losses in losses.items():
-            curve = _mean_curve(batch_losses)
-            self.readings[key].append((self.step_index, curve))
-            self.losses[key].append((self.step_index, batch_losses))
-            low, high = self._ranges[key[0]]
-            best, reach = curve_minimum(curve), self.narrowings.get(self.step_index, 1.0)
-            self._windows[key] = max(low, best / reach), min(high, best * reach)
+            losses = self._evaluate_each() if self.read_paths is None else self._evaluate_set(self.read_paths)
+        reach = self.narrowings.get(self.step_index, 1.0)
+        for (index, axis), batch_losses in losses.items():
+            self.readings[index, axis].append((self.step_index, _mean_curve(batch_losses)))
+            self.losses[index, axis].append((self.step_index, batch_losses))
+            low, high = self._ranges[index]
+            best = self.groups[index][0].effective_dilation[axis]
+            self._windows[index, axis] = max(low, best / reach), min(high, best * reach)
+        if len(self.set_readings) == 1:
+            self._share_range(self.sets[0], *self._wanted_range())
+
+    def _evaluate_each(self) -> dict[tuple[int, int], dict[float, list[float]]]:
+        """Evaluate one factor and axis at a time, until no minimum moves."""
+        losses: dict[tuple[int, int], dict[float, list[float]]] = {}
+        for _ in range(3 if len(self.readings) > 1 else 1):
+            moved = [self._minimize(index, axis, losses) for index, axis in self.readings]
+            if not any(moved):
+                break
+        return losses
+
+    def _evaluate_set(self, read_paths: ReadPaths) -> dict[tuple[int, int], dict[float, list[float]]]:
+        """Evaluate all combinations, set the factors to the best, and return the curves of each factor around it."""
+        axes = [range(group[0].log_factor.numel()) for group in self.groups]
+        candidates: list[list[Rate]] = [
+            [*itertools.product(*(self._grid(index, axis) for axis in own))] for index, own in enumerate(axes)
+        ]
+        table = read_combinations(self.model, self.groups, read_paths, self.held_out, candidates)
+        draw = self._random("set")
+        if not self.set_readings:
+            table.search(True, draw)
+        best = table.search(False, draw)
+        if not math.isfinite(table.loss(best)):
+            raise ValueError(f"step {self.step_index}: no combination of dilations has a finite loss")
+        self.set_readings.append(table.describe(self.step_index))
+        curves = {}
+        for index, (group, rate) in enumerate(zip(self.groups, table.rates(best), strict=True)):
+            assert rate is not None
+            set_effective_dilation(group, rate)
+            for axis in axes[index]:
+                curves[index, axis] = {
+                    other[axis]: table.losses_of((*best[:index], place, *best[index + 1 :]))
+                    for place, other in enumerate(candidates[index])
+                    if other[:axis] + other[axis + 1 :] == rate[:axis] + rate[axis + 1 :]
+                }
+        return curves
+
+    def _wanted_range(self) -> tuple[float, float]:
+        """Return the smallest dilation of the best combination, paths left out or not, and 1.5 times its largest."""
+        wanted = [rate for rate in self.set_readings[0]["best"][0]["rates"] if rate is not None]
+        low, high = self._set_range(self.sets[0])
+        return max(low, min(map(min, wanted))), min(high, 1.5 * max(map(max, wanted)))
 
     def _minimize(self, index: int, axis: int, losses: dict[tuple[int, int], dict[float, list[float]]]) -> bool:
         """Set one factor and axis to the minimum of its curve, store its losses, and return whether it moved far."""
@@ -262,6 +337,10 @@ class SampledSearch(Search):
         """
         for group in self.groups:
             override_dilation(group, current_dilation(group))
+        return self._evaluate_dilations(index, axis, self._grid(index, axis))
+
+    def _grid(self, index: int, axis: int) -> list[float]:
+        """Return the dilations at which a window is evaluated."""
         group = self.groups[index]
         low, high = self._windows[index, axis]
         count = max(7 if self.step_index >= self.steps else 4, self._candidate_count(index, low, high))
@@ -269,7 +348,7 @@ class SampledSearch(Search):
         # Rounding may move the grid's ends out of the range, and the next window would be empty.
         if runs_at_integers(group) and (integers := integer_range(*self._ranges[index])):
             grid = sorted({float(min(max(dilation, integers[0]), integers[1])) for dilation in grid})
-        return self._evaluate_dilations(index, axis, grid)
+        return grid
 
     def _evaluate_dilations(self, index: int, axis: int, dilations: list[float]) -> dict[float, list[float]]:
         group = self.groups[index]
@@ -294,6 +373,7 @@ class SampledSearch(Search):
             "narrowings": self.narrowings,
             "readings": self.readings,
             "losses": self.losses,
+            "set_readings": self.set_readings,
             "ranges": self._ranges,
             "windows": self._windows,
             "average": self._ema,
@@ -304,6 +384,7 @@ class SampledSearch(Search):
         self.narrowings = state["narrowings"]
         self.readings = state["readings"]
         self.losses = state["losses"]
+        self.set_readings = state["set_readings"]
         self._ranges = state["ranges"]
         self._windows = state["windows"]
         weights = dict(self._named_weights())

@@ -3,29 +3,30 @@
 import itertools
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rfield.search.factors import gather_rows
+from rfield.layers import LearnedFactor
+from rfield.search.factors import gather_rows, override_dilation, reshard
 
-ABSENT = None
-Rate = tuple[float, ...] | None
-"""A path's dilation, (height, width) or one number for both; None for a path that is left out."""
+Rate = tuple[float, ...]
+"""A path's dilation: one number, or (height, width)."""
+Choice = tuple[int | None, ...]
+"""For each path a place in its candidates, or None where the path is left out."""
 # Up to so many combinations are all scored; of more, those that coordinate descent from several starts meets.
 _EXHAUSTIVE = 1500
 _STARTS = 4
-# Combinations are scored on so many pixels of all held-out images together.
-PIXELS = 2**15
+# Combinations are scored on at most so many pixels of a batch, evenly spaced.
+_PIXELS = 512
 
 
 @dataclass(frozen=True)
 class PathLogits:
-    """What each of several paths says about the pixels of a batch.
+    """The logits of each of several paths at the pixels of a batch.
 
     Attributes:
         logits: one Tensor[P, K] a path, P pixels of K classes, whose sum are the network's logits.
@@ -39,7 +40,7 @@ class PathLogits:
 
 
 ReadPaths = Callable[[nn.Module, Any], PathLogits]
-"""Runs a model's paths apart on a batch, at the dilations that they are held at."""
+"""`read_paths(model, batch)` runs a model and returns the logits of each of its paths."""
 
 
 def parallel_factors(model: nn.Module, groups: Sequence[Sequence[nn.Module]]) -> list[list[int]]:
@@ -112,30 +113,41 @@ class Combinations:
         image: Tensor,
     ) -> None:
         self.candidates = candidates
-        self._logits, self._target, self._weight, self._image = logits, target, weight, image
+        # Classes first: that is several times as fast.
+        self._logits = [[each.float().t().contiguous() for each in own] for own in logits]
+        self._at_target = [[each.float().gather(1, target[:, None])[:, 0] for each in own] for own in logits]
+        self._weight, self._image = weight, image
         self._count = torch.bincount(image).clamp(min=1)
-        self.losses: dict[tuple[int | None, ...], list[float]] = {}
+        self.losses: dict[Choice, list[float]] = {}
 
-    def loss(self, combination: tuple[int | None, ...]) -> float:
-        """The mean over the images; infinite where one is not finite, or where every path is left out."""
+    def loss(self, combination: Choice) -> float:
+        """Return the mean loss over the images; infinite where one is not finite, or where every path is left out."""
         if all(place is None for place in combination):
             return math.inf
-        if combination not in self.losses:
-            self.losses[combination] = self._score(combination)
-        values = self.losses[combination]
+        values = self.losses_of(combination)
         mean = sum(values) / len(values)
         return mean if math.isfinite(mean) else math.inf
 
-    def _score(self, combination: tuple[int | None, ...]) -> list[float]:
-        parts = [own[place] for own, place in zip(self._logits, combination, strict=True) if place is not None]
-        total = torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
-        losses = F.cross_entropy(total.float(), self._target, reduction="none") * self._weight
+    def losses_of(self, combination: Choice) -> list[float]:
+        """Return the loss of each image, of all processes."""
+        if combination not in self.losses:
+            self.losses[combination] = self._score(combination)
+        return self.losses[combination]
+
+    def _score(self, combination: Choice) -> list[float]:
+        chosen = [(path, place) for path, place in enumerate(combination) if place is not None]
+        (path, place), *others = chosen
+        total, at_target = self._logits[path][place].clone(), self._at_target[path][place].clone()
+        for path, place in others:
+            total += self._logits[path][place]
+            at_target += self._at_target[path][place]
+        losses = (total.logsumexp(0) - at_target) * self._weight
         sums = losses.new_zeros(len(self._count)).index_add_(0, self._image, losses)
         row = (sums / self._count).double().cpu()
         gathered: list[float] = gather_rows(row[:, None])[:, 0].tolist()
         return gathered
 
-    def search(self, allow_absent: bool, draw: random.Random) -> tuple[int | None, ...]:
+    def search(self, allow_absent: bool, draw: random.Random) -> Choice:
         """Return the best combination: of all, or of those that coordinate descent from several starts meets."""
         options: list[list[int | None]] = [
             [*range(len(own)), *([None] if allow_absent else [])] for own in self.candidates
@@ -146,9 +158,7 @@ class Combinations:
         starts += [tuple(draw.randrange(len(own)) for own in self.candidates) for _ in range(_STARTS - 1)]
         return min((self._descend(start, options) for start in starts), key=self.loss)
 
-    def _descend(
-        self, start: tuple[int | None, ...], options: Sequence[Sequence[int | None]]
-    ) -> tuple[int | None, ...]:
+    def _descend(self, start: Choice, options: Sequence[Sequence[int | None]]) -> Choice:
         best = start
         while True:
             before = best
@@ -157,37 +167,95 @@ class Combinations:
             if best == before:
                 return best
 
-    def best_of_each_size(self) -> dict[int, tuple[int | None, ...]]:
-        """For each number of paths the best combination that has been scored."""
-        found: dict[int, tuple[int | None, ...]] = {}
+    def best_of_each_size(self) -> dict[int, Choice]:
+        """Return for each number of paths the best combination that has been scored."""
+        found: dict[int, Choice] = {}
         for combination in self.losses:
             size = sum(place is not None for place in combination)
             if size not in found or self.loss(combination) < self.loss(found[size]):
                 found[size] = combination
         return dict(sorted(found.items()))
 
-    def forward_selection(self, options: Sequence[Sequence[int | None]]) -> None:
-        """Score what a greedy selection meets: the best path alone, with it the best second one, and so on."""
-        chosen: tuple[int | None, ...] = (None,) * len(options)
-        for _ in options:
-            chosen = min(
-                (
-                    (*chosen[:path], place, *chosen[path + 1 :])
-                    for path, own in enumerate(options)
-                    if chosen[path] is None
-                    for place in own
-                    if place is not None
-                ),
-                key=self.loss,
-            )
-
-    def rates(self, combination: Sequence[int | None]) -> tuple[Rate, ...]:
-        """The dilations of a combination."""
+    def rates(self, combination: Choice) -> tuple[Rate | None, ...]:
+        """Return the dilations of a combination."""
         return tuple(
             None if place is None else own[place] for own, place in zip(self.candidates, combination, strict=True)
         )
 
-    def error(self, one: tuple[int | None, ...], other: tuple[int | None, ...]) -> float:
-        """The standard error of the difference of two combinations' losses, over the images; NaN for one image."""
+    def error(self, one: Choice, other: Choice) -> float:
+        """Return the standard error of the difference of two combinations' losses over the images; NaN for one."""
         columns = torch.tensor([self.losses[one], self.losses[other]], dtype=torch.float64)
         return float((columns[0] - columns[1]).std()) / math.sqrt(columns.shape[1])
+
+    def describe(self, step: int, count: int = 10) -> dict[str, Any]:
+        """Return the best combinations, and the best of each number of paths, in plain types.
+
+        Args:
+            step: of the search.
+            count: how many combinations.
+
+        Returns:
+            {"step": step, "best": [...], "sizes": [...]}; each entry has the `rates` (a list a path, None for a path
+            that is left out), the mean `loss` and the `error` of its difference to the best one's loss.
+        """
+        ranked = sorted(self.losses, key=self.loss)
+        entry = {
+            combination: {
+                "rates": [None if rate is None else list(rate) for rate in self.rates(combination)],
+                "loss": self.loss(combination),
+                "error": self.error(combination, ranked[0]),
+            }
+            for combination in (*ranked[:count], *self.best_of_each_size().values())
+        }
+        sizes = self.best_of_each_size().values()
+        return {
+            "step": step,
+            "best": [entry[each] for each in ranked[:count]],
+            "sizes": [entry[each] for each in sizes],
+        }
+
+
+@torch.no_grad()
+def read_combinations(
+    model: nn.Module,
+    groups: Sequence[Sequence[LearnedFactor]],
+    read_paths: ReadPaths,
+    held_out: Iterable[Any],
+    candidates: Sequence[Sequence[Rate]],
+) -> Combinations:
+    """Evaluate every path once for each of its candidates, so that all combinations can be scored by addition.
+
+    Args:
+        model: whose logits are the sum of the paths' logits.
+        groups: the learned layers of each path.
+        read_paths: see `ReadPaths`.
+        held_out: batches.
+        candidates: the dilations of each path.
+
+    Raises:
+        ValueError: if `read_paths` returns logits of another number of paths, or there is no batch.
+    """
+    logits: list[list[list[Tensor]]] = [[[] for _ in own] for own in candidates]
+    targets, weights, images = [], [], []
+    for image, batch in enumerate(held_out):
+        for place in range(max(map(len, candidates))):
+            for group, own in zip(groups, candidates, strict=True):
+                override_dilation(group, own[min(place, len(own) - 1)])
+            read = read_paths(model, batch)
+            if len(read.logits) != len(groups):
+                raise ValueError(
+                    f"read_paths returned the logits of {len(read.logits)} paths, got {len(groups)} factors"
+                )
+            # The same pixels each time.
+            chosen = torch.linspace(0, len(read.target) - 1, min(_PIXELS, len(read.target))).long()
+            for own_logits, path_logits in zip(logits, read.logits, strict=True):
+                if place < len(own_logits):
+                    own_logits[place].append(path_logits[chosen].cpu())
+        targets.append(read.target[chosen].cpu())
+        weights.append(read.weight[chosen].cpu())
+        images.append(torch.full_like(targets[-1], image))
+    reshard(model)
+    if not targets:
+        raise ValueError("a set of dilations is chosen on held-out batches, but there is none")
+    joined = [[torch.cat(each) for each in own] for own in logits]
+    return Combinations(candidates, joined, torch.cat(targets), torch.cat(weights), torch.cat(images))
