@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from rfield.layers import ReceptiveFieldRegulator
 from rfield.receptive_field.theoretical import receptive_field_px
 from rfield.search import (
+    NARROWINGS,
     GradientSearch,
     SampledSearch,
     Search,
@@ -25,6 +26,7 @@ from rfield.search import (
     learned_layers,
 )
 from rfield.search.factors import mean_over_processes
+from rfield.search.sets import PathLogits
 from rfield.segmentation.config.train import TrainConfig
 from rfield.segmentation.data import IGNORE_INDEX, EpochSampler
 from rfield.segmentation.inference.predict import feature_logits, predict_logits
@@ -151,6 +153,18 @@ class ParsingModule(L.LightningModule):
             weighted = [losses] * len(self.search.groups)
         count = norm_over_processes((mask != IGNORE_INDEX).sum())
         return loss, torch.stack([path.sum() / count for path in weighted])
+
+    def _read_paths(self, network: nn.Module, batch: Batch) -> PathLogits:
+        """Return each path's logits at the labelled pixels of a batch, where the loss is taken."""
+        assert isinstance(network, ParsingNetwork)
+        assert isinstance(network.head, MultiPathHead)
+        input, mask, output_size = self._target(network, batch)
+        features = input if self.config.freeze_backbone else self._features(network, input, batch)[0]
+        labelled = mask != IGNORE_INDEX
+        logits = [path(features, output_size).float().movedim(1, -1)[labelled] for path in network.head.paths]
+        target = mask[labelled].long()
+        weight = torch.ones(len(self.class_names)) if self.reading_weights is None else self.reading_weights
+        return PathLogits(logits, target, weight.to(target.device)[target])
 
     @torch.no_grad()
     def chances(self, batches: Iterable[Batch]) -> list[float]:
@@ -361,9 +375,11 @@ class ParsingModule(L.LightningModule):
             return GradientSearch(self.network, loss, steps, seed)
         if kind == "spsa":
             return SpsaSearch(self.network, loss, steps, seed)
-        if not self.config.search_narrowing:
-            return SampledSearch(self.network, loss, steps, self.held_out, seed, narrowings={})
-        return SampledSearch(self.network, loss, steps, self.held_out, seed)
+        narrowings = NARROWINGS if self.config.search_narrowing else {}
+        # A decoder is not linear, and guided paths have losses of their own.
+        summed = isinstance(self.network.head, MultiPathHead) and self.network.decoder is None and not self._guided
+        read_paths = self._read_paths if summed else None
+        return SampledSearch(self.network, loss, steps, self.held_out, seed, narrowings, read_paths=read_paths)
 
 
 @dataclass(frozen=True)
