@@ -3,6 +3,7 @@
 import itertools
 import math
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -10,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rfield.layers import AdaptiveConv2d
-from rfield.search import learned_layers
-from rfield.search.sets import Combinations, parallel_factors, shares
+from rfield.search import SampledSearch, learned_layers
+from rfield.search.sets import Combinations, PathLogits, parallel_factors, shares
 
 
 def branches(*dilations: int) -> nn.ModuleList:
@@ -89,3 +90,98 @@ class TestCombinations:
         columns = torch.tensor([table.losses[one], table.losses[three]]).diff(dim=0)
         assert table.error(one, three) == pytest.approx(float(columns.std()) / math.sqrt(5), rel=1e-4)
         assert table.rates((1, None, 0)) == ((2.0,), None, (21.0,))
+
+
+class Branches(nn.Module):
+    """Branches whose logits are known: class 0, which is right, wins by how near a branch runs to its best dilation."""
+
+    def __init__(self, *best: float | None, axes: int = 1) -> None:
+        super().__init__()
+        self.best = best
+        self.paths = nn.ModuleList(AdaptiveConv2d(1, 1, 3, padding=4, dilation=4, factor=(1.0,) * axes) for _ in best)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return torch.stack([path(image) for path in self.paths]).sum(0)
+
+    @staticmethod
+    def loss(model: nn.Module, image: Tensor) -> Tensor:
+        return model(image).square().mean()
+
+    def read(self, model: nn.Module, image: Tensor) -> PathLogits:
+        model(image)
+        logits = []
+        for path, best in zip(self.paths, self.best, strict=True):
+            height, width = path.realised_dilation
+            # A branch without a best dilation is always wrong.
+            score = -3.0 if best is None else 1 - math.log(height / best) ** 2 - math.log(width / best) ** 2
+            logits.append(torch.tensor([[score, 0.0]] * 6))
+        return PathLogits(logits, torch.zeros(6, dtype=torch.long), torch.ones(6))
+
+    def search(self, steps: int = 20, **options: Any) -> SampledSearch:
+        batches = [torch.randn(1, 1, 40, 48, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+        return SampledSearch(self, self.loss, steps, batches, read_paths=self.read, **options)
+
+    @staticmethod
+    def run(search: SampledSearch, steps: int) -> None:
+        for _ in range(steps):
+            search.loss(search.held_out[0])  # type: ignore[index]
+            search.step()
+
+
+class TestSampledSearchOfASet:
+    def test_starts_from_shares_and_divides_what_is_wanted_anew(self) -> None:
+        model = Branches(2.0, 5.0, 9.0, None)
+        search = model.search(narrowings={0.25: 2.5, 0.5: 1.5})
+        Branches.run(search, 1)
+        # Half of the longer side and 4: a kernel of 28 sees zeros nearly everywhere.
+        assert [search._windows[index, 0] for index in range(4)] == shares(1.0, 28.0, 4)
+        drawn = []
+        for _ in range(4):
+            Branches.run(search, 1)
+            drawn.append(search.trajectory[-1][1])
+        assert all(1 <= a <= 3 <= 4 <= c + 1 and c <= 13 and d >= 12 for a, _, c, d in drawn)
+        (first,) = search.set_readings
+        assert [rate and rate[0] for rate in first["best"][0]["rates"]] == [2, 5, 9, None]
+        assert first["best"][0]["error"] == 0
+        assert [sum(rate is not None for rate in each["rates"]) for each in first["sizes"]] == [1, 2, 3, 4]
+        # The fourth branch serves nothing beyond 13.5.
+        assert [search._windows[index, 0] for index in range(4)] == shares(2.0, 13.5, 4)
+        Branches.run(search, 15)
+        assert search.done
+        assert [path.effective_dilation[0] for path in model.paths][:3] == [2, 5, 9]
+        assert len(search.set_readings) == len(search.readings[0, 0]) == 3
+        assert min(search.curve(1), key=search.curve(1).__getitem__) == 5
+
+    def test_height_and_width_are_chosen_apart(self) -> None:
+        model = Branches(3.0, 8.0, axes=2)
+        Branches.run(model.search(), 20)
+        assert [path.effective_dilation for path in model.paths] == [(3, 3), (8, 8)]
+
+    def test_resumes_exactly(self) -> None:
+        whole, stopped = Branches(2.0, 9.0).search(), Branches(2.0, 9.0).search()
+        Branches.run(whole, 20)
+        Branches.run(stopped, 7)
+        resumed = Branches(2.0, 9.0).search(seed=1)
+        resumed.load_state_dict(stopped.state_dict())
+        Branches.run(resumed, 13)
+        assert resumed.trajectory == whole.trajectory
+        assert resumed.set_readings == whole.set_readings
+
+    def test_branches_of_a_model_that_is_not_read_apart_start_from_shares_too(self) -> None:
+        model = Branches(2.0, 9.0)
+        batch = torch.randn(1, 1, 40, 48)
+        search = SampledSearch(model, Branches.loss, 20, [batch])
+        search.loss(batch)
+        assert [search._windows[index, 0] for index in range(2)] == shares(1.0, 28.0, 2)
+
+    def test_bad_input_is_named(self) -> None:
+        alone = nn.Sequential(AdaptiveConv2d(1, 1, 3, padding=2, dilation=2))
+        with pytest.raises(ValueError, match=r"one set of parallel branches .* got 1 factors with the sets \[\]"):
+            SampledSearch(alone, Branches.loss, 5, [torch.zeros(1)], read_paths=Branches(1.0).read)
+        model = Branches(2.0, 9.0)
+        search = SampledSearch(model, Branches.loss, 1, [torch.randn(1, 1, 40, 48)], read_paths=Branches(1.0).read)
+        with pytest.raises(ValueError, match="logits of 1 paths, but there are 2 factors"):
+            Branches.run(search, 1)
+        model = Branches(math.nan, 2.0)
+        with pytest.raises(ValueError, match="step 1: no combination of dilations has a finite loss"):
+            Branches.run(model.search(steps=1), 1)

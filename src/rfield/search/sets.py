@@ -63,12 +63,13 @@ def parallel_factors(model: nn.Module, groups: Sequence[Sequence[nn.Module]]) ->
     member: dict[int, tuple[int, int]] = {}  # Of each module: the innermost list around it, and its place in that.
     for module in model.modules():
         if isinstance(module, nn.ModuleList):
-            for place, child in enumerate(module):
-                member |= {id(part): (id(module), place) for part in child.modules()}
+            for number, child in enumerate(module):
+                member |= {id(part): (id(module), number) for part in child.modules()}
     sets: dict[int, dict[int, list[int]]] = {}
     for index, group in enumerate(groups):
         places = {member.get(id(layer)) for layer in group}
-        if len(places) == 1 and (place := places.pop()) is not None:
+        place = places.pop() if len(places) == 1 else None
+        if place is not None:
             sets.setdefault(place[0], {}).setdefault(place[1], []).append(index)
     found = []
     for places_of_list in sets.values():
@@ -244,7 +245,7 @@ def read_combinations(
             read = read_paths(model, batch)
             if len(read.logits) != len(groups):
                 raise ValueError(
-                    f"read_paths returned the logits of {len(read.logits)} paths, got {len(groups)} factors"
+                    f"read_paths returned the logits of {len(read.logits)} paths, but there are {len(groups)} factors"
                 )
             # The same pixels each time.
             chosen = torch.linspace(0, len(read.target) - 1, min(_PIXELS, len(read.target))).long()
