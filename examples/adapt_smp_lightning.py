@@ -17,7 +17,7 @@ class Adapted(L.LightningModule):
     def __init__(self, steps: int) -> None:
         super().__init__()
         self.model = smp.DeepLabV3Plus("resnet18", encoder_weights=None, classes=4)
-        rfield.adapt(self.model, "decoder", share="parallel")  # one factor for the pyramid keeps the ratios of its rates
+        rfield.adapt(self.model, "decoder", share="parallel")  # one factor: the rates keep their ratios
         self.search = rfield.SpsaSearch(self.model, self.loss_fn, steps=6 * steps // 10)
 
     def loss_fn(self, model: nn.Module, batch: Batch) -> Tensor:
