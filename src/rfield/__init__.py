@@ -25,7 +25,7 @@ _PUBLIC = {
     "largefov_vgg16": "rfield.segmentation.models",
     "layer_receptive_fields": "rfield.receptive_field.per_layer",
     "parameter_groups": "rfield.search",
-    "probe_receptive_field": "rfield.receptive_field.theoretical",
+    "probe_receptive_field": "rfield.receptive_field.probe",
     "regulate": "rfield.surgery.adapt",
     "resize_bilinear": "rfield.ops",
     "resized_size": "rfield.ops",

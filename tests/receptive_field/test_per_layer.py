@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from rfield.layers import AdaptiveConv2d, ReceptiveFieldRegulator
-from rfield.receptive_field.per_layer import LayerField, field_warnings, layer_receptive_fields
+from rfield.receptive_field.advice import field_warnings
+from rfield.receptive_field.per_layer import LayerField, layer_receptive_fields
 from rfield.receptive_field.theoretical import theoretical_receptive_field
 from rfield.segmentation.models import small_cnn
 

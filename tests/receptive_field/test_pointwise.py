@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from rfield.layers import ReceptiveFieldRegulator
-from rfield.receptive_field.let_pass import LetPass
+from rfield.receptive_field.positive_gradients import PositiveGradients
 from rfield.receptive_field.theoretical import _POINTWISE as POINTWISE
 from rfield.receptive_field.theoretical import is_pointwise, theoretical_receptive_field
 from rfield.surgery.fuse import fuse
@@ -52,7 +52,7 @@ def test_of_torch_s_layers_those_that_see_one_pixel_are_pointwise(name: str) -> 
         return
     try:
         image = torch.rand(1, 4, 5, 6, requires_grad=True)
-        with LetPass(0), torch.enable_grad():
+        with PositiveGradients(0), torch.enable_grad():
             output = layer.eval()(image)
         (grad,) = torch.autograd.grad(output[0, :, 2, 3].sum(), image)
     except Exception:  # A loss, a container, a layer of another kind of input.

@@ -5,16 +5,10 @@ import torch
 from torch import Tensor, nn
 
 from rfield.layers import AdaptiveConv2d, ReceptiveFieldRegulator
-from rfield.receptive_field.let_pass import LetPass
 from rfield.receptive_field.per_layer import layer_receptive_fields
-from rfield.receptive_field.theoretical import (
-    output_map,
-    probe_copy,
-    probe_receptive_field,
-    probe_window,
-    receptive_field_px,
-    theoretical_receptive_field,
-)
+from rfield.receptive_field.positive_gradients import PositiveGradients
+from rfield.receptive_field.probe import output_map, probe_copy, probe_receptive_field, probe_window
+from rfield.receptive_field.theoretical import receptive_field_px, theoretical_receptive_field
 from rfield.segmentation.models import MODELS, ParsingNetwork, largefov_vgg16, small_cnn
 
 
@@ -286,15 +280,15 @@ class Tower(nn.Module):
 def test_uniform_layers_are_run_cheaply_and_give_the_same_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     def gradient() -> Tensor:
         image = torch.ones(1, 3, 33, 35, dtype=torch.float64, requires_grad=True)
-        with LetPass(axis=0):
+        with PositiveGradients(axis=0):
             output = probe_copy(Tower())(image)
         output[0, :, 8, 8].sum().backward()
         assert image.grad is not None
         return image.grad
 
     cheap = gradient()
-    monkeypatch.setattr("rfield.receptive_field.let_pass._is_uniform", lambda weight: False)
-    monkeypatch.setattr("rfield.receptive_field.let_pass._is_dense", lambda weight: False)
+    monkeypatch.setattr("rfield.receptive_field.gradient_rules.is_uniform", lambda weight: False)
+    monkeypatch.setattr("rfield.receptive_field.gradient_rules.is_dense", lambda weight: False)
     torch.testing.assert_close(cheap, gradient(), rtol=1e-12, atol=0)
     # Height: 1 + 2 * 1 + (4 + 4) * 2; width without the depthwise convolution.
     assert probe_receptive_field(Tower()) == (19.0, 11.0)

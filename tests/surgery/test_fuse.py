@@ -18,7 +18,7 @@ from rfield.ops import resized_size
 from rfield.receptive_field.theoretical import theoretical_receptive_field
 from rfield.segmentation.models import MultiPathHead, ParsingNetwork, SinglePathHead, small_cnn
 from rfield.segmentation.models.backbones import small_cnn_backbone
-from rfield.surgery.fuse import dilations, fixed_resize, inflated_size, set_dilations
+from rfield.surgery.fuse import dilations, fixed_resize, set_dilations, traceable_resized_size
 
 MAP = torch.randn(2, 4, 19, 23, generator=torch.Generator().manual_seed(0))
 
@@ -144,9 +144,9 @@ class TestResize:
     def test_sizes_are_those_of_the_operator(self) -> None:
         for factor in [*(torch.rand(60).exp() * 2 - 1.9).tolist(), 0.5, 1.0, 2.0, 1 / 3, 5 / 7]:
             for size in (1, 2, 9, 41, 321):
-                assert inflated_size(size, factor) == resized_size(size, factor)
+                assert traceable_resized_size(size, factor) == resized_size(size, factor)
         # What rounding has added to 10 px is no pixel more; 1e-4 px is its limit.
-        assert [inflated_size(11, factor) for factor in (1.0000099, 1.0000101, 0.99999)] == [11, 12, 11]
+        assert [traceable_resized_size(11, factor) for factor in (1.0000099, 1.0000101, 0.99999)] == [11, 12, 11]
 
     def test_untraceable_part(self) -> None:
         class Moody(nn.Conv2d):

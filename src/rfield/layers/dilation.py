@@ -13,6 +13,16 @@ Pair = tuple[float, float]
 ROUNDING_ERROR = 1e-6
 
 
+def as_pair(value: Any) -> tuple[int, int]:
+    """Return (height, width) of a kernel size, stride, padding or dilation, given as one integer or a tuple.
+
+    Example:
+        >>> as_pair(3), as_pair((3, 5))
+        ((3, 3), (3, 5))
+    """
+    return (value, value) if isinstance(value, int) else (value[0], value[-1])
+
+
 def round_dilation(dilation: float) -> int:
     """Return the nearest integer dilation, rounding halves up, and at least 1.
 

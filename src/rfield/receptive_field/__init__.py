@@ -1,1 +1,1 @@
-"""Receptive fields: theoretical, per layer, effective."""
+"""Receptive fields of any module: theoretical, probed, per layer, effective; and advice."""

@@ -1,4 +1,4 @@
-"""The gradient of an operation, in absolute values: what it depends on, where its own gradients would cancel."""
+"""Replace an operation's gradient by absolute values, so that it shows all dependencies and none cancels another."""
 
 import dataclasses
 from collections.abc import Callable
@@ -10,77 +10,84 @@ from torch.utils import _pytree as pytree
 
 
 class UnknownFieldError(ValueError):
-    """A layer whose receptive field cannot be measured by gradients."""
+    """Raised for a model whose receptive field cannot be measured by gradients."""
 
 
 def is_path(part: Any) -> bool:
-    """Whether something is a tensor that depends on the image."""
+    """Return whether an argument is a tensor that depends on the image."""
     return isinstance(part, Tensor) and part.requires_grad
 
 
 def shares_memory(one: Tensor, other: Tensor) -> bool:
-    """Whether one tensor is a view of the other, or both are of a third."""
+    """Return whether one tensor is a view of the other, or both are views of a third."""
     return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
 
 
 def without_cancellation(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
-    """What `func` gave, with the gradient of `_Absolute` instead of its own."""
+    """Return `result`, which `func` returned, with the gradient of `_Absolute` in place of its own."""
     leaves, spec = pytree.tree_flatten((args, kwargs))
     outputs = [part for part in pytree.tree_leaves(result) if is_path(part)]
     paths = [part for part in leaves if is_path(part)]
     if not outputs or any(shares_memory(output, path) for output in outputs for path in paths):
-        return result  # no gradient, or a view, into which a model may write
-    spots = [_Spot(part.shape, part.dtype) if is_path(part) else part for part in leaves]
-    absolute = iter(_Absolute.apply(func, spec, spots, [part.detach() for part in outputs], *paths))
+        return result  # a view must stay a view, because a model may write into it
+    inputs = [_Placeholder(part.shape, part.dtype) if is_path(part) else part for part in leaves]
+    absolute = iter(_Absolute.apply(func, spec, inputs, [part.detach() for part in outputs], *paths))
     return pytree.tree_map(lambda part: next(absolute) if is_path(part) else part, result)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Spot:
-    """Stands for a tensor that depends on the image."""
+class _Placeholder:
+    """Stand for a tensor that depends on the image, without keeping it in memory."""
 
     shape: torch.Size
     dtype: torch.dtype
 
 
-# (middle, half width) of the random numbers that an operation is differentiated at; the first that it is defined for.
+# (centre, half width) of the random numbers at which an operation is differentiated; the first range at which its
+# gradient is finite is used.
 _RANGES = ((0.5, 0.005), (0.5, 0.25), (1.5, 0.25))
 
 
-class _Absolute(torch.autograd.Function):
-    """Gives the absolute values of an operation's gradient at random numbers.
+def _random_like(part: Any, centre: float, half_width: float, generator: torch.Generator) -> Tensor:
+    """Return uniform random numbers around `centre` in the shape and dtype of a tensor or placeholder."""
+    return centre + half_width * (2 * torch.rand(part.shape, dtype=part.dtype, generator=generator) - 1)
 
-    Numbers of no pattern leave no gradient 0 but where there is no path, such as that of a softmax's sum.
+
+class _Absolute(torch.autograd.Function):
+    """Return an operation's outputs; the backward uses the absolute values of its gradient at random numbers.
+
+    At random numbers a gradient is 0 only where there is no dependency; at equal ones that of a softmax, for example,
+    is 0 for the sum of its outputs.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, func: Callable[..., Any], spec: Any, spots: list[Any], outputs: list[Tensor], *paths: Tensor
+        ctx: Any, func: Callable[..., Any], spec: Any, inputs: list[Any], outputs: list[Tensor], *paths: Tensor
     ) -> tuple[Tensor, ...]:
-        ctx.call = func, spec, spots
+        ctx.call = func, spec, inputs
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        func, spec, spots = ctx.call
-        for middle, half in _RANGES:
+        func, spec, inputs = ctx.call
+        for centre, half_width in _RANGES:
             generator = torch.Generator().manual_seed(0)
-
-            def near(spot: Any, middle: float, half: float, generator: torch.Generator = generator) -> Tensor:
-                return middle + half * (2 * torch.rand(spot.shape, dtype=spot.dtype, generator=generator) - 1)
-
-            inputs = [near(spot, middle, half).requires_grad_() for spot in spots if isinstance(spot, _Spot)]
-            given = iter(inputs)
-            leaves = [next(given) if isinstance(spot, _Spot) else spot for spot in spots]
+            tensors = [
+                _random_like(part, centre, half_width, generator).requires_grad_()
+                for part in inputs
+                if isinstance(part, _Placeholder)
+            ]
+            remaining = iter(tensors)
+            leaves = [next(remaining) if isinstance(part, _Placeholder) else part for part in inputs]
             args, kwargs = pytree.tree_unflatten(leaves, spec)
             with torch.enable_grad():
                 outputs = [part for part in pytree.tree_leaves(func(*args, **kwargs)) if is_path(part)]
-            scaled = [grad * near(grad, 1.0, 0.005) for grad in grads]
-            found = torch.autograd.grad(outputs, inputs, scaled, allow_unused=True)
+            scaled = [grad * _random_like(grad, 1.0, 0.005, generator) for grad in grads]
+            found = torch.autograd.grad(outputs, tensors, scaled, allow_unused=True)
             if all(grad is None or bool(grad.isfinite().all()) for grad in found):
                 return (None,) * 4 + tuple(
-                    None if grad is None else grad.abs().to(leaf.dtype)
-                    for grad, leaf in zip(found, inputs, strict=True)
+                    None if grad is None else grad.abs().to(tensor.dtype)
+                    for grad, tensor in zip(found, tensors, strict=True)
                 )
         name = getattr(func, "__name__", repr(func))
         raise UnknownFieldError(f"{name} has no finite gradient: its receptive field cannot be probed")

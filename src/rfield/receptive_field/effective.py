@@ -1,4 +1,4 @@
-"""How much each pixel of an image counts for the central output: the effective receptive field."""
+"""Measure the effective receptive field: how much each pixel of an image contributes to the central output."""
 
 import dataclasses
 from collections.abc import Iterable, Sequence
@@ -7,49 +7,50 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from rfield.receptive_field.theoretical import copied, output_map
+from rfield.receptive_field.probe import copy_model, output_map
 
 Measure = Literal["luo", "replknet"]
 
-_NOTHING = "no finite gradient reaches the images: there is no effective receptive field to measure"
+_NO_GRADIENT = "no finite gradient reaches the images: there is no effective receptive field to measure"
 
 
 def effective_receptive_field(model: nn.Module, images: Iterable[Tensor], measure: Measure = "luo") -> Tensor:
-    """How much each pixel counts for the output in the middle, with the model's own weights and nonlinearities.
+    """Return how much each pixel contributes to the central output, with the model's own weights and nonlinearities.
 
-    The gradient of the central output pixel, summed over channels, with respect to the image, averaged over images
-    (Luo et al., *Understanding the Effective Receptive Field*, NeurIPS 2016). The model runs as a copy in eval mode.
+    The contribution is the gradient of the central output pixel, summed over channels, with respect to the image,
+    averaged over images (Luo et al., *Understanding the Effective Receptive Field*, NeurIPS 2016). A copy of the model
+    runs in eval mode.
 
     Args:
-        model: maps Tensor[1, C, H, W] to what `rfield.receptive_field.theoretical.output_map` understands.
-        images: Tensor[N, C, H, W], or any number of Tensor[C, H, W] of one size. Luo et al. take random ones:
+        model: maps Tensor[1, C, H, W] to an output that `rfield.receptive_field.probe.output_map` accepts.
+        images: Tensor[N, C, H, W], or an iterable of Tensor[C, H, W] of one size. Luo et al. use random images:
             `torch.randn(20, 3, 257, 257)`.
-        measure: `luo` adds up the gradients' absolute values. `replknet` adds up positive gradients of positive outputs
-            alone, as the published script of Ding et al., *Scaling Up Your Kernels to 31x31*, CVPR 2022, does.
+        measure: `luo` adds the absolute values of the gradients. `replknet` adds only positive gradients of positive
+            outputs, as the published script of Ding et al., *Scaling Up Your Kernels to 31x31*, CVPR 2022, does.
 
     Returns:
-        Tensor[H, W], not below 0, in units of the output.
+        Tensor[H, W], not negative, in units of the output.
 
     Raises:
-        ValueError: no images, images of two sizes, no gradient that reaches them, or channels that always have the same
-            sum, as after a softmax: their gradients cancel each other but for rounding.
+        ValueError: if there are no images, their sizes differ, no gradient reaches them, or the output's channels
+            always have the same sum, as after a softmax, so that their gradients cancel.
 
     Example:
         >>> mean = nn.AvgPool2d(3, stride=1)
         >>> effective_receptive_field(mean, torch.randn(1, 1, 5, 5))[1].mul(9)
         tensor([0., 1., 1., 1., 0.])
     """
-    probe = copied(model).eval().requires_grad_(False)
+    probe = copy_model(model).eval().requires_grad_(False)
     weight = next((tensor for tensor in model.parameters() if tensor.is_floating_point()), torch.tensor([]))
     total: Tensor | None = None
     count = 0
     for image in images:
         centre, leaf = _central(probe, image.to(weight))
         if not centre.requires_grad:
-            raise ValueError(_NOTHING)
-        # Rounding is a small share; where one image leaves doubt, twice the precision decides.
+            raise ValueError(_NO_GRADIENT)
+        # If the gradients cancel, only rounding errors remain: a tiny share in float32, and far less in float64.
         doubtful = measure == "luo" and count == 0 and _share_of_sum(centre, leaf) < 0.05
-        if doubtful and _share_of_sum(*_central(copied(probe).double(), image.double().to(weight.device))) < 1e-6:
+        if doubtful and _share_of_sum(*_central(copy_model(probe).double(), image.double().to(weight.device))) < 1e-6:
             raise ValueError(
                 "the output's channels always have the same sum, as after a softmax, so that its gradient is rounding "
                 "alone: measure what goes into the last layer"
@@ -62,32 +63,32 @@ def effective_receptive_field(model: nn.Module, images: Iterable[Tensor], measur
         total = scores if total is None else total + scores
         count += 1
     if total is None or not 0 < total.max() < torch.inf:
-        raise ValueError(_NOTHING)
+        raise ValueError(_NO_GRADIENT)
     return total / count
 
 
 def _central(probe: nn.Module, image: Tensor) -> tuple[Tensor, Tensor]:
-    """The channels of the central output pixel, Tensor[C], and the image of one, Tensor[1, C, H, W], before them."""
+    """Return the channels of the central output pixel, Tensor[C], and the model's input, Tensor[1, C, H, W]."""
     leaf = image[None].requires_grad_()
     with torch.enable_grad():
-        # Not the leaf itself: a model may change its input in place.
+        # A copy, because a model may change its input in place.
         output = output_map(probe(leaf.clone()))
         return output[0, :, output.shape[2] // 2, output.shape[3] // 2], leaf
 
 
 def _share_of_sum(centre: Tensor, leaf: Tensor) -> float:
-    """The gradient of the sum over channels, as a share of that of a sum whose weights differ."""
+    """Return the largest gradient of the sum over channels, relative to that of a weighted sum; NaN if both are 0."""
     weights = torch.ones_like(centre)
     weights[::2] = 1.5
-    alike, other = (
+    plain, weighted = (
         torch.autograd.grad(centre, leaf, grad, retain_graph=True)[0].abs().max()
         for grad in (torch.ones_like(centre), weights)
     )
-    return float(alike / other)  # NaN if both are 0
+    return float(plain / weighted)
 
 
 def random_images(size: tuple[int, int], count: int, channels: int = 3, seed: int = 0) -> Iterable[Tensor]:
-    """So many images Tensor[channels, H, W] of standard normal noise, the same for the same seed."""
+    """Yield `count` images Tensor[channels, H, W] of standard normal noise; the seed determines them."""
     generator = torch.Generator().manual_seed(seed)
     for _ in range(count):
         yield torch.randn(channels, *size, generator=generator)
@@ -95,32 +96,36 @@ def random_images(size: tuple[int, int], count: int, channels: int = 3, seed: in
 
 @dataclasses.dataclass(frozen=True)
 class Square:
-    """The smallest square around the image's centre that holds a share of all contributions."""
+    """The smallest square around the image's centre that contains a share of all contributions.
+
+    Attributes:
+        share: the share, above 0 and up to 1.
+        side: in px, odd.
+        area_ratio: share of the image's area that the square covers.
+    """
 
     share: float
     side: int
-    """In px, odd."""
     area_ratio: float
-    """The share of the image's area that it covers."""
 
 
 def contribution_squares(
     scores: Tensor, shares: Sequence[float] = (0.2, 0.3, 0.5, 0.99), compress: bool = False
 ) -> list[Square]:
-    """How large a square around the centre holds 20, 30, 50 and 99 % of the contributions.
+    """Return the squares around the centre that contain 20, 30, 50 and 99 % of the contributions.
 
-    These are the thresholds t and the high-contribution area ratios r of Ding et al., CVPR 2022. A square is
-    (2 i + 1) px wide around pixel (H // 2, W // 2), for the least i whose square holds the share; where it is larger
-    than the image, what lies inside counts.
+    These are the thresholds t and the high-contribution area ratios r of Ding et al., CVPR 2022. A square is (2 i + 1)
+    px wide around pixel (H // 2, W // 2), for the least i whose square contains the share. Where a square is larger
+    than the image, only the part inside counts.
 
     Args:
         scores: Tensor[H, W] of `effective_receptive_field`.
-        shares: above 0, up to 1.
-        compress: take log10(1 + scores) first, as their published script does. The result depends then on the units
-            of the output: it changes when the logits are scaled.
+        shares: each above 0 and up to 1.
+        compress: use log10(1 + scores), as their published script does. The result then depends on the scale of the
+            logits.
 
     Raises:
-        ValueError: scores that are negative, not finite or all 0, or a share out of range.
+        ValueError: for scores that are negative, not finite or all 0, or a share out of range.
 
     Example:
         >>> scores = torch.zeros(9, 9)
@@ -136,11 +141,12 @@ def contribution_squares(
     height, width = scores.shape
     rows, columns = (torch.arange(side) - side // 2 for side in (height, width))
     rings = torch.maximum(rows.abs()[:, None], columns.abs())
-    held = torch.bincount(rings.flatten(), (scores + 1).log10().flatten() if compress else scores.flatten()).cumsum(0)
+    contributions = (scores + 1).log10() if compress else scores
+    within = torch.bincount(rings.flatten(), contributions.flatten()).cumsum(0)
     squares = []
     for share in shares:
-        # Rounding may leave a sum a little below the share.
-        half = int((held < share * held[-1] * (1 - 1e-12)).sum())
+        # Rounding may make a sum slightly smaller than the share.
+        half = int((within < share * within[-1] * (1 - 1e-12)).sum())
         covered = int((rows.abs() <= half).sum()) * int((columns.abs() <= half).sum())
         squares.append(Square(share, 2 * half + 1, covered / (height * width)))
     return squares

@@ -1,1 +1,1 @@
-"""Learned layers put into a model that exists, and taken out again."""
+"""Put learned layers into an existing model, and take them out again."""

@@ -1,4 +1,4 @@
-"""Learned receptive fields inside a model that exists: its convolutions, or one of its parts, replaced in place."""
+"""Make receptive fields in an existing model learnable: replace convolutions, or wrap one of its parts, in place."""
 
 import difflib
 import fnmatch
@@ -19,41 +19,42 @@ Share = Literal["parallel", "layer", "stage"]
 def adapt(
     model: nn.Module, select: Select | None = None, share: Share | None = None, axes: Literal[1, 2] = 1
 ) -> list[AdaptiveConv2d]:
-    """Makes the dilation of convolutions learnable, in place; before the optimizer is made and the model is wrapped.
+    """Make the dilation of convolutions learnable, in place; call it before making the optimizer or wrapping the model.
 
-    Each chosen `nn.Conv2d` becomes an `AdaptiveConv2d` with the very same parameters under the same state-dict keys,
-    and one key more, `log_factor` (two once a search has ended: `snapped`, the whole dilation). Until the factor moves,
-    the model computes what it did. Train with any search of `rfield`, and bring the model back to plain convolutions
-    with `rfield.fuse`.
+    Each selected `nn.Conv2d` becomes an `AdaptiveConv2d` with the same parameters under the same state-dict keys, and
+    one more key, `log_factor`. After a search there is a second one, `snapped`, the integer dilation. The model
+    computes the same as before until the factor changes. Train it with any search of `rfield`, and turn it back into a
+    model of plain convolutions with `rfield.fuse`.
 
     Args:
-        model: any module that holds `nn.Conv2d`s.
-        select: which convolutions. None: those with a dilation above 1. A name or a pattern as in `fnmatch`, or
-            several: those that it matches, and those inside of a module that it matches (`"backbone.layer4"`:
-            all of that stage). A function `(name, conv) -> bool`: those that it wants. 1x1 convolutions are always
-            passed over: they have no dilation.
-        share: which of them share one factor, so that their dilations keep their ratios. None: each has its own.
-            `parallel`: those in one `nn.ModuleList` or `nn.ModuleDict` (the nearest one around them), which holds
-            branches side by side, such as those of an atrous spatial pyramid. `layer`: those in one block, that is,
-            the nearest module around them whose class has a `forward` of its own (a bottleneck; the whole
-            pyramid). `stage`: those below the outermost module with a number in its name (`backbone.layer4`,
-            `classifier.0`), or without one, below the same child of the model. For any other sharing, call
-            `share_factor` on the layers that are returned.
-        axes: 1 for square fields, 2 for one factor along the height and one along the width.
+        model: any module that contains `nn.Conv2d`s.
+        select: which convolutions to adapt; 1x1 convolutions never are, since they have no dilation.
+            None: those with a dilation above 1. A name or an `fnmatch` pattern, or several: those that match, and all
+            inside a module that matches (`"backbone.layer4"`: the whole stage). A function `(name, conv) -> bool`:
+            those for which it returns True.
+        share: which convolutions share a factor, so that the ratios of their dilations stay the same.
+            None: none. `parallel`: those in the same `nn.ModuleList` or `nn.ModuleDict` (the innermost one), which
+            contains parallel branches such as those of an atrous spatial pyramid. `layer`: those in the same block,
+            that is, the innermost module whose class has its own `forward` (a bottleneck, or the whole pyramid).
+            `stage`: those in the same outermost module with a number in its name (`backbone.layer4`, `classifier.0`),
+            or, if there is none, in the same child of the model. For any other sharing, call `share_factor` on the
+            layers returned.
+        axes: 1 for square receptive fields, 2 for one factor along the height and one along the width.
 
     Returns:
         The new layers, in the order of the model's modules.
 
     Raises:
-        ValueError: if nothing is chosen, a pattern matches nothing, or a convolution that was chosen by name or
-            function cannot be adapted: an even kernel, a padding other than zeros, hooks, a forward of its own. Among
-            those chosen by default such a one is left out with a warning. The model is preserve_state then.
+        ValueError: if no convolution is selected, a pattern matches nothing, or a convolution selected by name or
+            function cannot be adapted: an even kernel, a padding other than zeros, hooks, or its own forward. The model
+            is then unchanged. Among the convolutions selected by default, these are left out with a warning.
 
-    >>> model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=4, dilation=4))
-    >>> adapt(model)[0].effective_dilation
-    (4.0, 4.0)
-    >>> sorted(model.state_dict())
-    ['0.bias', '0.weight', '1.bias', '1.log_factor', '1.weight']
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=4, dilation=4))
+        >>> adapt(model)[0].effective_dilation
+        (4.0, 4.0)
+        >>> sorted(model.state_dict())
+        ['0.bias', '0.weight', '1.bias', '1.log_factor', '1.weight']
     """
     if share not in (None, "parallel", "layer", "stage"):
         raise ValueError(f"share must be None, 'parallel', 'layer' or 'stage', got {share!r}")
@@ -62,27 +63,12 @@ def adapt(
     if isinstance(model, nn.Conv2d):
         raise ValueError("the model is itself a convolution: use AdaptiveConv2d.from_conv")
     convs = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
-    chosen = _chosen(model, convs, select)
-    regulated = {
-        id(conv)
-        for regulator in model.modules()
-        if isinstance(regulator, ReceptiveFieldRegulator)
-        for conv in regulator.modules()
-    }
-    for name in list(chosen):
-        fault = "it is inside a regulator" if id(convs[name]) in regulated else reason_not_adaptable(convs[name])
-        if fault and select is not None:
-            raise ValueError(f"the convolution {name} cannot be adapted: {fault}")
-        if fault:
-            warnings.warn(f"the convolution {name} is left as it is: {fault}", stacklevel=2)
-            chosen.remove(name)
-    if not chosen:
-        raise ValueError(_nothing(convs))
-    layers = {name: AdaptiveConv2d.from_conv(convs[name], (1.0,) * axes) for name in chosen}
-    first: dict[str, AdaptiveConv2d] = {}
+    selected = _adaptable(model, convs, select)
+    layers = {name: AdaptiveConv2d.from_conv(convs[name], (1.0,) * axes) for name in selected}
+    owners: dict[str, AdaptiveConv2d] = {}
     for name, layer in layers.items():
         if share:
-            layer.share_factor(first.setdefault(_group(model, name, share), layer))
+            layer.share_factor(owners.setdefault(_group(model, name, share), layer))
     by_conv = {id(convs[name]): layer for name, layer in layers.items()}
     # A convolution may be registered under several names.
     for name, module in list(model.named_modules(remove_duplicate=False)):
@@ -100,34 +86,38 @@ def regulate(
     max_factor: float | None = None,
     memory_budget: int = 2 * 2**30,
 ) -> ReceptiveFieldRegulator:
-    """Puts a `ReceptiveFieldRegulator` around one part of a model, in place; before the optimizer is made.
+    """Wrap one part of a model in a `ReceptiveFieldRegulator`, in place; call it before making the optimizer.
 
-    The part's state-dict keys become `NAME.module.*`, all others stay; `rfield.fuse` takes the change back.
+    The part's state-dict keys become `NAME.module.*`; all others stay. `rfield.fuse` removes the regulator.
 
     Args:
         model: any module.
-        name: of the part, as in `model.named_modules()`; it maps Tensor[N, C, h, w] to Tensor[N, K, h, w].
-        axes: 1 for square fields, 2 for one factor along the height and one along the width.
+        name: of the part, as in `model.named_modules()`; the part maps Tensor[N, C, h, w] to Tensor[N, K, h, w].
+        axes: 1 for square receptive fields, 2 for one factor along the height and one along the width.
         factor, min_factor, max_factor, memory_budget: see `ReceptiveFieldRegulator`.
 
-    Raises:
-        ValueError: if there is no such part, it cannot be called, or it holds learned layers already.
+    Returns:
+        The regulator.
 
-    >>> model = nn.Sequential(nn.ReLU(), nn.Conv2d(8, 8, 3, padding=4, dilation=4))
-    >>> regulate(model, "1", factor=2.0).effective_dilation
-    (2.0, 2.0)
+    Raises:
+        ValueError: if there is no such part, it cannot be called, or it contains learned layers already.
+
+    Example:
+        >>> model = nn.Sequential(nn.ReLU(), nn.Conv2d(8, 8, 3, padding=4, dilation=4))
+        >>> regulate(model, "1", factor=2.0).effective_dilation
+        (2.0, 2.0)
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     if not name or name not in modules:
         parts = [key for key in modules if key]
-        near = difflib.get_close_matches(name, parts, cutoff=0.4) or parts[:3]
-        raise ValueError(f"the model has no part {name!r}; is it {' or '.join(map(repr, near))}?")
+        similar = difflib.get_close_matches(name, parts, cutoff=0.4) or parts[:3]
+        raise ValueError(f"the model has no part {name!r}; is it {' or '.join(map(repr, similar))}?")
     module = modules[name]
     if type(module).forward is nn.Module.forward:
         raise ValueError(f"{name!r} is a {type(module).__name__}, which cannot be called: regulate one of its parts")
     if any(isinstance(part, LearnedFactor) for part in module.modules()):
         raise ValueError(f"{name!r} holds a learned receptive field already")
-    if any(isinstance(modules[above], ReceptiveFieldRegulator) for above in _above(name)):
+    if any(isinstance(modules[ancestor], ReceptiveFieldRegulator) for ancestor in _ancestors(name)):
         raise ValueError(f"{name!r} is inside a regulator already")
     if all(max(conv.kernel_size) == 1 for conv in module.modules() if isinstance(conv, nn.Conv2d)):
         warnings.warn(
@@ -140,7 +130,7 @@ def regulate(
     for parameter in itertools.chain(module.parameters(), module.buffers()):
         regulator._move_factor(parameter.device)
         break
-    # Not those inside: a norm may be frozen by its flag.
+    # Only the new modules: inside the part a norm may be in eval mode on purpose.
     for part in (regulator, regulator.inflation, regulator.interpolation):
         part.training = module.training
     for other, part in modules.items():
@@ -149,28 +139,51 @@ def regulate(
     return regulator
 
 
-def _chosen(model: nn.Module, convs: dict[str, nn.Conv2d], select: Select | None) -> list[str]:
-    seeing = [name for name, conv in convs.items() if max(conv.kernel_size) > 1]
+def _adaptable(model: nn.Module, convs: dict[str, nn.Conv2d], select: Select | None) -> list[str]:
+    """Return the names of the selected convolutions; raise ValueError, or warn, for those that cannot be adapted."""
+    selected = _selected(convs, select)
+    regulated = {
+        id(conv)
+        for regulator in model.modules()
+        if isinstance(regulator, ReceptiveFieldRegulator)
+        for conv in regulator.modules()
+    }
+    for name in list(selected):
+        reason = "it is inside a regulator" if id(convs[name]) in regulated else reason_not_adaptable(convs[name])
+        if reason and select is not None:
+            raise ValueError(f"the convolution {name} cannot be adapted: {reason}")
+        if reason:
+            warnings.warn(f"the convolution {name} is left as it is: {reason}", stacklevel=3)
+            selected.remove(name)
+    if not selected:
+        raise ValueError(_nothing_to_adapt(convs))
+    return selected
+
+
+def _selected(convs: dict[str, nn.Conv2d], select: Select | None) -> list[str]:
+    """Return the names of the convolutions that `select` means, see `adapt`."""
+    larger = [name for name, conv in convs.items() if max(conv.kernel_size) > 1]
     if select is None:
-        return [name for name in seeing if max(convs[name].dilation) > 1]
+        return [name for name in larger if max(convs[name].dilation) > 1]
     if not isinstance(select, str) and callable(select):
-        return [name for name in seeing if select(name, convs[name])]
+        return [name for name in larger if select(name, convs[name])]
     patterns = [select] if isinstance(select, str) else list(select)
     matches = {
         pattern: [
-            name for name in seeing if any(fnmatch.fnmatchcase(part, pattern) for part in (name, *_above(name)[1:]))
+            name for name in larger if any(fnmatch.fnmatchcase(part, pattern) for part in (name, *_ancestors(name)[1:]))
         ]
         for pattern in patterns
     }
     for pattern, found in matches.items():
         if not found:
-            near = difflib.get_close_matches(pattern, seeing, cutoff=0.4)
-            hint = f"is it {' or '.join(near)}?" if near else _nothing(convs)
+            similar = difflib.get_close_matches(pattern, larger, cutoff=0.4)
+            hint = f"is it {' or '.join(similar)}?" if similar else _nothing_to_adapt(convs)
             raise ValueError(f"{pattern!r} names no convolution of more than one pixel; {hint}")
-    return [name for name in seeing if any(name in found for found in matches.values())]
+    return [name for name in larger if any(name in found for found in matches.values())]
 
 
-def _nothing(convs: dict[str, nn.Conv2d]) -> str:
+def _nothing_to_adapt(convs: dict[str, nn.Conv2d]) -> str:
+    """Return an error message that names the convolutions that could be selected."""
     candidates = [
         f"{name} (kernel {conv.kernel_size[0]}x{conv.kernel_size[1]}, dilation {max(conv.dilation)})"
         for name, conv in convs.items()
@@ -182,24 +195,24 @@ def _nothing(convs: dict[str, nn.Conv2d]) -> str:
     return f"nothing to adapt; name convolutions by select=; those that can be: {', '.join(candidates[:8])}{more}"
 
 
-def _above(name: str) -> list[str]:
-    """The names of the modules around a module, from the model itself inward."""
+def _ancestors(name: str) -> list[str]:
+    """Return the names of the modules that contain a module, from the model itself inward."""
     parts = name.split(".")
     return [".".join(parts[:count]) for count in range(len(parts))]
 
 
 def _group(model: nn.Module, name: str, share: Share) -> str:
-    """The module whose convolutions share their factor with this one."""
-    above = _above(name)
+    """Return the name of the module whose convolutions share a factor with this one."""
+    ancestors = _ancestors(name)
     if share == "stage":
-        numbered = [part for part in above if any(letter.isdigit() for letter in part.rpartition(".")[2])]
-        return numbered[0] if numbered else above[min(1, len(above) - 1)]
-    for part in reversed(above):
+        numbered = [part for part in ancestors if any(letter.isdigit() for letter in part.rpartition(".")[2])]
+        return numbered[0] if numbered else ancestors[min(1, len(ancestors) - 1)]
+    for part in reversed(ancestors):
         forward = type(model.get_submodule(part)).forward
         is_list = forward is nn.Module.forward
         if is_list if share == "parallel" else not is_list and forward is not nn.Sequential.forward:
             return part
-    # In no list: a factor of its own. In nothing but sequences: the model is the block.
+    # Without a list around it, a convolution has its own factor; without a block, the model is the block.
     return name if share == "parallel" else ""
 
 

@@ -1,4 +1,4 @@
-"""A learned network becomes a plain one: torch's own modules, under the state-dict keys of the network as it was."""
+"""Turn a network with learned layers into one of torch's own modules, with the original state-dict keys."""
 
 from typing import Any, Literal
 
@@ -9,46 +9,46 @@ from torch.nn.utils import parametrize
 from rfield.layers import AdaptiveConv2d, LearnedFactor, ReceptiveFieldRegulator, WeightedGradient
 from rfield.layers.adaptive_conv import copy_state_hooks, has_hooks, preserve_state, share_parametrizations
 from rfield.layers.dilation import padding_for_dilation, round_dilation, set_dilation
-from rfield.receptive_field.theoretical import copied, is_pointwise
+from rfield.receptive_field.probe import copy_model
+from rfield.receptive_field.theoretical import is_pointwise
 
 Mode = Literal["resize", "dilation"]
-Pair = tuple[int, int]
 
 
 def fuse(model: nn.Module, mode: Mode = "resize") -> nn.Module:
-    """A copy of a model without rfield's layers in it; it needs no rfield to be saved, loaded and run.
+    """Return a copy of a model without rfield's layers, which can be saved, loaded and run without rfield.
 
-    An `AdaptiveConv2d` becomes an `nn.Conv2d` with its dilation, rounded per axis, and the padding that follows. After
-    a search has ended the dilation is whole, and the copy computes what the model did in eval mode; before, it is
-    rounded. Whatever a search holds at the moment does not count. A `ReceptiveFieldRegulator` gives way to what it
-    wraps, with two resizes of fixed factors around it, or dilated. A `WeightedGradient` becomes an identity.
+    An `AdaptiveConv2d` becomes an `nn.Conv2d` with its dilation, rounded per axis, and the matching padding. After a
+    search the dilation is an integer, and the copy computes the same as the model in eval mode; dilations that an
+    unfinished search tries are ignored. A `ReceptiveFieldRegulator` is replaced by the module inside, either between
+    two resizes of fixed factors, or dilated. A `WeightedGradient` becomes an identity.
 
-    State-dict keys are those that the model had before `adapt` and `regulate`, so that the weights load strictly into
-    the model as its own library builds it; `dilations` lists what is to be set there. A model without rfield's layers
-    is copied as it is. Modules of the caller's own, and rfield's networks and heads, are kept; the layers in them are
-    exchanged.
+    The state-dict keys are those that the model had before `adapt` and `regulate`. So the weights can be loaded
+    strictly into the model that its own library builds, after `set_dilations(model, dilations(fused))`. All other
+    modules are copied, also rfield's networks and heads.
 
     Args:
-        model: on one device, not wrapped (for DistributedDataParallel or an averaged model give `.module`).
-        mode: what becomes of a regulator that has not been snapped. `resize`: resizes by plain torch operations in a
-            `torch.fx.GraphModule`, exact. `dilation`: convolutions at the nearest whole dilations, for parts of
-            convolutions and layers that see one pixel; faster and close, but not the same.
+        model: on one device, not wrapped (pass `.module` of a DistributedDataParallel or AveragedModel).
+        mode: what replaces a regulator that is not snapped. `resize`: resizes by plain torch operations in a
+            `torch.fx.GraphModule`; exact. `dilation`: convolutions at the nearest integer dilations, if the part
+            consists of convolutions and pointwise layers; faster, but only approximately the same.
 
     Raises:
-        ValueError: if a regulated part cannot be traced by `torch.fx` (`resize`) or holds other layers that see more
-            than one pixel (`dilation`), or a layer to exchange has hooks.
+        ValueError: if `torch.fx` cannot trace a regulated part (`resize`), a regulated part contains other layers
+            (`dilation`), or a layer to replace has hooks.
 
-    >>> layer = AdaptiveConv2d(8, 8, 3, padding=4, dilation=4, factor=2.0)
-    >>> fuse(nn.Sequential(layer))[0]
-    Conv2d(8, 8, kernel_size=(3, 3), stride=(1, 1), padding=(2, 2), dilation=(2, 2))
+    Example:
+        >>> layer = AdaptiveConv2d(8, 8, 3, padding=4, dilation=4, factor=2.0)
+        >>> fuse(nn.Sequential(layer))[0]
+        Conv2d(8, 8, kernel_size=(3, 3), stride=(1, 1), padding=(2, 2), dilation=(2, 2))
     """
     if mode not in ("resize", "dilation"):
         raise ValueError(f"mode must be 'resize' or 'dilation', got {mode!r}")
-    plain = copied(model)
+    plain = copy_model(model)
     holder = nn.ModuleDict({"model": plain})
     modules = dict(holder.named_modules(remove_duplicate=False))
     fused: dict[int, nn.Module] = {}
-    # From the inside out: what a regulator wraps may have changed before it goes.
+    # From the inside out, so that the layers inside a regulator are replaced before the regulator.
     for name in sorted(modules, key=lambda name: -name.count(".")):
         module = modules[name]
         if isinstance(module, AdaptiveConv2d | ReceptiveFieldRegulator | WeightedGradient):
@@ -62,11 +62,12 @@ def fuse(model: nn.Module, mode: Mode = "resize") -> nn.Module:
     return holder["model"]
 
 
-def dilations(model: nn.Module) -> dict[str, Pair]:
-    """The dilations (height, width) of a plain model's convolutions of more than one pixel, by their names.
+def dilations(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Return the dilations (height, width) of a plain model's convolutions, except 1x1 ones, by their names.
 
-    >>> dilations(nn.Sequential(nn.Conv2d(8, 8, 3, dilation=2), nn.Conv2d(8, 8, 1)))
-    {'0': (2, 2)}
+    Example:
+        >>> dilations(nn.Sequential(nn.Conv2d(8, 8, 3, dilation=2), nn.Conv2d(8, 8, 1)))
+        {'0': (2, 2)}
     """
     return {
         name: (module.dilation[0], module.dilation[1])
@@ -75,22 +76,23 @@ def dilations(model: nn.Module) -> dict[str, Pair]:
     }
 
 
-def set_dilations(model: nn.Module, values: dict[str, Pair]) -> None:
-    """Sets the dilations of a plain model's convolutions in place; paddings follow, so that maps keep their sizes.
+def set_dilations(model: nn.Module, values: dict[str, tuple[int, int]]) -> None:
+    """Set the dilations of a plain model's convolutions in place, with the paddings that keep their output sizes.
 
-    Together with `dilations` it brings a fused model's weights into the model that a library builds:
+    To load a fused model's weights into the model that its own library builds:
     `set_dilations(stock, dilations(fused)); stock.load_state_dict(fused.state_dict())`.
 
     Args:
-        model: holds `nn.Conv2d`s under the names that `values` has.
-        values: (height, width) for each convolution to set.
+        model: contains `nn.Conv2d`s of the names in `values`.
+        values: (height, width) for each convolution to set, by its name.
 
     Raises:
         ValueError: if there is no such convolution, or its padding cannot follow.
 
-    >>> conv = nn.Conv2d(8, 8, 3, padding=4, dilation=4)
-    >>> set_dilations(nn.Sequential(conv), {"0": (2, 3)}), conv.padding
-    (None, (2, 3))
+    Example:
+        >>> conv = nn.Conv2d(8, 8, 3, padding=4, dilation=4)
+        >>> set_dilations(nn.Sequential(conv), {"0": (2, 3)}), conv.padding
+        (None, (2, 3))
     """
     modules = dict(model.named_modules())
     for name, dilation in values.items():
@@ -101,45 +103,47 @@ def set_dilations(model: nn.Module, values: dict[str, Pair]) -> None:
 
 
 def fixed_resize(module: nn.Module, factor: tuple[float, float]) -> fx.GraphModule:
-    """A module between two fixed resizes, as a `ReceptiveFieldRegulator` has it, in torch's own operations.
+    """Return a module between the two resizes of a regulator with a fixed factor, in torch's own operations.
 
     Args:
-        module: maps Tensor[N, C, h, w] to Tensor[N, K, h, w]; its own parameters and children, under their names, are
-            those of the result.
+        module: maps Tensor[N, C, h, w] to Tensor[N, K, h, w]. The result has its parameters and children, under the
+            same names.
         factor: (height, width) of the resize.
 
     Returns:
-        Maps Tensor[N, C, h, w], and an output size (H, W) if wanted, to Tensor[N, K, H, W]; (0, 0), the default, goes
-        back to (h, w).
+        A module that maps Tensor[N, C, h, w] and an output size (H, W) to Tensor[N, K, H, W]. The default size, (0, 0),
+        stands for (h, w).
 
     Raises:
         ValueError: if `torch.fx` cannot trace the module's forward.
 
-    >>> fixed_resize(nn.Conv2d(8, 4, 3, padding=1), (1.5, 1.5))(torch.rand(1, 8, 7, 9), (13, 17)).shape
-    torch.Size([1, 4, 13, 17])
+    Example:
+        >>> fixed_resize(nn.Conv2d(8, 4, 3, padding=1), (1.5, 1.5))(torch.rand(1, 8, 7, 9), (13, 17)).shape
+        torch.Size([1, 4, 13, 17])
     """
     tensors = [tensor for tensor in module.parameters() if tensor.is_floating_point()]
     dtype = torch.promote_types(tensors[0].dtype, torch.float32) if tensors else torch.float32
     resized = _graft(_FixedResize(module, factor, dtype), module)
-    resized.meta["factor"] = factor  # `meta` is kept by copies.
+    resized.meta["factor"] = factor  # copies keep `meta`, and lose other attributes
     return resized
 
 
 def restore_fused(model: nn.Module, record: dict[str, Any]) -> None:
-    """Gives a plain model, in place, the dilations and resizes of a fused one.
+    """Give a plain model the dilations and resizes of a fused one, in place.
 
     Args:
-        model: as it is built without learned layers.
-        record: `dilations`, (height, width) by the convolution's name, and `resizes`, the factors (height, width) by
-            the part's name.
+        model: as built without learned layers.
+        record: `dilations`: (height, width) by the names of convolutions; `resizes`: factors (height, width) by the
+            names of parts.
 
     Raises:
-        ValueError: if the model has no such part, or what `set_dilations` and `fixed_resize` raise.
+        ValueError: if the model has no such part, or as `set_dilations` and `fixed_resize` do.
 
-    >>> model = nn.Sequential(nn.Conv2d(8, 8, 3, padding=4, dilation=4))
-    >>> restore_fused(model, {"dilations": {"0": [2, 2]}, "resizes": {}})
-    >>> dilations(model)
-    {'0': (2, 2)}
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(8, 8, 3, padding=4, dilation=4))
+        >>> restore_fused(model, {"dilations": {"0": [2, 2]}, "resizes": {}})
+        >>> dilations(model)
+        {'0': (2, 2)}
     """
     set_dilations(model, record["dilations"])
     for name, (height, width) in record["resizes"].items():
@@ -152,7 +156,7 @@ def restore_fused(model: nn.Module, record: dict[str, Any]) -> None:
 
 
 class _FixedResize(nn.Module):
-    """What `fixed_resize` traces: whole-number arithmetic on sizes, and tensor methods, which fx records."""
+    """The module that `fixed_resize` traces; fx records integer arithmetic on sizes and tensor methods."""
 
     def __init__(self, part: nn.Module, factor: tuple[float, float], dtype: torch.dtype) -> None:
         super().__init__()
@@ -162,7 +166,7 @@ class _FixedResize(nn.Module):
 
     def forward(self, input: Tensor, output_size: Any = (0, 0)) -> Tensor:
         grid = (input.shape[2], input.shape[3])
-        size = [inflated_size(grid[axis], self.factor[axis]) for axis in (0, 1)]
+        size = [traceable_resized_size(grid[axis], self.factor[axis]) for axis in (0, 1)]
         rows, columns = (
             self._matrix(self._count(input, size[axis]) / self.factor[axis], grid[axis]) for axis in (0, 1)
         )
@@ -170,30 +174,31 @@ class _FixedResize(nn.Module):
         output = self.part.forward(inflated)
         matrices = []
         for axis in (0, 1):
-            # 0 asks for the grid's own size. An axis of one pixel, before or after, may have any scale.
+            # 0 stands for the grid's own size. An axis of one px, before or after, may have any scale.
             target = output_size[axis] + grid[axis] * (output_size[axis] < 1)
             scale = (target - 1 + (target < 2)) / (grid[axis] - 1 + (grid[axis] < 2))
-            # In the precision of the learned factor.
+            # In float32, the precision of the learned factor.
             ratio = (input.new_ones(1, dtype=torch.float32) * scale / self.factor[axis]).to(self.dtype)
             matrices.append(self._matrix(self._count(input, target) / ratio, size[axis]))
         resized: Tensor = matrices[0].matmul(output.to(self.dtype)).matmul(matrices[1].t()).to(output.dtype)
         return resized
 
     def _count(self, input: Tensor, size: int) -> Tensor:
-        """0, 1, ... size - 1; `torch.arange` of a traced size would not be recorded."""
+        """Return 0, 1, ... size - 1; fx does not record `torch.arange` of a traced size."""
         return input.new_ones(size, dtype=self.dtype).cumsum(0) - 1
 
     def _matrix(self, position: Tensor, source: int) -> Tensor:
-        """Tent weights of samples at `position`, see `rfield.ops.sampling.sampling_matrix`."""
+        """Return the bilinear weights of samples at `position`, as `rfield.ops.sampling.sampling_matrix` does."""
         pixel = self._count(position, source)
         return (1 - (position.clamp(max=source - 1).unsqueeze(1) - pixel).abs()).clamp(min=0)
 
 
-def inflated_size(size: int, factor: float) -> int:
-    """`resized_size` of `rfield.ops` in whole numbers alone, the factor being a fraction of two.
+def traceable_resized_size(size: int, factor: float) -> int:
+    """Return `rfield.ops.resized_size` by integer operations only, which `torch.fx` can trace.
 
-    >>> inflated_size(41, 0.63), inflated_size(1, 7.0)
-    (27, 1)
+    Example:
+        >>> traceable_resized_size(41, 0.63), traceable_resized_size(1, 7.0)
+        (27, 1)
     """
     numerator, denominator = factor.as_integer_ratio()
     # ceil(x - 1e-4) = -floor(1e-4 - x)
@@ -201,9 +206,9 @@ def inflated_size(size: int, factor: float) -> int:
 
 
 class _Cropped(nn.Module):
-    """A convolution after a crop of its input, which stands for a negative padding."""
+    """Crop the input, in place of a negative padding, and then run a convolution."""
 
-    def __init__(self, part: nn.Conv2d, crop: Pair) -> None:
+    def __init__(self, part: nn.Conv2d, crop: tuple[int, int]) -> None:
         super().__init__()
         self.part = part
         self.crop = crop
@@ -217,16 +222,16 @@ class _Cropped(nn.Module):
 
 
 class _TopTracer(fx.Tracer):
-    """Looks into the forward of the part alone, not into the layers it calls."""
+    """Trace only the forward of the module itself, not those of the layers that it calls."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
 
 
 def _graft(root: nn.Module, part: nn.Module) -> fx.GraphModule:
-    """The forward of `root`, whose child `part` is, as a module with the parameters and children of `part`."""
+    """Return a module with the forward of `root`, whose child is `part`, and the parameters and children of `part`."""
     modes = {module: module.training for module in part.modules()}
-    part.eval()  # What the forward does by its mode, it does as in eval mode from now on.
+    part.eval()  # the trace is that of the eval mode, whatever the mode later
     try:
         graph = _TopTracer().trace(root)
     except Exception as error:  # Tracing runs the part's own code.
@@ -237,12 +242,12 @@ def _graft(root: nn.Module, part: nn.Module) -> fx.GraphModule:
     finally:
         for module, training in modes.items():
             module.training = training
-    graph._tracer_cls = fx.Tracer  # It is pickled with the graph.
+    graph._tracer_cls = fx.Tracer  # pickled with the graph, and must be loaded without rfield
     for node in graph.nodes:
         if node.op in ("call_module", "get_attr"):
             node.target = node.target.removeprefix("part.")
     result = fx.GraphModule(part, graph, class_name=parametrize.type_before_parametrizations(part).__name__)
-    # Also what the forward does not use, so that no key is lost.
+    # Also those that the forward does not use, so that no state-dict key is lost.
     for name, parameter in part.named_parameters(recurse=False):
         result.register_parameter(name, parameter)
     for name, buffer in part.named_buffers(recurse=False):
@@ -254,6 +259,7 @@ def _graft(root: nn.Module, part: nn.Module) -> fx.GraphModule:
 
 
 def _plain(module: AdaptiveConv2d | ReceptiveFieldRegulator | WeightedGradient, mode: Mode) -> nn.Module:
+    """Return the module that replaces one of rfield's layers."""
     if has_hooks(module):
         raise ValueError(
             f"the {type(module).__name__} has hooks, which the plain layer would lose: remove them; the fused model "
@@ -262,9 +268,9 @@ def _plain(module: AdaptiveConv2d | ReceptiveFieldRegulator | WeightedGradient, 
     if isinstance(module, AdaptiveConv2d):
         with preserve_state(module):
             plain = _plain_conv(module)
-        carried = set(module.modules())
+        shared = set(module.modules())
         for part in plain.modules():
-            if part not in carried:
+            if part not in shared:
                 part.training = module.training
         return plain
     if isinstance(module, WeightedGradient):
@@ -288,12 +294,8 @@ def _factors(layer: LearnedFactor) -> tuple[float, float]:
     return height, width
 
 
-def _nearest(dilation: Pair, factor: tuple[float, float]) -> Pair:
-    height, width = (round_dilation(d / f) for d, f in zip(dilation, factor, strict=True))
-    return height, width
-
-
 def _plain_conv(layer: AdaptiveConv2d) -> nn.Module:
+    """Return an `nn.Conv2d` at the integer dilation nearest to the learned one, with the same parameters."""
     dilation = layer.nearest_dilation(layer.effective_dilation)
     padding = padding_for_dilation(layer, dilation)
     conv = nn.Conv2d(
@@ -319,7 +321,7 @@ def _plain_conv(layer: AdaptiveConv2d) -> nn.Module:
 
 
 def _identity() -> fx.GraphModule:
-    """An identity that may be given a mask, too."""
+    """Return an identity that ignores a second argument, the mask."""
     graph = fx.Graph()
     input = graph.placeholder("input")
     graph.placeholder("mask", default_value=None)
@@ -328,12 +330,14 @@ def _identity() -> fx.GraphModule:
 
 
 def _dilate(module: nn.Module, factor: tuple[float, float]) -> None:
+    """Divide the dilations of a regulated module by the factor (height, width), rounded, in place."""
     for name, layer in module.named_modules():
-        if "parametrizations" in name.split("."):  # of weights, not of maps
+        if "parametrizations" in name.split("."):  # they act on weights, not on maps
             continue
         if isinstance(layer, nn.Conv2d):
             if max(layer.kernel_size) > 1:
-                set_dilation(layer, _nearest((layer.dilation[0], layer.dilation[1]), factor))
+                height, width = (round_dilation(d / f) for d, f in zip(layer.dilation, factor, strict=True))
+                set_dilation(layer, (height, width))
         elif not (list(layer.children()) or is_pointwise(layer) or isinstance(layer, nn.Sequential)):
             raise ValueError(
                 f"{name or 'it'} is a {type(layer).__name__}, and only convolutions and layers that see one pixel "

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from rfield.layers import LearnedFactor
-from rfield.receptive_field.theoretical import output_map, probe_receptive_field
+from rfield.receptive_field.probe import output_map, probe_receptive_field
 from rfield.segmentation.config.train import TrainConfig
 from rfield.segmentation.files.untrusted import no_pickles
 from rfield.segmentation.inspection.model_names import open_model

@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rfield.receptive_field.theoretical import probe_window, theoretical_receptive_field
+from rfield.receptive_field.probe import probe_window
+from rfield.receptive_field.theoretical import theoretical_receptive_field
 from rfield.segmentation.models import (
     Backbone,
     Decoder,

@@ -7,7 +7,8 @@ from torch import nn
 
 import rfield
 from rfield.layers import ReceptiveFieldRegulator
-from rfield.receptive_field.theoretical import probe_receptive_field, receptive_field_px, theoretical_receptive_field
+from rfield.receptive_field.probe import probe_receptive_field
+from rfield.receptive_field.theoretical import receptive_field_px, theoretical_receptive_field
 from rfield.search import learned_layers
 from rfield.segmentation.models import (
     MultiPathHead,

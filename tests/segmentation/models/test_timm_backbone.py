@@ -9,12 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from rfield.receptive_field.theoretical import (
-    probe_receptive_field,
-    probe_window,
-    receptive_field_px,
-    theoretical_receptive_field,
-)
+from rfield.receptive_field.probe import probe_receptive_field, probe_window
+from rfield.receptive_field.theoretical import receptive_field_px, theoretical_receptive_field
 from rfield.segmentation.config.train import TrainConfig
 from rfield.segmentation.data.transforms import IMAGENET_MEAN as MEAN
 from rfield.segmentation.data.transforms import IMAGENET_STD as STD

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as TF
 
+from rfield.receptive_field.advice import field_warnings
 from rfield.receptive_field.effective import Square, contribution_squares, effective_receptive_field, random_images
-from rfield.receptive_field.per_layer import LayerField, field_warnings, layer_receptive_fields
+from rfield.receptive_field.per_layer import LayerField, layer_receptive_fields
 from rfield.segmentation import plots
 from rfield.segmentation.config.inspect import InspectConfig
 from rfield.segmentation.data import evaluation_transform

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rfield.receptive_field.theoretical import Window, probe_window
+from rfield.receptive_field.probe import Window, probe_window
 from rfield.segmentation.files.untrusted import no_pickles, read_weights
 from rfield.segmentation.models.backbones import Backbone
 from rfield.segmentation.models.decoder import output_layers

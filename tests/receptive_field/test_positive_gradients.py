@@ -14,7 +14,8 @@ from torch.utils.checkpoint import checkpoint
 from rfield import fuse, regulate
 from rfield.receptive_field.absolute_gradient import UnknownFieldError
 from rfield.receptive_field.per_layer import layer_receptive_fields
-from rfield.receptive_field.theoretical import probe_receptive_field, probe_window, theoretical_receptive_field
+from rfield.receptive_field.probe import probe_receptive_field, probe_window
+from rfield.receptive_field.theoretical import theoretical_receptive_field
 
 INF = math.inf
 
