@@ -249,7 +249,7 @@ def deep_mask(made: Made, random: np.random.Generator) -> Expected:
 def one_bit_mask(made: Made, random: np.random.Generator) -> Expected:
     path = some_mask(made, random)
     PIL.Image.fromarray(random.random((HEIGHT, WIDTH)) < 0.5).save(path)
-    return Expected(path, "less than 8 bits")
+    return Expected(path, "fewer than 8 bits")
 
 
 def deep_image(made: Made, random: np.random.Generator) -> Expected:
@@ -262,7 +262,7 @@ def deep_image(made: Made, random: np.random.Generator) -> Expected:
 def float_image(made: Made, random: np.random.Generator) -> Expected:
     _, (image, _) = made.pick(random)
     PIL.Image.fromarray(random.random((HEIGHT, WIDTH), dtype=np.float32)).save(image, "TIFF")
-    return Expected(image, "holds floats, whose range the format does not say")
+    return Expected(image, "holds floats, whose range the format does not define")
 
 
 def alpha_image(made: Made, random: np.random.Generator) -> Expected:
@@ -279,7 +279,7 @@ def turned_image(made: Made, random: np.random.Generator) -> Expected:
     draw_image(random).save(image, exif=exif)
     if orientation < 5:
         return Expected(image, f"has the EXIF orientation {orientation}", "warning")
-    return Expected(masks[0], f"turned by its EXIF orientation {orientation}: the mask was drawn")
+    return Expected(masks[0], f"rotated by its EXIF orientation {orientation}: the mask was drawn")
 
 
 def void_mask(made: Made, random: np.random.Generator) -> Expected:
@@ -292,7 +292,7 @@ def bomb(made: Made, random: np.random.Generator) -> Expected:
     path = some_file(made, random)
     sides = ((40_000, 40_000), (10_000, 10_000), (1, 2**31 - 1), (2**31 - 1, 2**31 - 1))
     path.write_bytes(png_header(*sides[random.integers(len(sides))]))
-    return Expected(path, "absurd size")
+    return Expected(path, "too large")
 
 
 def overlap(made: Made, random: np.random.Generator) -> Expected:

@@ -1,4 +1,4 @@
-"""What the command line shows: tables and progress, on consoles of any encoding."""
+"""Print tables and progress on consoles of any encoding."""
 
 import io
 import math
@@ -9,14 +9,14 @@ from typing import Any
 
 
 def escape_what_cannot_be_shown() -> None:
-    """Has stdout and stderr escape what their encoding lacks, so that a class name fails no finished command."""
+    """Let stdout and stderr escape characters outside their encoding, so that printing a name never fails."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
 def print_layers(layers: Sequence[Any], size: tuple[int, int]) -> None:
-    """A table of the fields of layers, for images of size (height, width)."""
+    """Print a table of the receptive fields of layers, for images of size (height, width)."""
     from rich.console import Console
     from rich.table import Table
 
@@ -40,7 +40,7 @@ def print_layers(layers: Sequence[Any], size: tuple[int, int]) -> None:
 
 
 def print_scores(scores: dict[str, Any]) -> None:
-    """A table of the classes' scores, and their means."""
+    """Print a table of the classes' scores, and their means."""
     from rich.console import Console
     from rich.table import Table
 
@@ -62,7 +62,7 @@ def print_scores(scores: dict[str, Any]) -> None:
 
 @contextmanager
 def show_progress(text: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on stderr that shows while something is counted and starts anew with the next count."""
+    """Show a progress bar on stderr during each count. Yield the function that updates it."""
     from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 

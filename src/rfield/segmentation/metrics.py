@@ -1,4 +1,4 @@
-"""Scores of a whole data set, all from one confusion matrix."""
+"""Compute the scores of a whole data set from its confusion matrix."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -24,7 +24,7 @@ _HELEN_PARTS = {
 
 
 def confusion_matrix(num_classes: int) -> MulticlassConfusionMatrix:
-    """A running count of the pixels of every true class that were taken for every class.
+    """Return a metric that counts the pixels of every true class by predicted class.
 
     Update it with predicted labels and true labels, integer tensors of one shape; pixels whose true label is 255
     do not count. `compute()` gives int64 [num_classes, num_classes], rows = truth. It is summed over processes.
@@ -52,8 +52,11 @@ def confusion_matrix(num_classes: int) -> MulticlassConfusionMatrix:
 
 
 class _LabelConfusionMatrix(MulticlassConfusionMatrix):
-    """Counts labels only. Torchmetrics' own checks sort all pixels and let labels past the last class through, and
-    under deterministic algorithms it needs pixels x classes x classes numbers of memory."""
+    """Count labels, with cheap checks.
+
+    Torchmetrics' own checks sort all pixels and accept labels above the last class, and under deterministic algorithms
+    it needs pixels x classes x classes numbers of memory.
+    """
 
     def __init__(self, num_classes: int) -> None:
         super().__init__(num_classes, ignore_index=_IGNORE_INDEX, validate_args=False)
@@ -80,17 +83,17 @@ class _LabelConfusionMatrix(MulticlassConfusionMatrix):
                     f"{name} holds labels from {least} to {greatest}, but the classes are 0..{self.num_classes - 1} "
                     f"(and {_IGNORE_INDEX} in target); do model and data set have the same classes?"
                 )
-        # Ignored pixels fall into a last bin of their own: several times faster than selecting the others.
+        # Counting ignored pixels in an extra bin is several times faster than selecting the others.
         bins = (target * self.num_classes + preds).masked_fill(ignored, self.num_classes**2).flatten()
         counts = torch.bincount(bins, minlength=self.num_classes**2 + 1)[:-1]
         self.confmat += counts.reshape(self.num_classes, self.num_classes)
 
 
 def segmentation_scores(confusion: Tensor, class_names: Sequence[str]) -> dict[str, Any]:
-    """Mean and per-class intersection over union, and pixel accuracy.
+    """Compute mean and per-class intersection over union, and pixel accuracy.
 
     Args:
-        confusion: Tensor[K, K], pixels of true class (row) taken for a class (column).
+        confusion: Tensor[K, K], pixels by true class (row) and predicted class (column).
         class_names: the K names.
 
     Returns:
@@ -121,14 +124,14 @@ def segmentation_scores(confusion: Tensor, class_names: Sequence[str]) -> dict[s
 
 
 def helen_scores(confusion: Tensor) -> dict[str, Any]:
-    """F1 of the parts of faces, as the field reports them for Helen (Smith et al., CVPR 2013).
+    """Compute the F1 of the parts of faces, as papers report them for Helen (Smith et al., CVPR 2013).
 
-    All are pixel counts over the whole data set, not means over images. Left and right are merged, so that a pixel
-    of the left eye that is taken for the right one counts as found; the mouth is upper lip, inner mouth and lower
-    lip merged in the same way. Papers differ here: compare with those that count like this.
+    All are pixel counts over the whole data set, not means over images. Left and right are merged: a pixel of the left
+    eye that is predicted as the right one counts as found. The mouth merges upper lip, inner mouth and lower lip in the
+    same way. Papers differ here: compare only with scores that are counted in the same way.
 
     Args:
-        confusion: Tensor[11, 11], pixels of true class (row) taken for a class (column), in the order of
+        confusion: Tensor[11, 11], pixels by true class (row) and predicted class (column), in the order of
             `rfield.segmentation.data.HELEN_CLASSES`.
 
     Returns:
@@ -159,13 +162,13 @@ def helen_scores(confusion: Tensor) -> dict[str, Any]:
 
 
 def _f1(hits: Tensor, area: Tensor) -> float | None:
-    """`area`: true and predicted pixels together, 2 TP + FP + FN."""
+    """Return 2 TP / area; `area` is the sum of true and predicted pixels, 2 TP + FP + FN."""
     return (2 * hits / area).item() if area > 0 else None
 
 
 def _counts(confusion: Tensor, num_classes: int) -> Tensor:
     if confusion.numel() == 1:
-        confusion = confusion.reshape(1, 1)  # torchmetrics makes a bare number of it
+        confusion = confusion.reshape(1, 1)  # torchmetrics returns a scalar for one class
     if confusion.shape != (num_classes, num_classes):
         raise ValueError(
             f"confusion must be [{num_classes}, {num_classes}] for {num_classes} class names, got "

@@ -53,8 +53,8 @@ def test_classes_by_name_or_by_a_word_of_it() -> None:
         ({"a": ["eye"]}, 2, "need 2 class groups, got 1: a"),
         ([["eye"], ["nose"]], 2, "no class 'nose'; the classes are background, left eye"),
         ([["eye"], []], 2, "'group 2' is empty"),
-        ("size", 2, "or auto, got 'size'"),
-        ("auto", 4, "the masks show 3"),
+        ("size", 2, "or auto; got 'size'"),
+        ("auto", 4, "the masks contain 3"),
     ],
 )
 def test_errors(groups: object, paths: int, message: str) -> None:

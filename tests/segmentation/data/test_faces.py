@@ -198,9 +198,9 @@ def cut(path: str) -> Callable[[Path], None]:
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        (unlink_masks, FileNotFoundError, r"img/9.jpg has no masks: there is no .*0/00009_skin.png, nor another part"),
+        (unlink_masks, FileNotFoundError, r"img/9.jpg has no masks: there is no .*0/00009_skin.png and no other part"),
         (save("CelebA-HQ-img/x.jpg", PIL.Image.new("L", (32, 32))), ValueError, "x.jpg is not named by a number"),
-        (save("CelebA-HQ-img/09.jpg", PIL.Image.new("L", (32, 32))), ValueError, "9.jpg .* have one name"),
+        (save("CelebA-HQ-img/09.jpg", PIL.Image.new("L", (32, 32))), ValueError, "9.jpg .* have the same name"),
         (save("CelebA-HQ-img/9.jpg", PIL.Image.new("L", (32, 24))), ValueError, "16x16 px .*other prop.*9.jpg, 24x32"),
         (
             save("CelebAMask-HQ-mask-anno/0/00009_nose.png", PIL.Image.new("L", (8, 16))),
@@ -255,7 +255,7 @@ def test_two_splits_may_not_share_a_name(tmp_path: Path) -> None:
     source = write_lapa(tmp_path / "source", face_mask())
     for folder, suffix in (("images", ".jpg"), ("labels", ".png")):
         (source / "val" / folder / f"d{suffix}").rename(source / "val" / folder / f"e{suffix}")
-    with pytest.raises(ValueError, match=r"val/images/e.jpg and .*test/images/e.jpg have one name"):
+    with pytest.raises(ValueError, match=r"val/images/e.jpg and .*test/images/e.jpg have the same name"):
         convert_lapa(source, tmp_path / "faces")
 
 

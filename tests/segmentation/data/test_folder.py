@@ -69,7 +69,7 @@ def test_class_names_that_do_not_fit(root: Path, text: str, message: str) -> Non
 
 
 def test_what_is_missing_is_named(root: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"nowhere is not a folder; name the one that holds classes.txt"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere is not a folder; give the one that holds classes.txt"):
         FolderDataset(root / "nowhere")
     for split in ("test", "../own/train", ""):
         with pytest.raises(FileNotFoundError, match=rf"no folder {split}/images in .*own; .* splits: train, val"):
@@ -88,7 +88,7 @@ def test_what_is_missing_is_named(root: Path) -> None:
 
 def test_two_images_of_one_name(root: Path) -> None:
     PIL.Image.new("RGB", (16, 12)).save(root / "train/images/c.jpg")
-    with pytest.raises(ValueError, match=r"c.jpg and .*c.png would have one mask"):
+    with pytest.raises(ValueError, match=r"c.jpg and .*c.png would have the same mask"):
         FolderDataset(root)
 
 

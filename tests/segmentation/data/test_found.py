@@ -66,8 +66,8 @@ def test_a_suffix_of_the_config_finds_masks_among_their_images(tmp_path: Path) -
         ("train/images/a.jpg", "train/images/a_gt.png", "no other; .*or if NAME_gt are .* `mask_suffix: _gt`"),
         ("train/a.jpg", "train/a_gt.png", "none; .*train holds 2 images and no folder: .* `mask_suffix: _gt`"),
         ("train/JPEGs/a.jpg", "train/PNGs/a.png", "train holds 0 images and JPEGs, PNGs: .* in train/images"),
-        ("images/a.jpg", "masks/a.png", "the images right in .*images are of no split, move them to .*images/train"),
-        ("train/images/x/a.jpg", "train/masks/x/a.png", "no image .*, but the folder x: put its files right there"),
+        ("images/a.jpg", "masks/a.png", "the images in .*images belong to no split; move them to .*images/train"),
+        ("train/images/x/a.jpg", "train/masks/x/a.png", "no image .*, but the folder x; move the files .* to .*images"),
     ],
 )  # fmt: skip
 def test_a_layout_that_is_not_known_is_described(tmp_path: Path, image: str, mask: str, words: str) -> None:
@@ -92,7 +92,7 @@ def test_no_advice_to_give_an_empty_suffix(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("layout", "there", "words"),
     [
-        ("cityscapes", "a_0_gtFine_labelTrainIds.png", r"\(there is a_0_gtFine_labelTrainIds.png, of a similar name\)"),
+        ("cityscapes", "a_0_gtFine_labelTrainIds.png", "there is a_0_gtFine_labelTrainIds.png, which has a similar"),
         ("cityscapes", "a_1_gtFine_labelTrainIds.png", None),
         ("voc", "../masks/a.png", r"\(there is no folder .*, but there is ImageSets, JPEGImages, masks\)"),
     ],
@@ -128,7 +128,7 @@ def test_orientations_of_image_and_mask_are_compared(tmp_path: Path, image: int,
     findings = check_data(f"folder:{tmp_path}", ["train"])
     assert [Path(finding.file).name for finding in findings] == ([told] if told else [])
     other, its = (image, "image") if image == 1 else (mask, "mask")
-    words = f"but its {its} has {other if other > 1 else 'none'}, and their sizes do not tell"
+    words = f"but its {its} has {other if other > 1 else 'none'}, and their sizes do not show"
     assert all(words in finding.text for finding in findings)
 
 
@@ -152,7 +152,7 @@ def test_kinds_of_masks_have_their_remedy(tmp_path: Path, mask: PIL.Image.Image,
 def test_errors_of_a_config_name_it_in_the_check_too(tmp_path: Path) -> None:
     config = make(tmp_path / "data", "folder", columns(0, 1), "a\nb")
     (finding,) = check_data(say(config, colours={"a": [0, 0, 0], "b": [0, 0, 0]}), ["train"])
-    assert finding.text.startswith(f"{config}: the colour [0, 0, 0] stands twice")
+    assert finding.text.startswith(f"{config}: the colour [0, 0, 0] occurs twice")
 
 
 def test_a_palette_with_transparency_is_read_without_a_warning(tmp_path: Path) -> None:

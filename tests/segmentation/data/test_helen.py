@@ -123,7 +123,7 @@ def test_lists_that_are_not_understood(root: Path, text: str, message: str) -> N
 
 
 def test_what_is_missing_is_named(root: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"nowhere is not a folder; name the one that holds images and labels"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere is not a folder; give the one that holds images and labels"):
         HelenDataset(root / "nowhere")
     (root / "labels/b/b_lbl07.png").unlink()
     with pytest.raises(FileNotFoundError, match=r"b_lbl07.png is missing \(1 of the 24 files of the split 'train'\)"):
@@ -136,7 +136,7 @@ def test_what_is_missing_is_named(root: Path) -> None:
 @pytest.mark.parametrize(
     ("map", "message"),
     [
-        (PIL.Image.new("L", (12, 16)), "16x12 px .* but its image is 12x16; both must have one size"),
+        (PIL.Image.new("L", (12, 16)), "16x12 px .* but its image is 12x16; both must have the same size"),
         (PIL.Image.new("RGB", (16, 12)), "not class indices; a map must be 8-bit grey"),
         (PIL.Image.new("I;16", (16, 12)), "Pillow mode 'I;16'"),
         (PIL.Image.new("P", (16, 12)), r"\(Pillow mode 'P'\); a map must be 8-bit grey"),

@@ -1,4 +1,4 @@
-"""Data sets on which every network scores perfectly, or none is scored: said before a training, with the remedy."""
+"""Data sets on which every score is perfect, or none is computed: the warning before a training, and its remedy."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -34,14 +34,14 @@ HOLLOW = {
         "background\nobject\n",
         (0, 255),
         (
-            "show one of 2 classes alone, 'background', so that a network which always answers it scores perfectly",
+            "show only one of 2 classes, 'background', so a network that always predicts it gets perfect scores",
             "255 means no label: if it stands for a class, save that class's index instead, or give the colours",
             "`colours: {background: [0, 0, 0], object: [255, 255, 255]}`",
         ),
     ),
-    "one class": ("a\nb\nc\n", (1,), ("show one of 3 classes alone, 'b', ", "; label a, c too, or correct the masks'")),
-    "one name": ("object\n", (0, 255), ("there is one class alone, 'object', so that every network scores perfectly",)),
-    "no label": ("a\nb\n", (255,), ("has a labelled pixel, so that nothing is learned", "; 255 means no label")),
+    "one class": ("a\nb\nc\n", (1,), ("show only one of 3 classes, 'b', ", "; label a, c too, or correct the masks'")),
+    "one name": ("object\n", (0, 255), ("there is only one class, 'object', so every network gets perfect scores",)),
+    "no label": ("a\nb\n", (255,), ("has a labelled pixel, so nothing is learned", "; 255 means no label")),
 }
 
 
@@ -85,7 +85,7 @@ def test_values_that_an_option_leaves_out_are_named(tmp_path: Path) -> None:
     config.write_text("format: folder\nroot: own\nignore: 0\n")
     told = [f.text for f in check_data(str(config))]
     assert len(told) == 2
-    assert all("'b', so that" in t and "the mask value 0 has no label here: see `ignore`" in t for t in told)
+    assert all("'b', so a network" in t and "the mask value 0 has no label here: see `ignore`" in t for t in told)
     config.write_text("format: folder\nroot: own\nignore: [0, 1]\n")
     told = [f.text for f in check_data(str(config)) if f.index is None]
     assert all("nothing is learned or scored there; the mask values 0, 1 have no label" in text for text in told)
@@ -119,12 +119,12 @@ def test_training_shows_all_warnings_of_its_quick_check(
     train(make(skip_bad=skip_bad, **own))
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
     assert len(lines) == 4
-    assert "look like the two sides of one thing" in lines[0]
+    assert "look like the left and right of one thing" in lines[0]
     assert "has an alpha channel" in lines[1]
     assert lines[1].endswith(f"(and 2 more; `rfield check-data {spec}` names them)")
-    assert all("one of 2 classes alone, 'left_hand'" in line for line in lines[2:])
+    assert all("only one of 2 classes, 'left_hand'" in line for line in lines[2:])
     train(make("other", flip=False, skip_bad=skip_bad, **own))
-    assert "two sides" not in capsys.readouterr().err
+    assert "left and right of one" not in capsys.readouterr().err
 
 
 def test_the_command_tells_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

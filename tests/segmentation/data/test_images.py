@@ -112,7 +112,7 @@ def test_twelve_bits_have_a_range_of_their_own(tmp_path: Path) -> None:
 def test_what_has_no_range_is_refused_everywhere(root: Path, kind: str, words: str) -> None:
     path = root / "train/images/a.png"
     PIL.Image.fromarray((COLOURS[..., 0] / 2).astype(kind)).save(path, "TIFF")
-    message = f"a.png holds {words}, whose range the format does not say; scale them to 0..255"
+    message = f"a.png holds {words}, whose range the format does not define; scale them to 0..255"
     with pytest.raises(ValueError, match=message):
         FolderDataset(root)[0]
     with pytest.raises(ValueError, match=message):
@@ -123,7 +123,7 @@ def test_what_has_no_range_is_refused_everywhere(root: Path, kind: str, words: s
 def test_deep_images_that_use_little_of_their_range_are_told(root: Path) -> None:
     PIL.Image.fromarray(DEEP // 16).save(root / "train/images/a.png")  # 12 bits in 16
     told = [finding.text for finding in check_data(f"folder:{root}") if finding.file.endswith("images/a.png")]
-    assert ["is a 16-bit image" in told[0], "is read nearly black" in told[1]] == [True, True]
+    assert ["is a 16-bit image" in told[0], "is read as nearly black" in told[1]] == [True, True]
     PIL.Image.fromarray(DEEP).save(root / "train/images/a.png")
     assert len([f for f in check_data(f"folder:{root}") if f.file.endswith("images/a.png")]) == 1
 
@@ -165,19 +165,19 @@ def root(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("orientation", [5, 6, 7, 8])
 def test_a_mask_of_the_stored_pixels_is_refused(root: Path, orientation: int) -> None:
     save_turned(root / "train/images/a.png", COLOURS, orientation)
-    words = f"a.png is 12x16 px .* is 16x12, turned by its EXIF orientation {orientation}: .*; turn the mask too"
+    words = f"a.png is 12x16 px .* is 16x12, rotated by its EXIF orientation {orientation}: .*; rotate the mask too"
     with pytest.raises(ValueError, match=words):
         FolderDataset(root)[0]
     (finding,) = check_data(f"folder:{root}")
     assert (finding.level, finding.file) == ("error", str(root / "train/masks/a.png"))
-    assert f"turned by its EXIF orientation {orientation}" in finding.text
+    assert f"rotated by its EXIF orientation {orientation}" in finding.text
 
 
 @pytest.mark.parametrize("orientation", [1, 3])
 def test_a_turned_mask_of_another_image_is_no_matter_of_exif(root: Path, orientation: int) -> None:
     save_turned(root / "train/images/a.png", COLOURS, orientation)
     PIL.Image.fromarray(COLOURS[..., 0].T.copy() % 2).save(root / "train/masks/a.png")
-    with pytest.raises(ValueError, match=r"a.png is 16x12 px .* is 12x16; both must have one size$"):
+    with pytest.raises(ValueError, match=r"a.png is 16x12 px .* is 12x16; both must have the same size$"):
         FolderDataset(root)[0]
 
 
@@ -201,7 +201,7 @@ def test_what_a_size_cannot_tell_is_a_warning(root: Path, orientation: int, widt
     PIL.Image.fromarray(COLOURS[:, :width, 0] % 2).save(root / "train/masks/a.png")
     (finding,) = check_data(f"folder:{root}")
     assert (finding.level, finding.file) == ("warning", str(root / "train/images/a.png"))
-    assert f"has the EXIF orientation {orientation}, by which reading turns it" in finding.text
+    assert f"has the EXIF orientation {orientation}, which is applied" in finding.text
 
 
 def png_with_transparency(path: Path) -> None:

@@ -188,8 +188,8 @@ def test_classes_keep_the_order_of_classes_txt(tmp_path: Path) -> None:
         ({"colours": {"a": [1, 2, 256]}}, "for a"),
         ({"colours": {"a": "red"}}, "got 'red' for a"),
         ({"colours": {1: [1, 2, 3]}}, "got the name 1, put it in quotation marks"),
-        ({"colours": {"a": [1, 2, 3], "b": [1, 2, 3]}}, r"the colour \[1, 2, 3\] stands twice"),
-        ({"colours": {"a": [1, 2, 3]}, "ignore": [1, 2, 3]}, r"the colour \[1, 2, 3\] stands twice"),
+        ({"colours": {"a": [1, 2, 3], "b": [1, 2, 3]}}, r"the colour \[1, 2, 3\] occurs twice"),
+        ({"colours": {"a": [1, 2, 3]}, "ignore": [1, 2, 3]}, r"the colour \[1, 2, 3\] occurs twice"),
         ({"colours": {"a": [1, 2, 3]}, "ignore": 0}, "ignore must be a colour .* beside colours, got 0"),
         ({"mask_suffix": 5}, "mask_suffix must be the end of a file's name, such as _mask, got 5"),
         ({"mask_suffix": "/../../x"}, "mask_suffix must be the end of a file's name"),
@@ -244,18 +244,20 @@ def test_classes_that_a_mirror_exchanges(tmp_path: Path, layout: str) -> None:
     names = ["left_hand", "right_hand", *"cdefghijk"]
     config = make(tmp_path / "data", layout, columns(0, 2, 3, 1), "\n".join(names))
     plain = load_dataset(str(config))
-    told = [f.text for f in check_data(str(config), ["train", "train"]) if "look like the two sides" in f.text]
+    told = [
+        f.text for f in check_data(str(config), ["train", "train"]) if "look like the left and right of one" in f.text
+    ]
     assert len(told) == 1
     assert "write `mirrored: [[left_hand, right_hand]]` in a data config" in told[0]
 
     spec = say(config, mirrored=[["left_hand", "right_hand"]])
     dataset = load_dataset(spec)
     assert (plain.mirrored_classes, dataset.mirrored_classes) == ((), ((0, 1),))
-    assert not [f for f in check_data(spec, ["train"]) if "two sides" in f.text]
+    assert not [f for f in check_data(spec, ["train"]) if "left and right of one" in f.text]
     transform = training_transform((12, 16), (1, 1), mirrored_classes=dataset.mirrored_classes)
     seen = {tuple(AugmentedDataset(dataset, transform, 0)[epoch, 0][1][0, ::4].tolist()) for epoch in range(12)}
     assert seen == {(0, 2, 3, 1), (0, 3, 2, 1)}
-    assert not [f for f in check_data(say(config, mirrored=[]), ["train"]) if "two sides" in f.text]
+    assert not [f for f in check_data(say(config, mirrored=[]), ["train"]) if "left and right of one" in f.text]
     resized = load_dataset(say(config, size=[6, 8], mirrored=[["left_hand", "right_hand"]]))
     assert resized.mirrored_classes == ((0, 1),)
 

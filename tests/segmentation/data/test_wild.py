@@ -69,7 +69,7 @@ def test_a_list_prefers_the_file_it_names(tmp_path: Path) -> None:
     PIL.Image.new("RGB", (16, 12)).save(own.with_suffix(".png"))
     assert load_dataset(spec).image_paths == [own]
     own.rename(own.with_suffix(".JPEG"))
-    with pytest.raises(ValueError, match=r"a.jpg is missing, and a.JPEG and a.png there have its name; remove all but"):
+    with pytest.raises(ValueError, match=r"a.jpg is missing, and a.JPEG and a.png have its name; remove all but"):
         load_dataset(spec)
 
 
@@ -77,7 +77,7 @@ def test_an_image_is_never_its_own_mask(tmp_path: Path) -> None:
     """In one folder, where the mask is missing, the image has its name."""
     sample(tmp_path / "data", "camvid")
     (tmp_path / "data/train.txt").write_text("train/a.png train/a.tif")
-    with pytest.raises(ValueError, match=r"there is one file .*train/a.png for both; add the mask"):
+    with pytest.raises(ValueError, match=r"but both are the file .*train/a.png; add the mask"):
         load_dataset(f"camvid:{tmp_path / 'data'}")
 
 
@@ -173,7 +173,7 @@ def test_an_image_called_mask_keeps_its_own(tmp_path: Path) -> None:
         ("a_label.png", r"\(there is a_label.png: if that is the mask, give `mask_suffix: _label` in a data config\)"),
         ("a.seg.png", r"\(there is a.seg.png: if that is the mask, give `mask_suffix: .seg` in a data config\)"),
         ("mask_a.png", r"\(there is mask_a.png: if that is meant, rename it\)"),
-        ("A.png", r"\(there is A.png, whose name is written otherwise: rename it\)"),
+        ("A.png", r"\(there is A.png, whose name is spelled differently: rename it\)"),
         ("ab.png", None),
         (".a.png", None),
     ],
@@ -195,10 +195,10 @@ def test_near_misses_of_numbers_and_letters(tmp_path: Path) -> None:
     (tmp_path / "b.jpg.png").write_bytes(b"")
     assert "there is 0007.png" in near_miss(tmp_path / "7.png")
     assert near_miss(tmp_path / "70.png") == ""
-    assert "whose name is written otherwise" in near_miss(tmp_path / unicodedata.normalize("NFC", "maß_é.png"))
+    assert "whose name is spelled differently" in near_miss(tmp_path / unicodedata.normalize("NFC", "maß_é.png"))
     assert "if that is the mask" in near_miss(tmp_path / "b.png")
     (tmp_path / "list.jpg").write_bytes(b"")
-    assert "there is list.jpg: name it without its ending" in near_miss(tmp_path / "list.jpg.jpg")
+    assert "there is list.jpg: give the name without its suffix" in near_miss(tmp_path / "list.jpg.jpg")
     (tmp_path / "JPEGImage").mkdir()
     assert "but one named JPEGImage" in near_miss(tmp_path / "JPEGImages/a.jpg")
     assert Folders().find(tmp_path / "nowhere/a.png") == tmp_path / "nowhere/a.png"

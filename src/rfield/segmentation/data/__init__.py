@@ -1,4 +1,4 @@
-"""Data sets: what they share, one file for each family, and the transforms of their samples."""
+"""Data sets: one file for each format, their common base, checks and transforms."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -64,7 +64,7 @@ __all__ = [
 
 
 def load_dataset(spec: str, split: str = "train") -> ParsingDataset:
-    """Open one split of the data set that a short text or a YAML file describes.
+    """Open one split of a data set.
 
     Args:
         spec: `voc:ROOT`, a folder in the layout of a PASCAL VOC devkit; `camvid:ROOT`, in that of the SegNet
@@ -73,21 +73,21 @@ def load_dataset(spec: str, split: str = "train") -> ParsingDataset:
             .yaml file with the key `format` and the keys of that format:
 
             - voc: `root` (relative to the YAML file) and optionally `train`, `val`, `test`, the lists of these
-              splits, and what follows
-            - camvid, helen, cityscapes, folder: `root` and optionally `size`, see below, `ignore`,
-              `reduce_zero_label`, `colours`, `mask_suffix`, `mirrored`, see `MaskOptions`
+              splits, and the keys below
+            - camvid, helen, cityscapes, folder: `root` and optionally `size` (see below), `ignore`,
+              `reduce_zero_label`, `colours`, `mask_suffix`, `mirrored` (see `MaskOptions`)
             - synthetic: optionally `size`, `distance`, `length`, `seed`, see `SyntheticCues`
 
-            `size: [height, width]` in px is a working size: every image and mask is brought to it when it is read,
-            and scores are taken at it, see `ResizedDataset`.
-        split: which part of the data, as "train" or "val".
+            `size: [height, width]` in px is a working size: every image and mask is resized to it when it is read,
+            and scores are computed at it, see `ResizedDataset`.
+        split: the part of the data, such as "train" or "val".
 
     Returns:
         The samples of that split.
 
     Raises:
         ValueError: if the spec, the file's text, its format or one of its keys or values is not understood.
-        FileNotFoundError: if the YAML file or something of the data is missing.
+        FileNotFoundError: if the YAML file or a part of the data is missing.
 
     Example:
         >>> dataset = load_dataset("synthetic", split="val")

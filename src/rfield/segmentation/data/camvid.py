@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from rfield.segmentation.data.dataset import IGNORE_INDEX, voc_palette
-from rfield.segmentation.data.files import check_files, read_class_names, read_lines
+from rfield.segmentation.data.files import check_files, list_names, read_class_names, read_lines
 from rfield.segmentation.data.listed import ListedDataset
 from rfield.segmentation.data.listing import Entry, Listing, Refuse, list_entries, make_listing, raise_error
 from rfield.segmentation.data.mask_options import MaskOptions
@@ -26,7 +26,7 @@ CAMVID_CLASSES = (
 )
 
 _VOID = len(CAMVID_CLASSES)
-_ADVICE = f"correct the mask; {_VOID} stands for no label too"
+_ADVICE = f"correct the mask; {_VOID} means no label too"
 _PREFIX = "/SegNet/CamVid/"
 _COLOURS = [
     (128, 128, 128),
@@ -48,13 +48,13 @@ class CamVidDataset(ListedDataset):
     """Street scenes of CamVid (Brostow et al., PRL 2009) with the 11 classes of SegNet (Badrinarayanan et al., 2017).
 
     Each line of the list `SPLIT.txt` names an image and its mask, as `train/ID.png trainannot/ID.png`, relative to
-    the root; the leading `/SegNet/CamVid/` of the tutorial's own lists is left out. The mask value 11, void, becomes
-    255. The class names stand in `classes.txt`, one a line, or are SegNet's where there is no such file.
+    the root; the leading `/SegNet/CamVid/` of the tutorial's own lists is removed. The mask value 11, void, becomes
+    255. The class names are the lines of `classes.txt`, or SegNet's if there is no such file.
 
     Args:
         root: the folder that holds the lists.
         split: the name of a list, without ".txt".
-        options: what a data config says of the masks.
+        options: the mask options of a data config.
 
     Raises:
         FileNotFoundError: if the root, the list, an image or a mask is missing.
@@ -87,14 +87,14 @@ class CamVidDataset(ListedDataset):
 
 
 def list_camvid(root: Path, split: str, options: MaskOptions, refuse: Refuse = raise_error) -> Listing:
-    """What the list of a split names; a line that is no pair or leaves the root goes to `refuse`.
+    """Return the samples in the list of a split. Pass wrong lines (no pair, outside the root) to `refuse`.
 
     Raises:
         FileNotFoundError: if the root or the list is missing.
         ValueError: if the list is empty or not text, or `classes.txt` or the options do not fit.
     """
     if not root.is_dir():
-        raise FileNotFoundError(f"{root} is not a folder; name the one that holds train.txt and val.txt")
+        raise FileNotFoundError(f"{root} is not a folder; give the one that holds train.txt and val.txt")
     classes = root / "classes.txt"
     class_names = read_class_names(classes, CAMVID_CLASSES)
     if len(class_names) != _VOID and options.colours is None:
@@ -102,11 +102,9 @@ def list_camvid(root: Path, split: str, options: MaskOptions, refuse: Refuse = r
             f"{classes} holds {len(class_names)} class names, but the masks of the SegNet "
             f"tutorial have {_VOID} classes and the value {_VOID} for void; name the {_VOID}, without void"
         )
-    lists = sorted(path.stem for path in root.glob("*.txt") if path.name != "classes.txt")
+    lists = [name for name in list_names(root) if name != "classes"]
     if split not in lists:
-        raise FileNotFoundError(
-            f"there is no list {split}.txt in {root}; there are lists of: {', '.join(lists) or 'none'}"
-        )
+        raise FileNotFoundError(f"there is no list {split}.txt in {root}; the lists are: {', '.join(lists) or 'none'}")
     source = root / f"{split}.txt"
     lines = read_lines(source)
     if not lines:
@@ -116,12 +114,12 @@ def list_camvid(root: Path, split: str, options: MaskOptions, refuse: Refuse = r
         names = [name.removeprefix(_PREFIX) for name in line.split()]
         if len(names) != 2:
             raise ValueError(
-                f"{source} has the line {line!r}; a line names an image and its mask, with a blank between"
+                f"{source} has the line {line!r}; a line names an image and its mask, separated by a blank"
             )
         image = _find(root, names[0], source, folders)
         mask = _find(root, names[1], source, folders, options.mask_suffix)
         if image == mask and image.is_file():
-            raise ValueError(f"{source} has the line {line!r}, but there is one file {image} for both; add the mask")
+            raise ValueError(f"{source} has the line {line!r}, but both are the file {image}; add the mask")
         return Entry(image.stem, image, (mask,))
 
     folders = Folders()
@@ -132,7 +130,7 @@ def list_camvid(root: Path, split: str, options: MaskOptions, refuse: Refuse = r
 
 def _find(root: Path, name: str, listed_in: Path, folders: Folders, mask_suffix: str | None = None) -> Path:
     folder, _, file = name.partition("/")
-    if not file or folder in ("", ".", ".."):  # in the root itself, or a path from elsewhere
+    if not file or folder in ("", ".", ".."):  # in the root itself, or an absolute path
         folder, file = "", name
     if mask_suffix is not None and not Path(file).stem.endswith(Path(mask_ending(mask_suffix)).stem):
         file = str(Path(file).with_suffix("")) + mask_ending(mask_suffix)

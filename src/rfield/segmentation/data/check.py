@@ -1,4 +1,4 @@
-"""What ruins a training, found before it."""
+"""Check a data set for faults that spoil a training."""
 
 import os
 import warnings
@@ -27,7 +27,7 @@ _LISTINGS: dict[str, Callable[[Path, str, MaskOptions, Refuse], Listing]] = {
     "cityscapes": list_cityscapes,
     "folder": list_folder,
 }
-# Samples whose results are kept waiting at a time, so that memory stays flat.
+# Limit the samples whose results wait for their turn, so that memory stays flat.
 _AT_A_TIME = 256
 _QUICK_MASKS = 4
 _MOST_SHOWN = 3
@@ -41,21 +41,21 @@ def check_data(
     quick: bool = False,
     flip: bool = True,
 ) -> list[Finding]:
-    """Finds what ruins a training: every file is opened, every pixel read, and nothing ends the check early.
+    """Find the faults that spoil a training. Open every file, read every pixel, and continue after each fault.
 
     Errors are files that are missing, damaged, outside the root or larger than 89 million px; masks of another size,
     kind or with values that no class has; images of more than 8 bits; images that several splits share.
-    Warnings are EXIF orientations that masks may not share, alpha channels, 16-bit images, images that stand twice in a
-    split, masks without any label, classes that no mask of a split has, what makes every score perfect (one class, or
-    none, is labelled or named), palettes that contradict each other, and classes that mirrored images may confuse.
+    Warnings are EXIF orientations that masks may not share, alpha channels, 16-bit images, images that occur twice in a
+    split, masks without any label, classes that no mask of a split has, data on which every score is perfect (at most
+    one class is labelled or named), palettes that contradict each other, and classes that mirrored images may confuse.
 
     Args:
         spec: as for `load_dataset`.
-        splits: to look at; by default train and val, and test where there is one with published truth.
-        workers: threads; by default one for each core.
-        progress: called with (samples done, samples in all).
-        quick: look at the headers, the ends of the files and a few masks alone, or as many as show two classes.
-        flip: warn of classes called left and right that `mirrored_classes` does not pair.
+        splits: the splits to check; by default train and val, and test if it exists and its masks are published.
+        workers: number of threads; by default one for each core.
+        progress: called with (samples done, all samples).
+        quick: check only the headers, the ends of the files, and a few masks (enough to see two classes).
+        flip: warn of classes named left and right that `mirrored_classes` does not pair.
 
     Returns:
         The findings, in the order of splits and samples.
@@ -103,7 +103,7 @@ def check_data(
 
 
 def summarise(spec: str, findings: Sequence[Finding]) -> str:
-    """The findings in one line.
+    """Return the findings in one line.
 
     >>> summarise("synthetic", [])
     'synthetic: 0 errors, 0 warnings'
@@ -114,7 +114,7 @@ def summarise(spec: str, findings: Sequence[Finding]) -> str:
 
 
 def write_findings(path: Path, spec: str, findings: Sequence[Finding]) -> None:
-    """Writes the findings as JSON: `data`, `errors`, `warnings` (counts) and `findings`."""
+    """Write the findings as JSON: `data`, `errors`, `warnings` (counts) and `findings`."""
     counts = {f"{level}s": sum(finding.level == level for finding in findings) for level in ("error", "warning")}
     content = {"data": spec, **counts, "findings": [asdict(finding) for finding in findings]}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -122,19 +122,19 @@ def write_findings(path: Path, spec: str, findings: Sequence[Finding]) -> None:
 
 
 def refuse_bad_data(spec: str, splits: Sequence[str], flip: bool = True, skip_bad: bool = False) -> list[str]:
-    """The quick form of the check, before a training.
+    """Run the quick check that comes before a training.
 
     Args:
         spec: as for `load_dataset`.
-        splits: that the training reads.
+        splits: the splits that the training reads.
         flip: the training mirrors images.
-        skip_bad: it leaves out samples that cannot be read, so that errors do not end it.
+        skip_bad: the training skips samples that cannot be read, so errors do not end it.
 
     Returns:
-        The warnings; of those that say the same of many files the first, and how many more there are.
+        The warnings. Of equal warnings for many files, the first one with the number of the others.
 
     Raises:
-        ValueError: if it finds errors; names the first files.
+        ValueError: if there are errors; names the first files.
     """
     findings = check_data(spec, splits, quick=True, flip=flip)
     errors = [finding for finding in findings if finding.level == "error"]
@@ -165,7 +165,7 @@ def _default_splits(source: DataSource) -> list[str]:
 
 
 def _list(source: DataSource, split: str, findings: list[Finding]) -> Listing | None:
-    """What a split holds; its mistakes become findings, and nothing is left of one that cannot be listed."""
+    """Return the samples of a split, or None if it cannot be listed. Add its faults to the findings."""
 
     def refuse(path: Path, error: Exception) -> None:
         findings.append(Finding("error", str(path), split, None, str(error)))
@@ -179,13 +179,13 @@ def _list(source: DataSource, split: str, findings: list[Finding]) -> Listing | 
 
 
 def _samples(listing: Listing, split: str, workers: int | None, quick: bool) -> Iterator[Sample]:
-    """Every sample's findings, in their order."""
+    """Yield the findings of every sample, in the order of the samples."""
     few = max(1, len(listing.entries) // _QUICK_MASKS)
 
     def check(index: int, values: bool = not quick) -> Sample:
         return check_sample(listing, listing.entries[index], split, index, not quick, values)
 
-    if quick:  # headers are Python's work, which threads do not share
+    if quick:  # reading headers holds the interpreter lock
         samples = [check(index, index % few == 0) for index in range(len(listing.entries))]
         shown = shown_classes(samples)
         for index in range(len(samples)):

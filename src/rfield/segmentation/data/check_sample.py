@@ -1,4 +1,4 @@
-"""What is wrong with the files of one sample."""
+"""Check the files of one sample."""
 
 import hashlib
 import warnings
@@ -28,7 +28,7 @@ from rfield.segmentation.data.paths import NearMisses
 Level = Literal["error", "warning"]
 Found = Callable[[Level, Path, str], None]
 
-# Pillow's own limit: it warns from here on and refuses twice as many.
+# Pillow's own limit: it warns above it and refuses twice as many.
 _MOST_PIXELS = 89_478_485
 _TAILS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
 _ALPHA = ("RGBA", "RGBa", "LA", "La", "PA")
@@ -37,13 +37,13 @@ _DARK = 16
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong with a data set.
+    """One fault of a data set.
 
     Attributes:
-        level: an error ruins the training or ends it; a warning may be meant.
-        file: what it is about.
-        split: where it was found.
-        index: of the sample in the split; none if it is about the split.
+        level: an error spoils the training or ends it; a warning may be intended.
+        file: the file that has the fault.
+        split: the split of the file.
+        index: of the sample in the split; None if the finding is about the split.
         text: what was found and what to do.
     """
 
@@ -56,19 +56,19 @@ class Finding:
     def __str__(self) -> str:
         place = self.split if self.index is None else f"{self.split}[{self.index}]"
         line = f"{self.level}: {place}: {' '.join(self.text.split())}"
-        return line.encode("utf-8", "backslashreplace").decode()  # file names need not be text
+        return line.encode("utf-8", "backslashreplace").decode()  # a file name may hold bytes that are not text
 
 
 @dataclass
 class Sample:
-    """What a sample was found to be.
+    """The results of the check of one sample.
 
     Attributes:
-        findings: what is wrong with it.
-        classes: in its mask; none where it was not read.
-        void: the values in its mask that have no label.
+        findings: the faults of its files.
+        classes: the classes in its mask; None if it was not read.
+        void: the values in its mask that mean "no label".
         palette: the colours of the values that a palette mask uses.
-        digest: of the image's pixels, where they were read.
+        digest: a hash of the image's pixels; None if they were not read.
     """
 
     findings: list[Finding] = field(default_factory=list)
@@ -81,16 +81,15 @@ class Sample:
 def check_sample(
     listing: Listing, entry: Entry, split: str, index: int, pixels: bool = True, values: bool = True
 ) -> Sample:
-    """Looks at the files of one sample.
+    """Check the files of one sample.
 
     Args:
-        listing: that it is of.
+        listing: the split of the sample.
         entry: the sample.
-        split: of the listing, for the findings.
-        index: in the split, for the findings.
-        pixels: read the image's; without it only the header, and the pixels of a file that does not end as a
-            whole one does.
-        values: the same for the mask; without it only the first of a face's maps is looked at.
+        split: the name of the split, for the findings.
+        index: of the sample in the split, for the findings.
+        pixels: read the image's pixels; without it only the header, and the pixels of a file whose end is missing.
+        values: the same for the mask; without it only the first of a face's maps is checked.
     """
     sample = Sample()
 
@@ -120,34 +119,34 @@ def check_sample(
 
 
 def _open(path: Path, near: NearMisses, found: Found) -> PIL.Image.Image | None:
-    """The image of a file whose header is sound and which is safe to decode."""
+    """Open an image. Return None, with a finding, if the header is wrong or decoding is unsafe."""
     try:
         if not path.is_file():
-            found("error", path, f"is missing{near.of(path)}; add the file or take its sample out of the split")
+            found("error", path, f"is missing{near.of(path)}; add the file or remove its sample from the split")
             return None
         image = open_image(path)
     except PIL.Image.DecompressionBombError as error:
-        found("error", path, f"is of an absurd size and was not decoded ({error}); replace or scale it down")
+        found("error", path, f"is too large and was not decoded ({error}); replace it or scale it down")
         return None
     except Exception as error:  # Pillow raises many kinds for damaged files
         found("error", path, f"cannot be opened as an image ({error}); replace the file")
         return None
     if image.width * image.height > _MOST_PIXELS:
         image.close()
-        text = f"is of an absurd size, {image.height}x{image.width} px, and was not decoded; replace or scale it down"
+        text = f"is too large, {image.height}x{image.width} px, and was not decoded; replace it or scale it down"
         found("error", path, text)
         return None
     return image
 
 
 def _load(image: PIL.Image.Image, path: Path, pixels: bool, found: Found) -> bool:
-    """Decodes the file, or if `pixels` is not set only one whose end is missing; whether it is whole."""
+    """Decode an opened image (without `pixels` only if its end is missing). Return whether it is complete."""
     if not pixels and _ends_well(path, image.format):
         return True
     try:
         load_named(image, path)
         if pixels and image.format == "PNG":
-            # Pillow shows what it can of a changed or cut-off PNG; its checksums tell.
+            # Pillow decodes damaged or truncated PNGs as far as it can; only the checksums reveal the damage.
             with open_image(path) as again:
                 again.verify()
     except OSError as error:
@@ -168,32 +167,34 @@ def _ends_well(path: Path, kind: str | None) -> bool:
 
 
 def _check_kind_of_image(image: PIL.Image.Image, path: Path, found: Found) -> bool:
-    """Whether an image that is not yet loaded can be brought to 8 bits."""
+    """Return whether an opened image can be converted to 8 bits."""
     problem = deep_problem(image)
     if problem is not None:
         found("error", path, problem)
         return False
     if deep_bits(image) or any(";16" in str(tile[3]) for tile in getattr(image, "tile", [])):
         found(
-            "warning", path, f"is a {deep_bits(image) or 16}-bit image, of which the upper 8 bits are read; save 8 bits"
+            "warning",
+            path,
+            f"is a {deep_bits(image) or 16}-bit image, of which only the upper 8 bits are read; save it with 8 bits",
         )
     if image.mode in _ALPHA or "transparency" in image.info:
-        text = "has an alpha channel, which is left out: what is transparent shows the colour behind it"
-        found("warning", path, f"{text}; save it without one, on the background that is meant")
+        text = "has an alpha channel, which is dropped, so transparent pixels get their hidden colour"
+        found("warning", path, f"{text}; save it without one, on the right background")
     return True
 
 
 def _check_orientations(entry: Entry, image: int, mask: int, size: tuple[int, int], found: Found) -> None:
-    """Warns of EXIF orientations where a mask's size does not tell whether it was drawn on the turned image."""
+    """Warn of EXIF orientations if the mask's size does not show whether it was drawn on the rotated image."""
     if image == mask or ((image < 5) != (mask < 5) and size[0] != size[1]):
         return
     path, value, other, its = entry.image, image, mask, "mask"
     if image == 1:
         path, value, other, its = entry.masks[0], mask, image, "image"
     has = f"has {other}" if other > 1 else "has none"
-    text = f"has the EXIF orientation {value}, by which reading turns it, but its {its} {has}"
+    text = f"has the EXIF orientation {value}, which is applied, but its {its} {has}"
     fix = "look at both, or save both without EXIF data"
-    found("warning", path, f"{text}, and their sizes do not tell whether the mask fits the turned image; {fix}")
+    found("warning", path, f"{text}, and their sizes do not show whether the mask fits the rotated image; {fix}")
 
 
 def _digest(image: PIL.Image.Image, path: Path, found: Found) -> bytes | None:
@@ -203,7 +204,7 @@ def _digest(image: PIL.Image.Image, path: Path, found: Found) -> bytes | None:
         found("error", path, str(error).removeprefix(f"{path} "))
         return None
     if deep_bits(image) and pixels.max() < _DARK:
-        text = f"is read nearly black: its values stay below {_DARK} in 256 of what {deep_bits(image)} bits hold"
+        text = f"is read as nearly black: its values use less than {_DARK}/256 of the range of {deep_bits(image)} bits"
         found("warning", path, f"{text}; scale them to 0..255 and save them with 8 bits")
     return hashlib.blake2b(repr(pixels.shape).encode() + pixels.data, digest_size=16).digest()
 
@@ -218,7 +219,7 @@ def _read_mask(
     sample: Sample,
     found: Found,
 ) -> npt.NDArray[Any] | None:
-    """The values of a mask that is sound as far as its file goes; none where it is not, or `values` is not set."""
+    """Return the values of a mask, or None if its file has a fault or `values` is not set."""
     opened = _open(path, listing.near, found)
     if opened is None:
         return None
@@ -242,7 +243,7 @@ def _read_mask(
 
 
 def _used_colours(mask: PIL.Image.Image, values: npt.NDArray[Any], listing: Listing) -> dict[int, Colour]:
-    """The colour of each value of a palette mask that is of a class."""
+    """Return the colour of each value of a palette mask that stands for a class."""
     levels = mask.getpalette("RGB") or []
     used = [value for value in np.unique(values).tolist() if listing.code.labels[value] not in (UNKNOWN, IGNORE_INDEX)]
     return {
@@ -253,7 +254,7 @@ def _used_colours(mask: PIL.Image.Image, values: npt.NDArray[Any], listing: List
 
 
 def _classes(values: npt.NDArray[Any], path: Path, listing: Listing, sample: Sample, found: Found) -> set[int] | None:
-    """The classes in a mask; none if it holds what no class has."""
+    """Return the classes in a mask. Add findings for unknown values and for a mask without labels."""
     classes = listing.code.classes(values)
     unknown = listing.code.unknown(values, classes)
     if unknown is not None:
@@ -262,19 +263,19 @@ def _classes(values: npt.NDArray[Any], path: Path, listing: Listing, sample: Sam
     if listing.code.colours is None:
         sample.void = set(np.unique(values[classes == IGNORE_INDEX]).tolist())
     if labels == {IGNORE_INDEX}:
-        found("warning", path, "has no labelled pixel, so that nothing is learned of it; label or remove it")
+        found("warning", path, "has no labelled pixel, so nothing is learned from it; label or remove it")
     return labels - {IGNORE_INDEX, UNKNOWN}
 
 
 def _classes_of_maps(maps: list[npt.NDArray[Any]], path: Path, listing: Listing, found: Found) -> set[int]:
-    """The classes that are the surest somewhere."""
+    """Return the classes that have the highest certainty at some pixel."""
     stack = np.stack(maps)
     if not stack.any():
-        text = "and the other maps of its face are 0 everywhere, so that all of it is background; label or remove it"
+        text = "and the other maps of its face are 0 everywhere, so all of it is background; label or remove it"
         found("warning", path, text)
     return set(np.unique(listing.code.labels[stack.argmax(0)]).tolist()) - {IGNORE_INDEX}
 
 
 def quiet_bombs() -> None:
-    """Keeps Pillow's warning of large images away; they are findings. Call within `warnings.catch_warnings`."""
+    """Silence Pillow's warning of large images, which are findings. Call within `warnings.catch_warnings`."""
     warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)

@@ -1,4 +1,4 @@
-"""What is wrong with a split as a whole, or with the names of its classes."""
+"""Check a split as a whole, and the names of its classes."""
 
 import json
 import re
@@ -20,67 +20,67 @@ _MOST_SHOWN = 3
 
 
 def shown_classes(samples: Sequence[Sample]) -> set[int]:
-    """The classes in the masks that were read."""
+    """Return the classes in the masks that were read."""
     return {label for sample in samples for label in sample.classes or ()}
 
 
 def find_repeated(
     path: str, split: str, index: int, digest: bytes, seen: dict[bytes, tuple[str, str]]
 ) -> list[Finding]:
-    """An image whose pixels were seen before, in this split or another."""
+    """Return a finding if the pixels of an image occurred before, in this split or another."""
     if digest not in seen:
         seen[digest] = (split, path)
         return []
     other_split, other = seen[digest]
     same = f"{path} has the same pixels as {other}"
     if other_split == split:
-        return [
-            Finding("warning", path, split, index, f"{same} of the same split, so that it counts twice; remove one")
-        ]
+        return [Finding("warning", path, split, index, f"{same} of the same split, so it counts twice; remove one")]
     return [
-        Finding("error", path, split, index, f"{same} of the split {other_split!r}, so that scores mislead; remove one")
+        Finding(
+            "error", path, split, index, f"{same} of the split {other_split!r}, so scores are misleading; remove one"
+        )
     ]
 
 
 def find_in_names(source: DataSource, listing: Listing, split: str, flip: bool) -> list[Finding]:
-    """What the names of the classes tell: one class alone, left and right that a mirror confuses."""
+    """Check the names of the classes: a single class, left and right that mirroring confuses."""
     names, texts = listing.class_names, []
     if len(names) == 1:
         texts.append(
-            f"there is one class alone, {names[0]!r}, so that every network scores perfectly; name the others "
+            f"there is only one class, {names[0]!r}, so every network gets perfect scores; name the others "
             "too, such as background, in the order of the mask values"
         )
     pairs = unlisted_pairs(names, listing.mirrored_classes) if flip and source.masks.mirrored != () else []
     if pairs:
         listed = ", ".join(f"[{in_yaml(one)}, {in_yaml(other)}]" for one, other in pairs)
         texts.append(
-            f"the classes {pairs[0][0]!r} and {pairs[0][1]!r} look like the two sides of one thing, which a mirrored "
-            f"image exchanges; write `mirrored: [{listed}]` in a data config, or train with --no-flip (`mirrored: []` "
-            "if neither is meant)"
+            f"the classes {pairs[0][0]!r} and {pairs[0][1]!r} look like the left and right of one thing, which a "
+            f"mirrored image exchanges; write `mirrored: [{listed}]` in a data config, or train with --no-flip "
+            "(`mirrored: []` if they are not)"
         )
     if source.masks.reduce_zero_label and names[0].lower() in _BACKGROUND:
         texts.append(
-            f"reduce_zero_label is set, so that the first class, {names[0]!r}, has the mask value 1; leave it out of "
+            f"reduce_zero_label is set, so the first class, {names[0]!r}, has the mask value 1; leave it out of "
             "the class names if it has 0, or write `ignore: 0` instead"
         )
     return [Finding("warning", str(source.root), split, None, text) for text in texts]
 
 
 def find_in_classes(listing: Listing, split: str, samples: Sequence[Sample], root: Path, quick: bool) -> list[Finding]:
-    """What the classes in the masks of a split tell."""
+    """Check which classes occur in the masks of a split."""
     shown, names = shown_classes(samples), listing.class_names
     if (len(names) == 1 and shown) or all(sample.classes is None for sample in samples):
         return []
     void = {value for sample in samples for value in sample.void}
     absent = [name for label, name in enumerate(names) if label not in shown]
     if not shown:
-        text = f"no mask of the split {split!r} has a labelled pixel, so that nothing is learned or scored there; "
+        text = f"no mask of the split {split!r} has a labelled pixel, so nothing is learned or scored there; "
         text += _remedy(void, names) or "label its masks"
     elif len(shown) == 1:
         only = names[min(shown)]
         text = (
-            f"the masks of the split {split!r} show one of {len(names)} classes alone, {only!r}, so that a network "
-            "which always answers it scores perfectly; "
+            f"the masks of the split {split!r} show only one of {len(names)} classes, {only!r}, so a network "
+            "that always predicts it gets perfect scores; "
         )
         text += _remedy(void, names) or f"label {', '.join(absent[:_MOST_SHOWN])} too, or correct the masks' values"
     elif absent and not quick:
@@ -96,7 +96,7 @@ def find_in_classes(listing: Listing, split: str, samples: Sequence[Sample], roo
 
 
 def in_yaml(name: str) -> str:
-    """A class's name as it stands in a list of a data config, in quotation marks where it needs them.
+    """Return a class's name as YAML, quoted if necessary.
 
     >>> in_yaml("left hand"), in_yaml("hand, left"), in_yaml("no")
     ('left hand', '"hand, left"', '"no"')
@@ -106,7 +106,7 @@ def in_yaml(name: str) -> str:
 
 
 def _remedy(void: set[int], names: Sequence[str]) -> str:
-    """What to do where values without a label hide the other classes."""
+    """Return advice if values without a label hide the other classes."""
     if IGNORE_INDEX in void:
         two = names if len(names) > 1 else ("background", *names)
         colours = ", ".join(f"{in_yaml(name)}: {[level] * 3}" for name, level in zip(two, (0, 255), strict=False))
@@ -122,7 +122,7 @@ def _remedy(void: set[int], names: Sequence[str]) -> str:
 
 
 class Palettes:
-    """Palette masks whose colours and values contradict each other."""
+    """Find palette masks whose colours and values contradict each other."""
 
     def __init__(self) -> None:
         self._colours: dict[int, tuple[Colour, Path]] = {}
@@ -130,7 +130,7 @@ class Palettes:
         self._found: list[Finding] = []
 
     def add(self, palette: dict[int, Colour], path: Path, split: str, index: int) -> None:
-        """The colours of the values that a mask uses."""
+        """Compare the colours of a mask's values with those of earlier masks."""
         contradiction = None
         several = {colour for colour in palette.values() if list(palette.values()).count(colour) > 1}
         for value, colour in palette.items():
@@ -146,10 +146,10 @@ class Palettes:
             self._found.append(Finding("warning", str(path), split, index, f"{path} {contradiction}"))
 
     def findings(self) -> list[Finding]:
-        """One for all of them."""
+        """Return one finding for all contradictions."""
         if not self._found:
             return []
         first = self._found[0]
         many = f" ({len(self._found)} masks contradict earlier ones)" if len(self._found) > 1 else ""
-        fix = "if the colours are right, give them in a data config (`colours`), which reads masks by them"
+        fix = "if the colours are right, give them in a data config (`colours`), so that masks are read by them"
         return [replace(first, text=f"{first.text}{many}; {fix}")]

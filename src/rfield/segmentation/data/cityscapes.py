@@ -1,4 +1,4 @@
-"""Cityscapes in the folders it is downloaded in: `leftImg8bit` and `gtFine`, by city."""
+"""Cityscapes in its original folders: `leftImg8bit` and `gtFine`, by city."""
 
 import os
 from pathlib import Path
@@ -27,7 +27,7 @@ _SPLITS = ("train", "val", "test")
 _SCORED = sorted((entry for entry in Cityscapes.classes if not entry.ignore_in_eval), key=lambda entry: entry.train_id)
 _TRAIN_IDS = np.full(256, UNKNOWN, np.int16)
 for _entry in Cityscapes.classes:
-    if _entry.id >= 0:  # the licence plate, -1, is never drawn
+    if _entry.id >= 0:  # masks never contain the licence plate, -1
         _TRAIN_IDS[_entry.id] = _entry.train_id
 _IMAGE_SUFFIX = "_leftImg8bit"
 _MASK_SUFFIX = "_gtFine_labelIds"
@@ -42,12 +42,12 @@ class CityscapesDataset(ListedDataset):
 
     `leftImg8bit/SPLIT/CITY/ID_leftImg8bit.png` is an image, `gtFine/SPLIT/CITY/ID_gtFine_labelIds.png` its label
     ids 0..33, which become the 19 train ids; all other ids become 255. The masks of the test split hold no scored
-    class: its truth is not published. Names, colours and ids are torchvision's table.
+    class, because its labels are not published. Names, colours and ids are from torchvision's table.
 
     Args:
         root: the folder that holds `leftImg8bit` and `gtFine`.
         split: "train", "val" or "test".
-        options: what a data config says of the masks.
+        options: the mask options of a data config.
 
     Raises:
         FileNotFoundError: if one of the folders or a mask is missing, or there are no images.
@@ -84,7 +84,7 @@ class CityscapesDataset(ListedDataset):
 
 
 def list_cityscapes(root: Path, split: str, options: MaskOptions, refuse: Refuse = raise_error) -> Listing:
-    """The images in the folders of a split; one whose files lie elsewhere goes to `refuse`.
+    """Return the samples in the folders of a split. Pass samples whose files are outside the root to `refuse`.
 
     Raises:
         FileNotFoundError: if a folder is missing or there are no images.
@@ -106,7 +106,7 @@ def list_cityscapes(root: Path, split: str, options: MaskOptions, refuse: Refuse
             f"{root} cannot be read as Cityscapes ({files[0]} is a file); leftImg8bit/{split} must hold one folder for "
             "each city"
         )
-    # In the order of their names: the file system's is another on every machine.
+    # Sorted by name, because the order of the file system differs between machines.
     images = [path for city in cities for path in image_files(city) if path.stem.endswith(_IMAGE_SUFFIX)]
     if not images:
         raise FileNotFoundError(f"{root / 'leftImg8bit' / split} holds no image CITY/ID{_IMAGE_SUFFIX}.png")

@@ -1,4 +1,4 @@
-"""Which classes each of several paths serves."""
+"""Assign classes to each of several paths."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,28 +11,28 @@ from rfield.segmentation.data.dataset import IGNORE_INDEX, ParsingDataset
 
 ClassGroups = dict[str, tuple[int, ...]]
 
-# Masks that the sizes of classes are measured on, spread over the split.
+# Number of masks on which the sizes of classes are measured, spread over the split.
 _MASKS = 200
 
 
 def class_groups(
     groups: str | Sequence[Sequence[str]] | Mapping[str, Sequence[str]], paths: int, dataset: ParsingDataset
 ) -> ClassGroups:
-    """The classes of each path, by the group's name.
+    """Return the classes of each path, by the group's name.
 
     Args:
-        groups: for each path the classes it serves, with names of groups or without; or "auto", by the typical size of
-            the classes' regions, the smallest first. A class is meant by its name, or by a word of it: `eye` is
+        groups: the classes that each path serves, with or without names of groups; or "auto": by the typical size of
+            the classes' regions, the smallest first. A class is given by its name or by a word of it: `eye` means
             `left eye` and `right eye`. A class may be in several groups, or in none.
-        paths: how many groups there must be.
-        dataset: with `auto`, the masks are measured.
+        paths: the required number of groups.
+        dataset: its masks are measured if `groups` is "auto".
 
     Raises:
-        ValueError: for another number of groups, an empty one, or a class that is not there.
+        ValueError: for another number of groups, an empty group, or an unknown class.
     """
     if isinstance(groups, str):
         if groups != "auto":
-            raise ValueError(f"class groups are lists of class names, or auto, got {groups!r}")
+            raise ValueError(f"class groups must be lists of class names, or auto; got {groups!r}")
         return group_by_size(class_sizes(dataset), paths)
     named = dict(groups) if isinstance(groups, Mapping) else {f"group {i + 1}": g for i, g in enumerate(groups)}
     if len(named) != paths:
@@ -47,9 +47,11 @@ def class_groups(
 
 
 def class_sizes(dataset: ParsingDataset) -> dict[int, float]:
-    """The typical size of each class's regions, in px: the side of a square of the region that its median pixel is in.
+    """Measure the typical size of each class's regions in px.
 
-    Up to 200 masks, evenly spread over the split, are measured. A class that none of them shows is left out.
+    It is the side of a square as large as the region in which the class's median pixel lies.
+
+    Up to 200 masks, evenly spread over the split, are measured. A class that occurs in none of them is left out.
     """
     areas: dict[int, list[np.ndarray]] = {}
     for index in range(0, len(dataset), max(1, len(dataset) // _MASKS)):
@@ -62,7 +64,7 @@ def class_sizes(dataset: ParsingDataset) -> dict[int, float]:
 
 
 def group_by_size(sizes: Mapping[int, float], count: int) -> ClassGroups:
-    """Classes sorted by size and cut where the logarithms of the sizes in each group spread least.
+    """Sort classes by size, and cut them so that the logarithms of the sizes in each group spread least.
 
     Raises:
         ValueError: if there are fewer classes than groups.
@@ -71,7 +73,7 @@ def group_by_size(sizes: Mapping[int, float], count: int) -> ClassGroups:
     {'small (8-10 px)': (1, 2), 'large (70-90 px)': (0, 3)}
     """
     if len(sizes) < count:
-        raise ValueError(f"{count} paths need as many classes, but the masks show {len(sizes)}")
+        raise ValueError(f"{count} paths need at least {count} classes, but the masks contain {len(sizes)}")
     ordered = sorted(sizes, key=lambda value: sizes[value])
     logs = np.log([sizes[value] for value in ordered])
 
@@ -94,7 +96,7 @@ def _median_side(areas: np.ndarray) -> float:
 
 
 def _find(member: str, class_names: Sequence[str]) -> list[int]:
-    """The class of this name, or those with this word in their name."""
+    """Return the class of this name, or those with this word in their name."""
     exact = [index for index, name in enumerate(class_names) if name == member]
     found = exact or [
         index for index, name in enumerate(class_names) if member in name.split() or member in re.split(r"[\W_]+", name)

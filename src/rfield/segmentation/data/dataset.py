@@ -1,4 +1,4 @@
-"""What every data set of the library offers, whatever its files look like."""
+"""The base class of all data sets, and helpers for their masks."""
 
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ IGNORE_INDEX = 255
 
 
 class ParsingDataset(Dataset[tuple[Image, Mask]]):
-    """Images with one class index a pixel.
+    """Images with one class index for each pixel.
 
     Sample `i` is a pair of an `Image` uint8 [3, H, W] and a `Mask` uint8 [H, W] whose values are indices of
     `class_names`, or 255 where a pixel has no label.
@@ -19,7 +19,7 @@ class ParsingDataset(Dataset[tuple[Image, Mask]]):
     Attributes:
         class_names: the name of every class, in the order of the mask values.
         palette: 256 RGB colours (0..255), one for every mask value.
-        mirrored_classes: pairs of classes that a mirrored image exchanges, as left and right eye; none by default.
+        mirrored_classes: pairs of classes that a mirrored image exchanges, such as left and right eye; by default none.
         ids: the name of every sample.
 
     Example:
@@ -39,7 +39,7 @@ class ParsingDataset(Dataset[tuple[Image, Mask]]):
 
     @property
     def num_classes(self) -> int:
-        """The number of classes, 255 (no label) not counted."""
+        """Return the number of classes, without 255 (no label)."""
         return len(self.class_names)
 
     def __len__(self) -> int:
@@ -47,26 +47,26 @@ class ParsingDataset(Dataset[tuple[Image, Mask]]):
 
     @abstractmethod
     def __getitem__(self, index: int) -> tuple[Image, Mask]:
-        """The image, uint8 [3, H, W], and the mask, uint8 [H, W], of one sample."""
+        """Return the image, uint8 [3, H, W], and the mask, uint8 [H, W], of one sample."""
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """A hexadecimal hash that changes whenever the samples may have changed: the key of a feature cache."""
+        """Return a hexadecimal hash that changes when the samples may have changed: the key of a feature cache."""
 
     @abstractmethod
     def sizes(self) -> list[tuple[int, int]]:
-        """The (height, width) in px of every image, without reading the pixels."""
+        """Return the (height, width) in px of every image, without reading the pixels."""
 
 
 def exchange_classes(mask: Tensor, pairs: Sequence[tuple[int, int]]) -> Tensor:
-    """The mask of a mirrored image: of each pair of classes, either becomes the other.
+    """Exchange the classes of each pair, for the mask of a mirrored image.
 
     Args:
         mask: integer Tensor of any shape.
         pairs: the data set's `mirrored_classes`.
 
     Returns:
-        Another tensor like `mask`, or `mask` itself where there are no pairs.
+        A new tensor like `mask`, or `mask` itself if there are no pairs.
 
     Example:
         >>> import torch
@@ -81,7 +81,7 @@ def exchange_classes(mask: Tensor, pairs: Sequence[tuple[int, int]]) -> Tensor:
 
 
 def voc_palette() -> list[tuple[int, int, int]]:
-    """The 256 colours of PASCAL VOC: the bits of a class index, dealt to red, green and blue in turn.
+    """Return the 256 colours of PASCAL VOC: the bits of a class index go to red, green and blue in turn.
 
     Returns:
         256 RGB colours, 0..255.

@@ -1,4 +1,4 @@
-"""Converters of other face data sets to the layout and the 11 classes of Helen (see `HelenDataset`)."""
+"""Convert other face data sets to the layout and the 11 classes of Helen (see `HelenDataset`)."""
 
 import os
 import re
@@ -21,8 +21,8 @@ from rfield.segmentation.data.masks import UNKNOWN, MaskCode, plain_labels, read
 from rfield.segmentation.data.paths import Folders, lies_in, near_miss
 from rfield.segmentation.data.resized import resize_mask
 
-# In the order in which the data set's authors paint them: where parts overlap, the later one is seen. Skin lies under
-# glasses too, so glasses (eye_g), which Helen does not know, are simply not painted.
+# In the order of the authors' script, because a later part covers earlier ones. Glasses (eye_g), which Helen does not
+# have, are not painted: skin is also labelled below them.
 _CELEBAMASK_PARTS = {
     "skin": "face skin",
     "nose": "nose",
@@ -50,12 +50,12 @@ Progress = Callable[[int, int], None]
 
 
 class Conversion(NamedTuple):
-    """What a converter has made.
+    """The result of a converter.
 
     Attributes:
         root: the folder to give to `HelenDataset`.
         counts: split to number of faces.
-        exchanged: the source's "left" is the person's own, so that left and right were exchanged.
+        exchanged: left and right were exchanged, because the source's "left" is the person's own.
     """
 
     root: Path
@@ -72,19 +72,19 @@ class _Face(NamedTuple):
 def convert_celebamask(
     source: str | os.PathLike[str], target: str | os.PathLike[str], progress: Progress = lambda done, total: None
 ) -> Conversion:
-    """Bring CelebAMask-HQ (Lee et al., CVPR 2020) into the layout of Helen.
+    """Convert CelebAMask-HQ (Lee et al., CVPR 2020) to the layout of Helen.
 
     `CelebA-HQ-img/N.jpg` is an image, `CelebAMask-HQ-mask-anno/K/0000N_PART.png` with K = N // 2000 the binary
-    mask of a part, which may be missing where the part is not seen. Parts are painted in the order of the data set's
-    own script. Ears, earrings, neck, necklace, cloth and hat become background, glasses what is labelled under them.
-    Masks are resized to the image's size, every pixel by the nearest label.
+    mask of a part, which may be missing if the part is not visible. Parts are painted in the order of the data set's
+    own script. Ears, earrings, neck, necklace, cloth and hat become background, glasses the class below them.
+    Masks are resized to the image's size with the nearest label.
 
-    The split is CelebA's own where `CelebA-HQ-to-CelebA-mapping.txt` lies in the source: by `list_eval_partition.txt`
-    beside it, or without that file by the same rule, CelebA's numbers up to 162770 for train and from 182638 on for
-    test. Without a mapping, N ending in 8 is val, in 9 test.
+    The splits are CelebA's own if `CelebA-HQ-to-CelebA-mapping.txt` is in the source: by `list_eval_partition.txt`
+    beside it, or without that file by the same rule (CelebA's numbers up to 162770 are train, from 182638 on test).
+    Without a mapping, N ending in 8 is val, in 9 test.
 
-    "Left" becomes left as the viewer sees it, as in Helen. Which side the source means is not taken on trust but seen
-    from where its eyes and brows lie, over faces from all of the set.
+    "Left" becomes the viewer's left, as in Helen. The side that the source means is measured from the positions of its
+    eyes and brows, in faces from the whole set.
 
     Args:
         source: folder with `CelebA-HQ-img` and `CelebAMask-HQ-mask-anno`.
@@ -127,10 +127,10 @@ def convert_celebamask(
 def convert_lapa(
     source: str | os.PathLike[str], target: str | os.PathLike[str], progress: Progress = lambda done, total: None
 ) -> Conversion:
-    """Bring LaPa (Liu et al., AAAI 2020) into the layout of Helen, whose 11 classes it has, in the same order.
+    """Convert LaPa (Liu et al., AAAI 2020), which has Helen's 11 classes in the same order, to the layout of Helen.
 
     `SPLIT/images/ID.jpg` is an image, `SPLIT/labels/ID.png` its mask; the splits are train, val and test. "Left"
-    becomes left as the viewer sees it, found as in `convert_celebamask`.
+    becomes the viewer's left, as in `convert_celebamask`.
 
     Args:
         source: folder with `train`, `val` and `test`.
@@ -170,14 +170,14 @@ def _images(folder: Path) -> list[Path]:
 
 
 def _inside(path: Path) -> Path:
-    """The file of the source, which may not be a link out of its folder."""
+    """Return the file, or raise an error if it is a link out of its folder."""
     if path.is_symlink() and not lies_in(path, path.parent):
         raise ValueError(f"{path} is a link to a file outside {path.parent}; put the file itself there")
     return path
 
 
 def _celeba_splits(source: Path, numbers: list[int]) -> list[str]:
-    """The split of every image of CelebA-HQ."""
+    """Return the split of every image of CelebA-HQ."""
     mapping = source / "CelebA-HQ-to-CelebA-mapping.txt"
     if not mapping.is_file():
         return [{8: "val", 9: "test"}.get(number % 10, "train") for number in numbers]
@@ -198,7 +198,7 @@ def _celeba_splits(source: Path, numbers: list[int]) -> list[str]:
 
 
 def _read_table(path: Path, pattern: str, example: str) -> list[tuple[str, ...]]:
-    """What the pattern's groups match in every line but the heading."""
+    """Return the matches of the pattern's groups in every line except the heading."""
     rows = []
     for line in read_lines(path):
         match = re.fullmatch(pattern, line)
@@ -210,7 +210,7 @@ def _read_table(path: Path, pattern: str, example: str) -> list[tuple[str, ...]]
 
 
 def _paint_parts(stem: Path, image: Path, folders: Folders) -> Tensor:
-    """All the parts of a face in one mask of its image's size, uint8 [H, W]."""
+    """Paint all parts of a face in one mask of its image's size, uint8 [H, W]."""
     mask: Tensor | None = None
     for part, name in _CELEBAMASK_PARTS.items():
         path = _inside(folders.find(stem.with_name(f"{stem.name}_{part}.png")))
@@ -223,7 +223,7 @@ def _paint_parts(stem: Path, image: Path, folders: Folders) -> Tensor:
             raise ValueError(f"{path} is {_size(drawn.shape)} px, but other parts of this face {_size(mask.shape)}")
         mask[drawn] = HELEN_CLASSES.index(name)
     if mask is None:
-        raise FileNotFoundError(f"{image} has no masks: there is no {stem}_skin.png, nor another part")
+        raise FileNotFoundError(f"{image} has no masks: there is no {stem}_skin.png and no other part")
     height, width = image_sizes([image])[0]
     if height * mask.shape[1] != width * mask.shape[0]:
         raise ValueError(
@@ -258,7 +258,7 @@ def _convert(faces: list[_Face], read: Callable[[_Face], Tensor], target: Path, 
     seen: dict[str, Path] = {}
     for face in faces:
         if face.name in seen:
-            raise ValueError(f"{seen[face.name]} and {face.image} have one name; rename one of them and its mask")
+            raise ValueError(f"{seen[face.name]} and {face.image} have the same name; rename one of them and its mask")
         seen[face.name] = face.image
         splits[face.split].append(face.name)
     exchanged = _left_is_the_persons(read(face) for face in faces[:: max(1, len(faces) // _LOOKED_AT)])
@@ -278,7 +278,7 @@ def _convert(faces: list[_Face], read: Callable[[_Face], Tensor], target: Path, 
 
 
 def _left_is_the_persons(masks: Iterable[Tensor]) -> bool:
-    """Whether what is called left lies right in the image, in most of the faces that show both sides."""
+    """Return whether the classes named left are on the right in most of the faces with both sides."""
     votes = 0
     for mask in masks:
         for sides in HelenDataset.mirrored_classes:
@@ -294,5 +294,5 @@ def _write_face(root: Path, face: _Face, mask: Tensor) -> None:
     folder.mkdir(parents=True)
     for label in range(len(HELEN_CLASSES)):
         sure = PIL.Image.fromarray(((mask == label) * 255).byte().numpy())
-        # Maps are black and white: the highest compression would take ten times as long and save little.
+        # Maps are black and white: the highest compression takes ten times as long and saves little.
         sure.save(folder / f"{face.name}_lbl{label:02d}.png", compress_level=1)

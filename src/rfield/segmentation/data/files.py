@@ -1,4 +1,4 @@
-"""Reading the files of a data set, with errors that name the file and say what to do."""
+"""Read the files of a data set, with errors that name the file and say what to do."""
 
 import hashlib
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from rfield.segmentation.data.paths import near_miss
 
 
 def fingerprint_of(root: Path, paths: Sequence[Path], *facts: object) -> str:
-    """A hexadecimal hash of the facts, and of every file's name in the root, its size and time of change."""
+    """Return a hexadecimal hash of the facts, and of every file's name in the root, its size and time of change."""
     digest = hashlib.sha256(repr(facts).encode())
     for path in paths:
         state = path.stat()
@@ -19,7 +19,7 @@ def fingerprint_of(root: Path, paths: Sequence[Path], *facts: object) -> str:
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a text file that hold something, without the blanks around them.
+    """Return the lines of a text file that are not empty, without surrounding blanks.
 
     Raises:
         ValueError: if it is not text in UTF-8.
@@ -27,15 +27,20 @@ def read_lines(path: Path) -> list[str]:
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not text in UTF-8 ({error}); save it as such") from error
+        raise ValueError(f"{path} is not text in UTF-8 ({error}); save it in UTF-8") from error
     return [line.strip() for line in lines if line.strip()]
 
 
+def list_names(folder: Path) -> list[str]:
+    """Return the names of the lists `NAME.txt` in a folder, sorted, without dot files."""
+    return sorted(path.stem for path in folder.glob("*.txt") if not path.name.startswith("."))
+
+
 def read_class_names(path: Path, default: tuple[str, ...]) -> tuple[str, ...]:
-    """The class names in a file, one a line; `default` where there is no such file.
+    """Read class names from a file, one a line. Return `default` if there is no such file.
 
     Raises:
-        ValueError: if there are none, more than 255, or one stands there twice.
+        ValueError: if there are none, more than 255, or one occurs twice.
     """
     if not path.is_file():
         return default
@@ -52,7 +57,7 @@ def read_class_names(path: Path, default: tuple[str, ...]) -> tuple[str, ...]:
 def check_files(
     paths: Sequence[Path], what: str, kind: str = "files", fix: str = "add the file or remove its line from the list"
 ) -> None:
-    """Raises FileNotFoundError for the first that is missing; `what` says whose files they are."""
+    """Raise FileNotFoundError for the first missing file; `what` says whose files they are."""
     missing = [path for path in paths if not path.is_file()]
     if missing:
         found = f"({len(missing)} of the {len(paths)} {kind} of {what}){near_miss(missing[0])}"

@@ -1,4 +1,4 @@
-"""A plain folder of images and masks, the layout to bring one's own data in."""
+"""A plain folder of images and masks, the layout for your own data."""
 
 import os
 import re
@@ -23,15 +23,15 @@ _SUFFIXES = ("", "_mask")
 class FolderDataset(ListedDataset):
     """Pairs of `SPLIT/images/NAME.jpg` and `SPLIT/masks/NAME.png` (or other image files, or `NAME_mask.png`).
 
-    A mask is a palette image or 8-bit grey; its values are the lines of `classes.txt`, counted from 0, and 255 where
-    there is no label. A palette in the first mask gives the colours. Files that are no images by name are left out.
+    A mask is a palette image or 8-bit grey. Its values are the lines of `classes.txt`, counted from 0, and 255 for no
+    label. A palette in the first mask gives the colours. Files without an image suffix are ignored.
     The folders may also be `images/SPLIT` and `masks/SPLIT`, or `SPLIT` and `SPLIT_masks`; `labels`, `annotations` and
-    `gt` do for `masks`; and masks may lie among their images as `NAME_mask.png`.
+    `gt` also work for `masks`; and masks may be in the folder of their images as `NAME_mask.png`.
 
     Args:
         root: the folder that holds `classes.txt` (one class a line) and the splits.
         split: a folder in it: "train", "val", "test" or another.
-        options: what a data config says of the masks; with `colours` there need be no `classes.txt`.
+        options: the mask options of a data config; with `colours`, `classes.txt` is not needed.
 
     Raises:
         FileNotFoundError: if the root, `classes.txt`, the split, the image of a mask or the mask of an image is
@@ -62,14 +62,14 @@ class FolderDataset(ListedDataset):
 
 
 def list_folder(root: Path, split: str, options: MaskOptions, refuse: Refuse = raise_error) -> Listing:
-    """The images in the folders of a split; one without a mask and what else does not fit goes to `refuse`.
+    """Return the samples in the folders of a split. Pass images without a mask and other faults to `refuse`.
 
     Raises:
         FileNotFoundError: if the root, `classes.txt` or the split is missing.
         ValueError: if `classes.txt` or the options do not fit, or there is no image.
     """
     if not root.is_dir():
-        raise FileNotFoundError(f"{root} is not a folder; name the one that holds classes.txt and train")
+        raise FileNotFoundError(f"{root} is not a folder; give the one that holds classes.txt and train")
     classes = root / "classes.txt"
     own_names = classes if classes.is_file() else None
     if own_names is None and options.colours is None:
@@ -81,18 +81,21 @@ def list_folder(root: Path, split: str, options: MaskOptions, refuse: Refuse = r
     suffixes = mask_suffixes(options)
     images, masks = _folders(root, split, suffixes)
     image_paths, mask_paths = image_files(images), image_files(masks)
-    if images == masks:  # masks among their images
+    if images == masks:
         mask_paths = [path for path in image_paths if _is_mask(path, suffixes)]
         image_paths = [path for path in image_paths if not _is_mask(path, suffixes)]
     own_images: dict[str, Path] = {}
     for path in image_paths:
         other = own_images.setdefault(path.stem, path)
         if other != path:
-            refuse(path, ValueError(f"{other} and {path} would have one mask; rename or remove one of them"))
+            refuse(path, ValueError(f"{other} and {path} would have the same mask; rename or remove one of them"))
     own = _masks_of(own_images, mask_paths, suffixes, refuse)
     _refuse_single(own_images, own, mask_paths, masks, images, suffixes[0], refuse)
     if not own_images:
-        inside = "".join(f", but the folder {path.name}: put its files right there" for path in subfolders(images)[:1])
+        inside = "".join(
+            f", but the folder {path.name}; move the files of that folder to {images}"
+            for path in subfolders(images)[:1]
+        )
         raise ValueError(f"{images} holds no image ({', '.join(IMAGE_SUFFIXES)}){inside}")
 
     pairs = [Entry(name, image, (own[name],)) for name, image in own_images.items() if name in own]
@@ -102,12 +105,12 @@ def list_folder(root: Path, split: str, options: MaskOptions, refuse: Refuse = r
 
 
 def mask_suffixes(options: MaskOptions) -> Sequence[str]:
-    """What a mask's name may have behind its image's."""
+    """Return the suffixes that may follow an image's name in its mask's name."""
     return _SUFFIXES if options.mask_suffix is None else (options.mask_suffix,)
 
 
 def splits_of(root: Path, suffixes: Sequence[str] = _SUFFIXES) -> dict[str, tuple[Path, list[Path]]]:
-    """The folder of images of each split, and those that may hold its masks."""
+    """Return for each split the folder of its images, and the folders that may hold its masks."""
     found: dict[str, tuple[Path, list[Path]]] = {}
     folders = subfolders(root)
     for folder in folders:
@@ -127,7 +130,7 @@ def splits_of(root: Path, suffixes: Sequence[str] = _SUFFIXES) -> dict[str, tupl
 
 
 def _folders(root: Path, split: str, suffixes: Sequence[str]) -> tuple[Path, Path]:
-    """The folders of a split's images and masks, which are one where masks lie among their images."""
+    """Return the folders of a split's images and masks; they are the same if one folder holds both."""
     found = splits_of(root, suffixes)
     if split not in found:
         known = ", ".join(sorted(found)) or "none"
@@ -149,10 +152,10 @@ def _folders(root: Path, split: str, suffixes: Sequence[str]) -> tuple[Path, Pat
 
 
 def _unsplit(root: Path, split: str) -> str:
-    """What lies where a split was looked for, in words that go on the error."""
+    """Return what is in the place of a missing split, as the end of the error."""
     for folder in _named(root, _IMAGES):
         if image_files(folder):
-            return f"; the images right in {folder} are of no split, move them to {folder / split} and their masks too"
+            return f"; the images in {folder} belong to no split; move them to {folder / split}, and their masks too"
     if not (root / split).is_dir():
         return ""
     inside = ", ".join(path.name for path in subfolders(root / split)) or "no folder"
@@ -163,7 +166,7 @@ def _unsplit(root: Path, split: str) -> str:
 
 
 def _ending_of_half(folder: Path) -> str:
-    """Advice on a suffix that half of a folder's images have behind the names of the others; else nothing."""
+    """Return advice on a suffix that half of a folder's images add to the names of the others, or ""."""
     stems = {path.stem for path in image_files(folder)}
     gaps = ((stem, gap.start()) for stem in stems for gap in re.finditer(r"[-_.]", stem))
     endings = Counter(stem[place:] for stem, place in gaps if stem[:place] in stems)
@@ -174,26 +177,26 @@ def _ending_of_half(folder: Path) -> str:
 
 
 def _near(root: Path, images: Path) -> list[Path]:
-    """Folders in which the masks of a folder of images may lie."""
+    """Return the folders that may hold the masks of a folder of images."""
     near = [*subfolders(images.parent), *subfolders(root)]
     return sorted({path for path in near if path != images and not images.is_relative_to(path)})
 
 
 def _named(folder: Path, names: Sequence[str]) -> list[Path]:
-    """The subfolders of these names, in any case, in the order of the names."""
+    """Return the subfolders of these names, in upper or lower case, in the order of the names."""
     own = {path.name.lower(): path for path in subfolders(folder)}
     return [own[name] for name in names if name in own]
 
 
 def _is_mask(path: Path, suffixes: Sequence[str]) -> bool:
-    """Whether a file among images has the name of a mask."""
+    """Return whether a file has the name of a mask."""
     return any(path.stem.endswith(Path(mask_ending(suffix)).stem) for suffix in suffixes if suffix)
 
 
 def _masks_of(
     images: dict[str, Path], mask_paths: Sequence[Path], suffixes: Sequence[str], refuse: Refuse
 ) -> dict[str, Path]:
-    """The mask of each image, by the image's name: of the first suffix that has one."""
+    """Return the mask of each image, by the image's name, with the first suffix that exists."""
     by_stem: dict[str, list[Path]] = {}
     for path in mask_paths:
         by_stem.setdefault(path.stem, []).append(path)
@@ -222,7 +225,7 @@ def _refuse_single(
     suffix: str,
     refuse: Refuse,
 ) -> None:
-    """Images without a mask and masks without an image."""
+    """Refuse images without a mask and masks without an image."""
     near = NearMisses()
     without_mask = [name for name in images if name not in own]
     for name in without_mask:

@@ -45,15 +45,15 @@ class HelenDataset(ListedDataset):
     """Faces with 11 classes in the layout of Helen face parsing (Smith et al., CVPR 2013).
 
     The list of a split, `exemplars.txt` for train, `tuning.txt` for val and `testing.txt` for test, has the lines
-    `number , ID`. `images/ID.jpg` is an image, `labels/ID/ID_lbl00.png` to `ID_lbl10.png` are 8-bit maps of how
-    surely a pixel belongs to each class; its label is the surest one, of equally sure ones the first. "Left" is
-    what the data set calls left: in Helen itself the viewer's left. A mirrored image has left and right
-    exchanged: `mirrored_classes`.
+    `number , ID`. `images/ID.jpg` is an image, `labels/ID/ID_lbl00.png` to `ID_lbl10.png` are 8-bit maps of each
+    class's certainty. The label of a pixel is the class with the highest certainty, of equal ones the first. "Left" is
+    what the data set calls left: in Helen itself the viewer's left. A mirrored image exchanges left and right, see
+    `mirrored_classes`.
 
     Args:
         root: the folder that holds `images`, `labels` and the lists.
         split: "train", "val" or "test".
-        options: what a data config says of the maps.
+        options: the mask options of a data config.
 
     Raises:
         FileNotFoundError: if the root, the list, an image or a map is missing.
@@ -91,7 +91,7 @@ class HelenDataset(ListedDataset):
 
 
 def list_helen(root: Path, split: str, options: MaskOptions, refuse: Refuse = raise_error) -> Listing:
-    """What the list of a split names; a line that is not understood or leaves the root goes to `refuse`.
+    """Return the samples in the list of a split. Pass wrong lines (not understood, outside the root) to `refuse`.
 
     Raises:
         FileNotFoundError: if the root or the list is missing.
@@ -100,7 +100,7 @@ def list_helen(root: Path, split: str, options: MaskOptions, refuse: Refuse = ra
     if split not in HELEN_LISTS:
         raise ValueError(f"Helen has no split {split!r}; it has {', '.join(HELEN_LISTS)}")
     if not root.is_dir():
-        raise FileNotFoundError(f"{root} is not a folder; name the one that holds images and labels")
+        raise FileNotFoundError(f"{root} is not a folder; give the one that holds images and labels")
     source = root / HELEN_LISTS[split]
     if not source.is_file():
         raise FileNotFoundError(f"{source} is missing; it must hold a line `number , ID` for each image")

@@ -1,4 +1,4 @@
-"""The one reader of image files: formats, depth, orientation. Data sets, prediction and inspection all use it."""
+"""Read image files: formats, bit depth, orientation. Data sets, prediction and inspection all use this module."""
 
 import struct
 from collections.abc import Iterable, Sequence
@@ -20,7 +20,7 @@ _PREMULTIPLIED = {"RGBa": "RGBA", "La": "LA"}
 
 
 def is_image_name(name: str) -> bool:
-    """Whether a file's name is that of an image: a known suffix in any case, and no dot file (as macOS's `._a.jpg`).
+    """Return whether a file's name has an image suffix, in upper or lower case, and is no dot file (`._a.jpg`).
 
     >>> is_image_name("a.JPG"), is_image_name("._a.jpg"), is_image_name("Thumbs.db")
     (True, False, False)
@@ -29,21 +29,21 @@ def is_image_name(name: str) -> bool:
 
 
 def image_files(folder: Path) -> list[Path]:
-    """The files of a folder (not of its subfolders) that have the name of an image, sorted."""
+    """Return the image files of a folder (not of its subfolders) by their names, sorted."""
     return sorted(path for path in folder.iterdir() if is_image_name(path.name))
 
 
 def open_image(path: Path) -> PIL.Image.Image:
-    """Open an image or mask; its pixels are not yet read.
+    """Open an image or mask without reading its pixels.
 
-    Pillow goes by the contents, whatever the name. Of its formats only plain ones are tried: others hand the file to
-    programs, as EPS does to Ghostscript.
+    Pillow detects the format from the contents. Only plain formats are allowed, because others start programs, as EPS
+    starts Ghostscript.
     """
     return PIL.Image.open(path, formats=_FORMATS)
 
 
 def open_named(path: Path) -> PIL.Image.Image:
-    """`open_image`, whose OSError names the file."""
+    """Open an image or mask. Raise an OSError that names the file if it cannot be opened."""
     try:
         return open_image(path)
     except Exception as error:  # Pillow raises many kinds for damaged files
@@ -51,9 +51,9 @@ def open_named(path: Path) -> PIL.Image.Image:
 
 
 def load_named(image: PIL.Image.Image, path: Path) -> None:
-    """Decode an opened image; an OSError names the file."""
+    """Decode an opened image. Raise an OSError that names the file if it is damaged."""
     if image.format == "TIFF":
-        image.filename = ""  # type: ignore[attr-defined]  # Mapped to memory, Pillow 13 scrambles one that it turns.
+        image.filename = ""  # type: ignore[attr-defined]  # Pillow 13 scrambles a memory-mapped TIFF that it rotates.
     try:
         image.load()
     except Exception as error:
@@ -61,17 +61,17 @@ def load_named(image: PIL.Image.Image, path: Path) -> None:
 
 
 def read_image(path: Path) -> Image:
-    """Read an image as RGB, turned as its EXIF orientation says.
+    """Read an image as RGB, rotated by its EXIF orientation.
 
-    Grey, palette, CMYK and 1-bit images become RGB; an alpha channel is left out. Of 16 bits (12 in some TIFF files)
-    the upper 8 are read, also of grey ones.
+    Grey, palette, CMYK and 1-bit images become RGB; an alpha channel is dropped. Of 16 bits (12 in some TIFF files) the
+    upper 8 are used, also for grey images.
 
     Returns:
         uint8 [3, H, W].
 
     Raises:
         OSError: if the file is not an image or a damaged one.
-        ValueError: if its values have no range that the format says (32-bit whole numbers, floats), or no RGB.
+        ValueError: if the format does not define the range of its values (32-bit integers, floats), or it is not RGB.
     """
     with open_named(path) as file:
         problem = deep_problem(file)
@@ -83,7 +83,7 @@ def read_image(path: Path) -> Image:
 
 
 def read_single_image(path: Path) -> Image:
-    """`read_image` for an image outside of a data set: each failure is a ValueError that names the file."""
+    """Read an image outside of a data set, as `read_image`. Raise a ValueError that names the file on any failure."""
     try:
         return read_image(path)
     except OSError as error:
@@ -92,16 +92,16 @@ def read_single_image(path: Path) -> Image:
 
 
 def rgb_pixels(image: PIL.Image.Image, path: Path) -> npt.NDArray[np.uint8]:
-    """The pixels uint8 [H, W, 3] of a loaded image of `path` that `deep_problem` lets pass, turned upright.
+    """Return the upright pixels uint8 [H, W, 3] of the loaded image of `path`. `deep_problem` must allow it.
 
     Raises:
         ValueError: if it cannot be read as RGB; names the file.
     """
-    image.info.pop("transparency", None)  # left out; Pillow warns of a palette's
+    image.info.pop("transparency", None)  # not used, and Pillow warns of it in palettes
     bits = deep_bits(image)
     if bits:
         grey = np.asarray(image).astype(np.int64) >> (bits - 8)
-        if image.format == "TIFF" and _tag(image, _TIFF_PHOTOMETRIC) == 0:  # white is 0, which Pillow leaves so
+        if image.format == "TIFF" and _tag(image, _TIFF_PHOTOMETRIC) == 0:  # white is 0, and Pillow does not invert it
             grey = 255 - grey
         pixels = np.repeat(grey.astype(np.uint8)[..., None], 3, axis=2)
     else:
@@ -116,19 +116,19 @@ def rgb_pixels(image: PIL.Image.Image, path: Path) -> npt.NDArray[np.uint8]:
 
 
 def deep_bits(image: PIL.Image.Image) -> int:
-    """How many bits a pixel of deep grey has whose range the format says: 0 (black) to all ones; else 0."""
+    """Return the bits per pixel of a deep grey image, from 0 (black) to all ones; 0 for other images."""
     if image.mode.startswith("I;16"):
         bits = _tag(image, _TIFF_BITS) if image.format == "TIFF" else 16
         return bits if isinstance(bits, int) and 8 < bits <= 16 else 16
-    return 16 if image.mode == "I" and image.format == "PNG" else 0  # so before Pillow 11
+    return 16 if image.mode == "I" and image.format == "PNG" else 0  # Pillow before 11
 
 
 def deep_problem(image: PIL.Image.Image) -> str | None:
-    """Why an image cannot be brought to 8 bits, if it cannot: what it holds, then what to do."""
+    """Return why an image cannot be converted to 8 bits and what to do, or None if it can."""
     if deep_bits(image) or image.mode not in ("I", "F"):
         return None
     kind = "floats" if image.mode == "F" else "whole numbers of up to 32 bits"
-    return f"holds {kind}, whose range the format does not say; scale them to 0..255 and save them with 8 bits"
+    return f"holds {kind}, whose range the format does not define; scale them to 0..255 and save them with 8 bits"
 
 
 def _tag(image: PIL.Image.Image, tag: int) -> Any:
@@ -137,21 +137,21 @@ def _tag(image: PIL.Image.Image, tag: int) -> Any:
 
 
 def orientation(image: PIL.Image.Image, path: Path) -> int:
-    """The EXIF orientation by which the pixels are yet to be turned, 1 to 8; 1 turns nothing.
+    """Return the EXIF orientation that is still to be applied to the pixels, 1 to 8; 1 changes nothing.
 
-    A TIFF file that is loaded has been turned by Pillow.
+    Pillow applies it when it loads a TIFF file.
     """
     try:
         if image.format == "PNG" and "exif" not in image.info and _metadata_follows(path):
             image.load()
-        value = PIL.Image.Image.getexif(image).get(_ORIENTATION, 1)  # PngImageFile's own would decode every PNG
-    except Exception:  # damaged EXIF data turns nothing
+        value = PIL.Image.Image.getexif(image).get(_ORIENTATION, 1)  # PngImageFile.getexif would decode every PNG
+    except Exception:  # damaged EXIF data changes nothing
         return 1
     return value if value in range(2, 9) else 1
 
 
 def turn(pixels: npt.NDArray[Any], orientation: int) -> npt.NDArray[Any]:
-    """Pixels [H, W, ...] as they are to be seen, in an array of their own.
+    """Apply an EXIF orientation to pixels [H, W, ...], in a new array.
 
     >>> turn(np.array([[1, 2, 3]]), 6).tolist(), turn(np.array([[1, 2, 3]]), 8).tolist()
     ([[1], [2], [3]], [[3], [2], [1]])
@@ -166,27 +166,27 @@ def turn(pixels: npt.NDArray[Any], orientation: int) -> npt.NDArray[Any]:
 
 
 def upright_size(image: PIL.Image.Image, path: Path) -> tuple[int, int]:
-    """The (height, width) in px of an opened image, not yet loaded, as `read_image` gives it."""
+    """Return the (height, width) in px of an opened, not yet loaded image, as `read_image` returns it."""
     width, height = image.size
-    if image.format == "TIFF":  # where Pillow's releases differ in what they call its size
+    if image.format == "TIFF":  # Pillow's releases differ in its `size`
         width, height = _tag(image, _TIFF_WIDTH) or width, _tag(image, _TIFF_HEIGHT) or height
     return (width, height) if orientation(image, path) >= 5 else (height, width)
 
 
 def turned_size_problem(image: Path, mask: tuple[int, ...], size: tuple[int, int]) -> str | None:
-    """Why a mask has not its image's size (height, width), if the image's EXIF orientation explains it; what to do."""
+    """Return how the image's EXIF orientation explains another size of its mask and what to do, or None."""
     with open_named(image) as file:
         value = orientation(file, image)
     if value < 5 or mask != size[::-1]:
         return None
     return (
-        f", turned by its EXIF orientation {value}: the mask was drawn on the pixels as they are stored; turn the mask "
+        f", rotated by its EXIF orientation {value}: the mask was drawn on the stored pixels; rotate the mask "
         "too (set the same orientation in its EXIF data, or transpose its pixels), or save the image without EXIF data"
     )
 
 
 def image_sizes(paths: Sequence[Path]) -> list[tuple[int, int]]:
-    """The (height, width) in px of every image as `read_image` gives it, from the files' headers.
+    """Return the (height, width) in px of every image as `read_image` returns it, from the files' headers.
 
     Raises:
         OSError: if a file is not an image; the message names it.
@@ -199,20 +199,20 @@ def image_sizes(paths: Sequence[Path]) -> list[tuple[int, int]]:
 
 
 def palette_of(paths: Iterable[Path]) -> list[tuple[int, int, int]]:
-    """The colours in the first of the files that can be opened, if it is a palette image."""
+    """Return the palette of the first file that can be opened, or [] if that is no palette image."""
     for path in paths:
         try:
             with open_named(path) as image:
                 load_named(image, path)
                 levels = image.getpalette() or []
                 return list(zip(levels[::3], levels[1::3], levels[2::3], strict=True))
-        except OSError:  # noqa: PERF203  # a damaged file is named when it is read
+        except OSError:  # noqa: PERF203  # reading the sample reports a damaged file
             continue
     return []
 
 
 def _metadata_follows(path: Path) -> bool:
-    """Whether a PNG file has chunks behind its pixels that may hold an orientation."""
+    """Return whether a PNG file has chunks after its pixels that may hold an orientation."""
     with path.open("rb") as file:
         file.seek(8)
         pixels = False

@@ -1,4 +1,4 @@
-"""Data sets of image and mask files, whatever the layout that lists them."""
+"""The data set of a listing, for all layouts of image and mask files."""
 
 import os
 from pathlib import Path
@@ -17,12 +17,12 @@ class ListedDataset(ParsingDataset):
     """The samples of a listing.
 
     Reading a sample raises `OSError` for a damaged file and `ValueError` for a mask of another size than its image, of
-    another kind than wanted, or with a value that no class has; both name the file.
+    a wrong kind, or with a value that no class has; both name the file.
 
     Args:
         root: the folder of the data set.
         listing: one of its splits.
-        colours: of the classes, if the masks have none of their own.
+        colours: the colours of the classes, if the masks do not define them.
     """
 
     def __init__(
@@ -51,13 +51,13 @@ class ListedDataset(ParsingDataset):
         return image, Mask(torch.from_numpy(mask))
 
     def fingerprint(self) -> str:
-        """A hexadecimal hash of names, meaning of mask values, and every file's name, size and time of change."""
+        """Return a hexadecimal hash of the names, the mask values' meaning, and all files' names, sizes and times."""
         code = self.listing.code
         facts = (type(self).__name__, self.ids, self.class_names, code.labels.tolist(), code.colours, code.maps)
         return fingerprint_of(self.root, self.listing.files, *facts)
 
     def sizes(self) -> list[tuple[int, int]]:
-        """The (height, width) in px of every image, read from the files' headers.
+        """Return the (height, width) in px of every image, from the files' headers.
 
         Raises:
             OSError: if a file is not an image; the message names it.
@@ -66,10 +66,10 @@ class ListedDataset(ParsingDataset):
 
 
 def _of_classes(levels: list[tuple[int, int, int]], listing: Listing) -> list[tuple[int, int, int]]:
-    """The colours of the classes, then of the values behind them, from those of the masks' values."""
+    """Return the colours of the classes and the remaining values, from the colours of the masks' values."""
     by_value = levels + voc_palette()[len(levels) :]
     labels = listing.code.labels.tolist()
     classes = range(len(listing.class_names))
     shift = next((labels.index(label) - label for label in classes if label in labels), 0)
-    own = [labels.index(label) if label in labels else label + shift for label in classes]  # some are ignored
+    own = [labels.index(label) if label in labels else label + shift for label in classes]  # some values are ignored
     return [by_value[value] for value in own] + by_value[len(own) :]

@@ -1,4 +1,4 @@
-"""What a data set's lists and folders name: read once for the loaders, which refuse, and the check, which goes on."""
+"""The samples that a data set's lists and folders name, for the loaders (stop at a fault) and the check (go on)."""
 
 import dataclasses
 import difflib
@@ -33,11 +33,11 @@ class Listing:
 
     Attributes:
         class_names: the classes' names.
-        code: what the values of the masks stand for.
+        code: the meaning of the values of the masks.
         entries: the samples.
-        advice: what to do about values that have no business in a mask.
+        advice: what to do about mask values that no class has.
         mirrored_classes: pairs of classes that a mirrored image exchanges.
-        near: what may be meant by files that are missing.
+        near: finds similar names of missing files.
     """
 
     class_names: tuple[str, ...]
@@ -49,7 +49,7 @@ class Listing:
 
     @property
     def files(self) -> list[Path]:
-        """The images, then the masks or maps."""
+        """Return the images, then the masks or maps."""
         return [*(entry.image for entry in self.entries), *(path for entry in self.entries for path in entry.masks)]
 
 
@@ -62,16 +62,16 @@ def make_listing(
     own_names: Path | None,
     mirrored: tuple[tuple[str, str], ...] = (),
 ) -> Listing:
-    """A listing with the options of a data config.
+    """Return a listing with the options of a data config.
 
     Args:
-        class_names: of the format or the data set.
-        code: what values stand for without options.
+        class_names: those of the format or the data set.
+        code: the meaning of the values without options.
         entries: the samples.
         advice: what to do about values that no class has.
-        options: of the data config.
-        own_names: the file that names the classes; None where the names are the format's.
-        mirrored: the format's own pairs, by name.
+        options: those of the data config.
+        own_names: the file that names the classes; None if the names are the format's.
+        mirrored: the format's own pairs, by class name.
 
     Raises:
         ValueError: if the options do not fit the classes.
@@ -99,7 +99,7 @@ def make_listing(
 def _in_colours(
     class_names: tuple[str, ...], options: MaskOptions, own_names: Path | None, maps: bool
 ) -> tuple[tuple[str, ...], MaskCode]:
-    """The classes of masks that hold colours: those of classes.txt, else of the config, in its order."""
+    """Return the classes of masks that hold colours: those of classes.txt, else of the config, in its order."""
     colours = options.colours or {}
     if maps:
         raise ValueError("colours do not fit this format, whose masks are grey maps of one class each; leave them out")
@@ -115,7 +115,7 @@ def _in_colours(
     ignored = [(IGNORE_INDEX, colour) for colour in options.ignore if not isinstance(colour, int)]
     for label, colour in named + ignored:
         if table.setdefault(colour, label) != label:
-            raise ValueError(f"the colour {list(colour)} stands twice among colours and ignore; give it to one of them")
+            raise ValueError(f"the colour {list(colour)} occurs twice in colours and ignore; give it to one of them")
     return class_names, MaskCode(np.full(256, UNKNOWN, np.int16), table)
 
 
@@ -129,12 +129,12 @@ def _indices(pairs: Iterable[tuple[str, str]], class_names: tuple[str, ...]) -> 
 
 
 def raise_error(path: Path, error: Exception) -> None:
-    """Refuses at the first mistake; `path` is the file that it is about."""
+    """Stop at the first fault; `path` is its file."""
     raise error
 
 
 def list_entries(items: Iterable[T], make: Callable[[T], Entry], source: Path, refuse: Refuse) -> list[Entry]:
-    """An entry for each item; what `make` raises for one, ValueError or OSError, goes to `refuse`."""
+    """Return an entry for each item. Pass each ValueError or OSError of `make` to `refuse`."""
     entries = []
     for item in items:
         try:
@@ -145,7 +145,7 @@ def list_entries(items: Iterable[T], make: Callable[[T], Entry], source: Path, r
 
 
 def entries_inside(entries: Iterable[Entry], root: Path, refuse: Refuse) -> list[Entry]:
-    """The entries without those whose files are links out of the root; the folders may be links, a file may not."""
+    """Return the entries without files that are links out of the root, and refuse the others. Folders may be links."""
     inside = []
     for entry in entries:
         links = [path for path in (entry.image, *entry.masks) if path.is_symlink()]

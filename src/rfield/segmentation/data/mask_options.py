@@ -1,4 +1,4 @@
-"""What a data config says of its masks."""
+"""The mask options of a data config."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -10,13 +10,13 @@ MASK_KEYS = ("ignore", "reduce_zero_label", "colours", "mask_suffix", "mirrored"
 
 @dataclass(frozen=True)
 class MaskOptions:
-    """What a data config says of its masks.
+    """The mask options of a data config.
 
     Attributes:
-        ignore: values of the masks that have no label; colours where `colours` is set.
-        reduce_zero_label: 0 has no label, and the first class has the value 1.
-        colours: the colours of each class, by its name, where masks hold colours.
-        mask_suffix: what the name of a mask has behind that of its image.
+        ignore: mask values that mean "no label"; colours if `colours` is set.
+        reduce_zero_label: 0 means "no label", and the first class has the value 1.
+        colours: the colours of each class, by its name, if masks hold colours.
+        mask_suffix: what follows an image's name in the name of its mask.
         mirrored: pairs of classes that a mirrored image exchanges; None for the format's own.
     """
 
@@ -28,7 +28,7 @@ class MaskOptions:
 
 
 def mask_options(config: dict[str, Any]) -> MaskOptions:
-    """The options in a config's values.
+    """Parse the options in a config's values.
 
     Raises:
         ValueError: if one is not understood.

@@ -1,4 +1,4 @@
-"""Reads masks: from the pixels of a file to the class of every pixel."""
+"""Read masks: from the pixels of a file to the class of every pixel."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,12 +29,12 @@ Colour = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class MaskCode:
-    """What the pixels of a data set's masks stand for.
+    """The meaning of the pixels of a data set's masks.
 
     Attributes:
-        labels: int16 [256], the class of each value; 255 for no label, -1 where a value has no business in a mask.
-        colours: where masks hold colours, the class of each (255 for no label); `labels` is then unused.
-        maps: a mask is a grey map for each value of `labels`; the surest map, of equal ones the first, has the pixel.
+        labels: int16 [256], the class of each value; 255 for no label, -1 for a value that is not allowed.
+        colours: if masks hold colours, the class of each (255 for no label); `labels` is then unused.
+        maps: a mask is one grey map of certainty for each value of `labels`; the highest wins, of equal ones the first.
     """
 
     labels: npt.NDArray[np.int16]
@@ -42,7 +42,7 @@ class MaskCode:
     maps: bool = False
 
     def wrong_kind(self, mask: PIL.Image.Image) -> tuple[str, str] | None:
-        """What is wrong with the kind of an opened mask or map, and what to do; None where nothing is."""
+        """Return what is wrong with the kind of an opened mask or map and what to do, or None."""
         if self.colours is not None:
             if deep_bits(mask) or deep_problem(mask):
                 return f"has more than 8 bits a pixel (Pillow mode {mask.mode!r})", "save its colours with 8 bits each"
@@ -53,12 +53,12 @@ class MaskCode:
         kind = f"(Pillow mode {mask.mode!r})"
         fix = "a mask must be a palette image or 8-bit grey whose values are class indices"
         if self.maps:
-            fix = "a map must be 8-bit grey: how sure each pixel is"
+            fix = "a map must be 8-bit grey and hold the certainty of each pixel"
         if deep_bits(mask) or deep_problem(mask):
             return f"has more than 8 bits a pixel {kind}", fix
         by_colour = "name the colour of each class in a data config (`colours`)"
         if few_bits or mask.mode == "1":
-            spread = f"has less than 8 bits a pixel {kind}, which reading spreads over 0..255"
+            spread = f"has fewer than 8 bits a pixel {kind}, which reading spreads over 0..255"
             return spread, fix if self.maps else f"{fix}; or {by_colour}, as [0, 0, 0] and [255, 255, 255] of 1 bit"
         if mask.mode in ("RGB", "RGBA"):
             count, grey = _count_colours(mask)
@@ -70,10 +70,10 @@ class MaskCode:
                 return what, fix
             fix = f"{by_colour}, or save an 8-bit grey or palette image"
             return f"{what}: a palette mask that was read and saved as {mask.mode}?", fix
-        return f"is of another kind {kind}", fix
+        return f"has the wrong kind {kind}", fix
 
     def values(self, mask: PIL.Image.Image, path: Path) -> npt.NDArray[Any]:
-        """The values of a loaded mask, upright: uint8 [H, W], or with `colours` int64 of their bits."""
+        """Return the upright values of a loaded mask: uint8 [H, W], or with `colours` int64 of their bits."""
         if self.colours is None:
             return turn(np.asarray(mask), orientation(mask, path))
         red, green, blue = rgb_pixels(mask, path).astype(np.int64).transpose(2, 0, 1)
@@ -81,7 +81,7 @@ class MaskCode:
         return codes
 
     def classes(self, values: npt.NDArray[Any]) -> npt.NDArray[np.int16]:
-        """The class of every value, -1 where it has none."""
+        """Return the class of every value, -1 if it has none."""
         if self.colours is None:
             plain: npt.NDArray[np.int16] = self.labels[values]
             return plain
@@ -91,7 +91,7 @@ class MaskCode:
         return np.where(known[place] == values, labels[place], UNKNOWN).astype(np.int16)
 
     def unknown(self, values: npt.NDArray[Any], classes: npt.NDArray[np.int16]) -> str | None:
-        """Which values or colours have no class, how many px of each; None where all have one."""
+        """Return which values or colours have no class, with the number of px, or None if all have one."""
         wrong, counts = np.unique(values[classes == UNKNOWN], return_counts=True)
         if not wrong.size:
             return None
@@ -106,18 +106,18 @@ class MaskCode:
 
 
 def read_mask(paths: tuple[Path, ...], size: tuple[int, int], code: MaskCode, advice: str, image: Path) -> Any:
-    """The labels of one sample's mask, or of its maps: uint8 [H, W].
+    """Read the labels of one sample's mask, or of its maps: uint8 [H, W].
 
     Args:
         paths: the mask's file, or the maps'.
-        size: the (height, width) in px that they must have, their image's.
-        code: what their pixels stand for.
+        size: the (height, width) in px of their image, which they must have.
+        code: the meaning of their pixels.
         advice: what to do about a value that no class has.
         image: the image's file; its EXIF orientation may explain another size.
 
     Raises:
-        OSError: if a file is not an image or a damaged one.
-        ValueError: if it is of another kind or size, or holds a value that no class has. All name the file.
+        OSError: if a file is not an image or is damaged.
+        ValueError: if its kind or size is wrong, or it holds a value that no class has. All name the file.
     """
     values = [_read_values(path, size, code, image) for path in paths]
     if code.maps:
@@ -142,16 +142,16 @@ def _read_values(path: Path, size: tuple[int, int], code: MaskCode, image: Path)
 
 
 def wrong_size(mask: PIL.Image.Image, path: Path, size: tuple[int, int], image: Path) -> str | None:
-    """How an opened mask's size differs from (height, width), its image's, and what to do; None where it does not."""
+    """Return how an opened mask's size differs from its image's (height, width) and what to do, or None."""
     own = upright_size(mask, path)
     if own == size:
         return None
-    fix = turned_size_problem(image, own, size) or "; both must have one size"
+    fix = turned_size_problem(image, own, size) or "; both must have the same size"
     return f"is {own[0]}x{own[1]} px (height x width) but its image is {size[0]}x{size[1]}{fix}"
 
 
 def plain_labels(num_classes: int, void: int | None = None) -> npt.NDArray[np.int16]:
-    """`MaskCode.labels` of masks that hold class indices, 255, and `void` where there is another value for no label.
+    """Return `MaskCode.labels` of masks that hold class indices, 255, and optionally `void` for no label.
 
     >>> plain_labels(3, void=3)[[0, 2, 3, 4, 255]].tolist()
     [0, 2, 255, -1, 255]
@@ -167,15 +167,15 @@ def _bits(colour: Colour) -> int:
 
 
 def _has_few_bits(image: PIL.Image.Image) -> bool:
-    """Whether it is grey of 1, 2 or 4 bits, whose values Pillow spreads over 0..255, other classes than meant."""
+    """Return whether a grey image has 1, 2 or 4 bits, whose values Pillow spreads over 0..255."""
     return image.mode == "L" and image.format == "PNG" and any(tile[3] != "L" for tile in getattr(image, "tile", []))
 
 
 def _count_colours(mask: PIL.Image.Image) -> tuple[str, bool]:
-    """How many colours a mask has, in words, and whether all of them are grey."""
+    """Return the number of colours of a mask in words, and whether all of them are grey."""
     try:
         colours: Any = mask.getcolors(256)
-    except Exception:  # a damaged file, which is a finding of its own
+    except Exception:  # a damaged file is reported separately
         return "", False
     grey = len(colours or ()) > 1 and all(red == green == blue for _, (red, green, blue, *_) in colours)
     return (f" ({len(colours)} different)" if colours else ""), grey

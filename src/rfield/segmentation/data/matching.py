@@ -1,4 +1,4 @@
-"""Class lists that meet are compared by name."""
+"""Match the classes of a data set with those of a network by name."""
 
 import hashlib
 import sys
@@ -14,11 +14,11 @@ _SHOWN = 8
 
 
 class ReorderedDataset(ParsingDataset):
-    """Another data set with its classes in another order.
+    """A data set with its classes in another order.
 
     Args:
         dataset: the samples.
-        class_names: the same names as the data set's, in the order that is wanted.
+        class_names: the same names as the data set's, in the new order.
 
     Example:
         >>> from rfield.segmentation.data import SyntheticCues
@@ -43,24 +43,24 @@ class ReorderedDataset(ParsingDataset):
         return image, Mask(self._places[mask.as_subclass(torch.Tensor).long()])
 
     def fingerprint(self) -> str:
-        """A hexadecimal hash of the other data set's fingerprint and the order."""
+        """Return a hexadecimal hash of the other data set's fingerprint and the order."""
         return hashlib.sha256(f"{self.dataset.fingerprint()} {self.class_names}".encode()).hexdigest()
 
     def sizes(self) -> list[tuple[int, int]]:
-        """Those of the other data set."""
+        """Return the sizes of the other data set."""
         return self.dataset.sizes()
 
 
 def match_classes(dataset: ParsingDataset, class_names: Sequence[str], ignore_names: bool = False) -> ParsingDataset:
-    """The data set with its classes in a network's order; where it is another one, a line on stderr says so.
+    """Return the data set with its classes in a network's order. If the order changes, print a line on stderr.
 
     Args:
         dataset: the samples.
-        class_names: the network's.
-        ignore_names: compare the numbers of classes alone, and leave the order as it is.
+        class_names: the network's classes.
+        ignore_names: compare only the numbers of classes, and keep the order.
 
     Raises:
-        ValueError: if the names are others, or not as many.
+        ValueError: if the names or their number differ.
     """
     if tuple(class_names) == dataset.class_names or (ignore_names and len(class_names) == dataset.num_classes):
         return dataset
@@ -73,7 +73,7 @@ def match_classes(dataset: ParsingDataset, class_names: Sequence[str], ignore_na
 
 
 def class_difference(whose: str, class_names: Sequence[str], others: Sequence[str]) -> str:
-    """Where two lists differ, in a sentence.
+    """Describe the difference of two class lists in a sentence.
 
     >>> class_difference("the network was trained on", ["sky", "sea"], ["sky", "land"])
     'the network was trained on 2 classes, but the data set has 2: sea missing, land new'

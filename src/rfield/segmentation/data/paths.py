@@ -1,4 +1,4 @@
-"""Where the files of a data set lie: found by name, and never outside of its root."""
+"""Find the files of a data set by name, and never outside of its root."""
 
 import difflib
 import os
@@ -9,20 +9,20 @@ from pathlib import Path
 from rfield.segmentation.data.images import IMAGE_SUFFIXES, image_files
 
 _MOST_SHOWN = 5
-_ALIKE = 0.7  # of difflib
+_ALIKE = 0.7  # difflib's ratio
 
 
 class Folders:
-    """Finds files by their names without a suffix; every folder is read once."""
+    """Find files by their names without a suffix. Every folder is read once."""
 
     def __init__(self) -> None:
         self._names: dict[Path, dict[str, list[str]]] = {}
 
     def find(self, path: Path) -> Path:
-        """The file, or if there is none the one image there of the same name with another suffix (`.PNG`, `.tif`).
+        """Return the file or, if it is missing, the only image of its name with another suffix (`.PNG`, `.tif`).
 
         Returns:
-            `path` itself where there is no such file.
+            `path` itself if there is no such file.
 
         Raises:
             ValueError: if there are several.
@@ -32,7 +32,7 @@ class Folders:
         names = self._stems(path.parent).get(path.stem, [])
         if len(names) > 1:
             listed = " and ".join(sorted(names))
-            raise ValueError(f"{path} is missing, and {listed} there have its name; remove all but one of them")
+            raise ValueError(f"{path} is missing, and {listed} have its name; remove all but one of them")
         return path.with_name(names[0]) if names else path
 
     def _stems(self, folder: Path) -> dict[str, list[str]]:
@@ -45,13 +45,13 @@ class Folders:
 
 
 def subfolders(folder: Path) -> list[Path]:
-    """The folders in a folder, sorted; none where it is missing. Dot files are left out."""
+    """Return the folders in a folder, sorted, without dot files; [] if the folder is missing."""
     found = folder.iterdir() if folder.is_dir() else ()
     return sorted(path for path in found if path.is_dir() and not path.name.startswith("."))
 
 
 def mask_ending(suffix: str) -> str:
-    """The end of a mask's name, behind that of its image: the suffix, and .png where it has no ending of its own.
+    """Return what follows an image's name in its mask's name: the suffix, with .png if it has no file suffix.
 
     >>> mask_ending("_mask"), mask_ending("_mask.tif")
     ('_mask.png', '_mask.tif')
@@ -60,15 +60,15 @@ def mask_ending(suffix: str) -> str:
 
 
 def sample_path(root: Path, folder: str, name: str, suffix: str, listed_in: str, folders: Folders) -> Path:
-    """`root/folder/name` with the suffix, or with that of another image; see `Folders.find`.
+    """Return `root/folder/name` with the suffix, or with another image suffix (see `Folders.find`).
 
-    The folder itself may be a link to elsewhere, a sample may not.
+    The folder itself may be a link to another place; a sample may not.
 
     Raises:
-        ValueError: if the file would lie elsewhere; names `listed_in`, where the name was read.
+        ValueError: if the file would be outside; names `listed_in`, where the name was read.
     """
     path = root / folder / f"{name}{suffix}"
-    # A file right in the folder leaves it as a link alone; following every path takes long.
+    # A plain name can leave the folder only as a link; resolving every path is slow.
     plain = not {"/", os.sep} & {*name, *suffix} and name not in ("", ".", "..")
 
     def inside(path: Path) -> Path:
@@ -80,22 +80,22 @@ def sample_path(root: Path, folder: str, name: str, suffix: str, listed_in: str,
 
 
 def lies_in(path: Path, *folders: Path) -> bool:
-    """Whether a file, all links followed, is in one of the folders, which may be links themselves."""
+    """Return whether a file, with all links resolved, is in one of the folders. The folders may be links."""
     try:
         resolved = path.resolve()
         return any(resolved.is_relative_to(folder.resolve()) for folder in folders)
-    except (OSError, RuntimeError, ValueError):  # a link to itself, a name with a zero byte
+    except (OSError, RuntimeError, ValueError):  # such as a link to itself, or a name with a zero byte
         return False
 
 
 class NearMisses:
-    """What may be meant by files that are missing; every folder is read once."""
+    """Find similar names of missing files. Every folder is read once."""
 
     def __init__(self) -> None:
         self._folders: dict[Path, _Names] = {}
 
     def of(self, path: Path) -> str:
-        """What lies where a missing file was looked for and may be meant, in words that go on the error; or nothing."""
+        """Return what may be meant by a missing file, as the end of the error, or ""."""
         folder, stem = path.parent, path.stem
         if folder not in self._folders and folder.is_dir():
             self._folders[folder] = _Names(folder)
@@ -106,9 +106,9 @@ class NearMisses:
             return f" (there is no folder {folder}{''.join(f', but {words}' for words in there)})"
         names = self._folders[folder]
         if stem in names.whole:
-            return f" (there is {stem}: name it without its ending)"
+            return f" (there is {stem}: give the name without its suffix)"
         if other := next((other for other in names.same.get(_same(stem), ()) if other.stem != stem), None):
-            return f" (there is {other.name}, whose name is written otherwise: rename it)"
+            return f" (there is {other.name}, whose name is spelled differently: rename it)"
         if other := names.longer.get(stem):
             after = other.stem.removeprefix(stem)
             return f" (there is {other.name}: if that is the mask, give `mask_suffix: {after}` in a data config)"
@@ -116,11 +116,13 @@ class NearMisses:
             return f" (there is {other.name}: if that is meant, rename it)"
         alike = [other for other in names.numbered.get(_numbers(stem), ()) if other.stem != stem]
         close = difflib.get_close_matches(stem, [other.stem for other in alike], 1, _ALIKE)
-        return next((f" (there is {other.name}, of a similar name)" for other in alike if other.stem in close), "")
+        return next(
+            (f" (there is {other.name}, which has a similar name)" for other in alike if other.stem in close), ""
+        )
 
 
 class _Names:
-    """The images of a folder, by what their names may be mistaken for."""
+    """The images of a folder, by the names that they may be mistaken for."""
 
     def __init__(self, folder: Path) -> None:
         self.whole: set[str] = set()
@@ -139,16 +141,16 @@ class _Names:
 
 
 def near_miss(path: Path) -> str:
-    """`NearMisses.of` for one file."""
+    """Return what may be meant by one missing file, see `NearMisses.of`."""
     return NearMisses().of(path)
 
 
 def _numbers(stem: str) -> tuple[str, ...]:
-    """How a name begins, and the numbers in it."""
+    """Return the start of a name, and the numbers in it."""
     return (stem[:2], *re.findall(r"\d+", stem))
 
 
 def _same(name: str) -> str:
-    """A name without what is easily written in another way: case, Unicode form, leading zeros, kinds of gaps."""
+    """Normalise the spelling of a name: case, Unicode form, leading zeros, separators."""
     plain = unicodedata.normalize("NFC", name).casefold()
     return re.sub(r"(?<!\d)0+(?=\d)", "", re.sub(r"[-_\s]+", "_", plain))

@@ -1,4 +1,4 @@
-"""One working size for images of many sizes."""
+"""Resize a data set's images to one working size."""
 
 import hashlib
 from typing import Any
@@ -11,10 +11,10 @@ from rfield.segmentation.data.dataset import ParsingDataset
 
 
 class ResizedDataset(ParsingDataset):
-    """Another data set with every image and mask brought to one size, whatever its proportions.
+    """A data set with every image and mask resized to one size, regardless of its proportions.
 
-    Images are resized bilinearly with antialiasing, masks to the nearest pixel. Scores of this data set are taken
-    at this size, not at the images' own, and are not to be compared with those.
+    Images are resized bilinearly with antialiasing, masks to the nearest pixel. Scores of this data set are computed at
+    this size and cannot be compared with scores at the images' own sizes.
 
     Args:
         dataset: the samples at their own sizes.
@@ -44,16 +44,16 @@ class ResizedDataset(ParsingDataset):
         return Image(v2.functional.resize(image, list(self.size), antialias=True)), resize_mask(mask, self.size)
 
     def fingerprint(self) -> str:
-        """A hexadecimal hash of the other data set's fingerprint and the size."""
+        """Return a hexadecimal hash of the other data set's fingerprint and the size."""
         return hashlib.sha256(f"{self.dataset.fingerprint()} {self.size}".encode()).hexdigest()
 
     def sizes(self) -> list[tuple[int, int]]:
-        """The size, once for every image."""
+        """Return the size, once for every image."""
         return [self.size] * len(self)
 
 
 def working_size(size: Any) -> tuple[int, int]:
-    """The (height, width) in px that a list of two stands for.
+    """Parse a (height, width) in px.
 
     Raises:
         ValueError: if it is not two whole numbers of at least 1.
@@ -65,13 +65,13 @@ def working_size(size: Any) -> tuple[int, int]:
 
 
 def resize_mask(mask: Mask, size: tuple[int, int]) -> Mask:
-    """The mask [H, W] at another (height, width): every pixel has the label at its centre.
+    """Resize a mask [H, W] to another (height, width): every pixel gets the label at its centre.
 
     Example:
         >>> import torch
         >>> resize_mask(Mask(torch.tensor([[0, 1, 2], [3, 4, 5], [6, 7, 8]], dtype=torch.uint8)), (1, 2))
         Mask([[3, 5]], dtype=torch.uint8)
     """
-    # v2 resizes a Mask by "nearest", which takes the pixel's upper left corner: up to half a pixel off the image.
+    # v2 resizes a Mask by "nearest", which takes the pixel's upper left corner: an offset of up to half a pixel.
     exact = v2.InterpolationMode.NEAREST_EXACT
     return Mask(v2.functional.resize(mask.as_subclass(Tensor)[None], list(size), exact)[0])

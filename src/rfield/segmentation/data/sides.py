@@ -1,14 +1,14 @@
-"""Class names that say left and right."""
+"""Find class names that mean left and right."""
 
 import re
 from collections.abc import Iterable, Sequence
 
-# Parts of which l and r may stand right before, as in `lbrow`.
+# Words that may follow l and r directly, as in `lbrow`.
 _PARTS = ("brow", "eyebrow", "eye", "ear", "hand", "arm", "leg", "foot", "shoe", "sock", "glove", "sleeve", "knee")
 
 
 def unlisted_pairs(class_names: Sequence[str], listed: Iterable[tuple[int, int]]) -> list[tuple[str, str]]:
-    """Pairs of classes whose names say left and right (or l and r), of which none is in a listed pair.
+    """Return pairs of classes whose names mean left and right (or l and r), without those in a listed pair.
 
     >>> unlisted_pairs(["left_hand", "right_hand", "EyeL", "EyeR", "road"], [])
     [('left_hand', 'right_hand'), ('EyeL', 'EyeR')]
@@ -24,7 +24,7 @@ def unlisted_pairs(class_names: Sequence[str], listed: Iterable[tuple[int, int]]
 
 
 def _sided(name: str, swap: bool) -> str:
-    """A name in lower case without its gaps, with left for right and right for left if `swap` is set."""
+    """Return a name in lower case without separators; with `swap`, exchange left and right in it."""
     words = re.findall(r"[^\W\d_]+|\d+", re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", " ", name))
     lower = [word.lower() for word in words]
     return "".join(map(_other_side, lower) if swap else lower)

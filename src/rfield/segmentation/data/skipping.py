@@ -1,4 +1,4 @@
-"""Samples that cannot be read, left out."""
+"""Skip samples that cannot be read."""
 
 import hashlib
 import warnings
@@ -12,14 +12,14 @@ from rfield.segmentation.data.dataset import IGNORE_INDEX, ParsingDataset
 
 
 class SkippingDataset(ParsingDataset):
-    """Another data set in which the next sample that can be read takes the place of one that cannot.
+    """A data set in which the next readable sample replaces one that cannot be read.
 
-    What is left out is warned of by name, once, and remembered, also across the processes that load samples.
+    Each skipped sample is named in one warning and remembered, also across the processes that load samples.
 
     Args:
         dataset: the samples.
-        labelled: what takes another's place brings its mask along; without it, a mask without labels, so that no
-            sample is scored twice.
+        labelled: a replacement keeps its mask; otherwise it gets a mask without labels, so that no sample is scored
+            twice.
 
     Example:
         >>> from rfield.segmentation.data import SyntheticCues
@@ -38,7 +38,7 @@ class SkippingDataset(ParsingDataset):
         self.bad = torch.zeros(len(dataset), dtype=torch.uint8).share_memory_()  # type: ignore[no-untyped-call]
 
     def __getitem__(self, index: int) -> tuple[Image, Mask]:
-        """The sample, or the next one that can be read.
+        """Return the sample, or the next one that can be read.
 
         Raises:
             ValueError: if none can be read.
@@ -58,24 +58,24 @@ class SkippingDataset(ParsingDataset):
         raise ValueError(f"none of the {counted(len(self), 'sample')} can be read; `rfield check-data` says why")
 
     def skipped(self) -> list[str]:
-        """The names of the samples that could not be read so far."""
+        """Return the names of the samples that could not be read so far."""
         return [self.ids[index] for index in self.skipped_indices()]
 
     def skipped_indices(self) -> list[int]:
-        """Their indices."""
+        """Return the indices of the samples that could not be read so far."""
         found: list[int] = self.bad.nonzero().flatten().tolist()
         return found
 
     def skip(self, indices: Iterable[int]) -> None:
-        """Leaves out samples that were found bad before."""
+        """Skip samples that were found bad before."""
         self.bad[list(indices)] = 1
 
     def fingerprint(self) -> str:
-        """A hexadecimal hash of the other data set's fingerprint."""
+        """Return a hexadecimal hash of the other data set's fingerprint."""
         return hashlib.sha256(f"{self.dataset.fingerprint()} skipping {self.labelled}".encode()).hexdigest()
 
     def sizes(self) -> list[tuple[int, int]]:
-        """The (height, width) in px of every image; if a header cannot be read, of what takes its place."""
+        """Return the (height, width) in px of every image, or of its replacement if the header cannot be read."""
         try:
             return self.dataset.sizes()
         except OSError:

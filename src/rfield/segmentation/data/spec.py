@@ -1,4 +1,4 @@
-"""What a data set is called by: a short text or a YAML file."""
+"""Parse the name of a data set: a short text or a YAML file."""
 
 import difflib
 from dataclasses import dataclass, field
@@ -26,12 +26,12 @@ class DataSource:
 
     Attributes:
         format: the name of its layout, or "synthetic".
-        root: its folder; none for synthetic.
+        root: its folder; None for synthetic.
         size: the working size, (height, width) in px, if there is one.
-        splits: the lists that stand for splits of other names.
-        options: of `SyntheticCues`.
-        masks: what is said of the masks.
-        file: the YAML file that says so, if there is one.
+        splits: the names of the lists that are read for the splits.
+        options: those of `SyntheticCues`.
+        masks: the mask options.
+        file: the data config, if there is one.
     """
 
     format: str
@@ -44,7 +44,7 @@ class DataSource:
 
 
 def parse_spec(spec: str) -> DataSource:
-    """What `load_dataset` is given; nothing of the data is opened.
+    """Parse the argument of `load_dataset`, without opening the data.
 
     Raises:
         ValueError: if the spec, the file's text, its format or one of its keys or values is not understood.
@@ -69,7 +69,7 @@ def parse_spec(spec: str) -> DataSource:
 def _folder(text: str) -> Path:
     try:
         return Path(text).expanduser()
-    except RuntimeError as error:  # ~NAME of nobody
+    except RuntimeError as error:  # ~NAME of an unknown user
         raise ValueError(f"{text!r} names no folder: {error}") from error
 
 

@@ -14,29 +14,29 @@ _LENGTHS = {"train": 200, "val": 40, "test": 40}
 _MOST = 1_000_000
 _COLOURS = [(38, 44, 74), (64, 176, 166), (214, 93, 77), (247, 201, 72)]
 
-# Chosen by a grid over fixed dilations: wide enough that the loss still falls toward the best from half and twice
-# of it, narrow enough that a pixel's own surroundings tell nothing of its cues.
+# Chosen by a grid over fixed dilations: wide enough that the loss still falls toward the best dilation from half and
+# from twice of it, narrow enough that a pixel's surroundings say nothing about its cues.
 _BLOB_SIGMA = 0.25  # of the Gaussian that smooths the noise, in distances
 _EDGE_CONTRAST = 3.0
 _PIXEL_NOISE = 20.0  # in grey levels
 
 
 class SyntheticCues(ParsingDataset):
-    """Red, green and blue blobs; a pixel's label says what lies a fixed distance to its right and below it.
+    """Red, green and blue blobs; a pixel's label depends on what is at a fixed distance to its right and below it.
 
     `label(y, x) = 2 * red(y, x + distance) + green(y + distance, x)`; pixels whose cue lies outside the image have
-    no label (255). Blue blobs and pixel noise mean nothing. The blobs have no preferred place, so only the image at
-    that distance tells the label. Blobs reach about half the distance to either side of their centre: a receptive
-    field that is somewhat off sees part of the right blob, and the loss falls smoothly toward the best dilation
+    no label (255). Blue blobs and pixel noise have no meaning. The blobs have no preferred place, so only the image at
+    that distance determines the label. Blobs reach about half the distance to either side of their centre: a receptive
+    field that is slightly wrong sees part of the right blob, and the loss falls smoothly toward the best dilation
     from half of it and from twice of it.
-    Every sample is drawn anew from (seed, split, index).
+    Every sample is drawn from (seed, split, index).
 
     Args:
         split: "train", "val" or "test".
         size: height and width of the images in px.
         distance: from a pixel to its cues in px, less than both sides of `size`.
         length: number of samples; by default 200 in train and 40 elsewhere.
-        seed: another seed, another data set of the same kind; 0 or more.
+        seed: 0 or more; each seed gives another data set of the same kind.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -81,10 +81,10 @@ class SyntheticCues(ParsingDataset):
         self.ids = [f"{split}_{index:05d}" for index in range(length or _LENGTHS[split])]
 
     def best_dilation(self, stride: int) -> float:
-        """The effective dilation at which a 3x3 convolution looks exactly at the cues.
+        """Return the effective dilation at which a 3x3 convolution sees exactly the cues.
 
         Args:
-            stride: px from one feature to the next where the convolution stands.
+            stride: px from one feature to the next at the convolution.
 
         Returns:
             `distance / stride`, in feature px.
@@ -113,7 +113,7 @@ class SyntheticCues(ParsingDataset):
         return Image(torch.from_numpy(image)), Mask(torch.from_numpy(mask))
 
     def fingerprint(self) -> str:
-        """A hexadecimal hash of everything that the samples are drawn from.
+        """Return a hexadecimal hash of all parameters of the samples.
 
         Example:
             >>> SyntheticCues(seed=0).fingerprint() == SyntheticCues(seed=1).fingerprint()
@@ -124,7 +124,7 @@ class SyntheticCues(ParsingDataset):
         return hashlib.sha256(repr(parameters + recipe).encode()).hexdigest()
 
     def sizes(self) -> list[tuple[int, int]]:
-        """The (height, width) in px of every image.
+        """Return the (height, width) in px of every image.
 
         Example:
             >>> SyntheticCues("val", size=(65, 97), length=2, distance=16).sizes()
@@ -133,7 +133,7 @@ class SyntheticCues(ParsingDataset):
         return [self.size] * len(self)
 
     def _field(self, random: np.random.Generator) -> npt.NDArray[np.float32]:
-        """Smooth noise [H, W] of mean near 0 and standard deviation 1; blobs are where it is positive."""
+        """Draw smooth noise [H, W] of mean near 0 and standard deviation 1; it is positive in the blobs."""
         noise = random.standard_normal(self.size, dtype=np.float32)
         field = gaussian_filter(noise, _BLOB_SIGMA * self.distance, mode="wrap", truncate=3)
         unit: npt.NDArray[np.float32] = field / field.std()

@@ -1,4 +1,4 @@
-"""Transforms of an image together with its mask, and random ones that depend on seed, epoch and sample alone."""
+"""Transform an image together with its mask, at random by (seed, epoch, sample) in training."""
 
 from collections.abc import Iterator, Sequence, Sized
 from itertools import islice
@@ -27,18 +27,18 @@ def training_transform(
     colour_jitter: float = 0.0,
     mirrored_classes: Sequence[tuple[int, int]] = (),
 ) -> v2.Transform:
-    """Random colours, scale, place and direction, the same for an image and its mask.
+    """Return the random transform of training: colours, scale, crop and mirroring, the same for image and mask.
 
-    Where the scaled image is smaller than the crop, it is surrounded by the image mean (0 after normalisation) and
-    by mask 255.
+    An image that is smaller than the crop after scaling is padded with the image mean (0 after normalisation), its mask
+    with 255.
 
     Args:
         crop_size: height and width of the result in px.
-        scale_range: least and greatest factor of the random scale; (1, 1) scales nothing.
+        scale_range: smallest and largest factor of the random scale; (1, 1) does not scale.
         flip: mirror every second sample, left to right.
         colour_jitter: brightness, contrast and saturation change by at most this share (0..1), hue by a quarter of
             it; 0 changes nothing.
-        mirrored_classes: pairs of classes that the mirror exchanges, a data set's `mirrored_classes`.
+        mirrored_classes: pairs of classes that mirroring exchanges, a data set's `mirrored_classes`.
 
     Returns:
         A transform of (Image uint8 [3, H, W], Mask uint8 [H, W]) to (float32 [3, *crop_size], normalised by
@@ -66,7 +66,7 @@ def training_transform(
         steps.append(v2.ColorJitter(colour_jitter, colour_jitter, colour_jitter, colour_jitter / 4))
     if tuple(scale_range) != (1, 1):
         steps.append(_RandomScale(*scale_range))
-    # Normalised before the padding, so that the padding can be exactly 0.
+    # Normalise before the padding, so that the padding can be exactly 0.
     steps += _normalise()
     steps.append(v2.RandomCrop(crop_size, pad_if_needed=True, fill={Image: 0, Mask: IGNORE_INDEX}))
     if flip:
@@ -75,7 +75,7 @@ def training_transform(
 
 
 def evaluation_transform() -> v2.Transform:
-    """Nothing but the numbers: to float and normalised, at the image's own size.
+    """Return the transform of evaluation: to float and normalised, at the image's own size.
 
     Returns:
         A transform of (Image uint8 [3, H, W], Mask uint8 [H, W]) to (float32 [3, H, W], int64 [H, W]), or of an
@@ -95,7 +95,7 @@ def _normalise() -> list[v2.Transform]:
 
 
 class _RandomScale(v2.Transform):  # type: ignore[misc]  # torchvision has no types
-    """Both sides by one random factor, uniform in [least, greatest]."""
+    """Scale both sides by one random factor, uniform in [least, greatest]."""
 
     def __init__(self, least: float, greatest: float) -> None:
         super().__init__()
@@ -114,7 +114,7 @@ class _RandomScale(v2.Transform):  # type: ignore[misc]  # torchvision has no ty
 
 
 class _RandomMirror(v2.RandomHorizontalFlip):  # type: ignore[misc]  # torchvision has no types
-    """Every second sample left to right, its mask with the classes exchanged that the mirror exchanges."""
+    """Mirror every second sample, and exchange the mirrored classes in its mask."""
 
     def __init__(self, mirrored_classes: Sequence[tuple[int, int]]) -> None:
         super().__init__()
@@ -128,15 +128,15 @@ class _RandomMirror(v2.RandomHorizontalFlip):  # type: ignore[misc]  # torchvisi
 
 
 class AugmentedDataset(Dataset[tuple[Tensor, Tensor]]):
-    """A data set under a random transform, indexed by (epoch, index).
+    """A data set with a random transform, indexed by (epoch, index).
 
-    A sample depends on seed, epoch and index alone: not on the order, the number of workers or what was drawn
-    before, so that training that was cut off goes on exactly. The caller's own random state is left as it was.
+    A sample depends only on seed, epoch and index, and not on the order, the number of workers or earlier draws. So an
+    interrupted training continues exactly. The caller's random state does not change.
 
     Args:
         dataset: the samples.
-        transform: maps (Image, Mask) to what is wanted; draws from torch's default CPU generator, as `v2` does.
-        seed: another seed, other draws; 0 or more.
+        transform: maps (Image, Mask) to a sample; draws from torch's default CPU generator, as `v2` does.
+        seed: 0 or more; each seed gives other draws.
 
     Raises:
         ValueError: if `seed` is negative.
@@ -166,28 +166,28 @@ class AugmentedDataset(Dataset[tuple[Tensor, Tensor]]):
         sample = self.dataset[index]
         state = np.random.SeedSequence([self.seed, epoch, index]).generate_state(1, np.uint64)
         with torch.random.fork_rng(devices=[]):
-            # Not torch.manual_seed, which would also seed the accelerators' generators.
+            # torch.manual_seed would also seed the accelerators' generators.
             torch.default_generator.manual_seed(int(state[0]))
             image, mask = self.transform(*sample)
         return image, mask
 
 
 class EpochSampler(DistributedSampler[tuple[int, int]]):
-    """The order of an `AugmentedDataset`: pairs (epoch, index), shuffled anew by seed and epoch.
+    """The order of an `AugmentedDataset`: pairs (epoch, index), shuffled by seed and epoch.
 
     Call `set_epoch` before each epoch, as Lightning does.
 
     Args:
-        dataset: what to sample from; only its length matters.
+        dataset: the samples; only their number matters.
         num_replicas: number of processes that share the data; by default torch.distributed's, or 1 without it.
-        rank: which of them this one is; by default torch.distributed's, or 0 without it.
-        shuffle: draw the order anew for every epoch.
-        seed: another seed, other orders.
-        drop_last: leave out what cannot be dealt evenly to the processes, rather than repeat samples.
+        rank: index of this process; by default torch.distributed's, or 0 without it.
+        shuffle: draw a new order for every epoch.
+        seed: each seed gives other orders.
+        drop_last: leave out samples that cannot be divided evenly among the processes, instead of repeating samples.
 
     Attributes:
-        held_out: samples that are not to be seen for now; others take their turns, so that epochs keep their length.
-        seen: (epoch, samples): so many of that epoch have been seen before, and are left out.
+        held_out: samples that are left out for now; others replace them, so that epochs keep their length.
+        seen: (epoch, samples): that many samples of that epoch have been seen before, and are skipped.
 
     Raises:
         ValueError: if `rank` is not below `num_replicas`.
@@ -222,7 +222,7 @@ class EpochSampler(DistributedSampler[tuple[int, int]]):
         return islice(self.order(), samples if epoch == self.epoch else 0, None)
 
     def repeated(self, first: int, count: int) -> list[bool]:
-        """Which of this process's samples, counted from the epoch's start, only fill up what cannot be dealt evenly.
+        """Return which of this process's samples (counted from the epoch's start) only repeat others, to fill up.
 
         >>> EpochSampler(range(3), num_replicas=2, rank=1).repeated(0, 2)
         [False, True]
@@ -231,7 +231,7 @@ class EpochSampler(DistributedSampler[tuple[int, int]]):
         return [place * self.num_replicas + self.rank >= len(cast(Sized, self.dataset)) for place in places]
 
     def order(self) -> Iterator[tuple[int, int]]:
-        """All of the epoch, whatever has been seen of it."""
+        """Return the whole epoch, including samples that have been seen."""
         epoch, held_out = self.epoch, self.held_out
         indices = cast(Iterator[int], super().__iter__())
         if not held_out:

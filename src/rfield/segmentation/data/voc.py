@@ -14,7 +14,7 @@ from scipy.io import loadmat
 from torchvision.datasets import SBDataset, VOCSegmentation
 
 from rfield.segmentation.data.dataset import voc_palette
-from rfield.segmentation.data.files import check_files, read_class_names, read_lines
+from rfield.segmentation.data.files import check_files, list_names, read_class_names, read_lines
 from rfield.segmentation.data.listed import ListedDataset
 from rfield.segmentation.data.listing import Entry, Listing, Refuse, list_entries, make_listing, raise_error
 from rfield.segmentation.data.mask_options import MaskOptions
@@ -50,14 +50,14 @@ class VOCDataset(ListedDataset):
     """Images and masks of any folder in the layout of a PASCAL VOC devkit.
 
     The list `ImageSets/Segmentation/SPLIT.txt` names the samples, `JPEGImages/ID.jpg` is an image and
-    `SegmentationClass/ID.png` its mask, palette or 8-bit grey. The class names stand in `classes.txt`, one a line,
-    or are the 21 of VOC where there is no such file. The split `train_aug` has its masks in `SegmentationClassAug`
-    (see `download_voc2012`).
+    `SegmentationClass/ID.png` its mask, palette or 8-bit grey. The class names are the lines of `classes.txt`, or the
+    21 of VOC if there is no such file. The masks of the split `train_aug` are in `SegmentationClassAug` (see
+    `download_voc2012`).
 
     Args:
         root: the folder that holds `JPEGImages`.
         split: the name of a list, without ".txt".
-        options: what a data config says of the masks.
+        options: the mask options of a data config.
 
     Raises:
         FileNotFoundError: if the root, the list, an image or a mask is missing.
@@ -91,14 +91,14 @@ class VOCDataset(ListedDataset):
 
 
 def list_voc(root: Path, split: str, options: MaskOptions, refuse: Refuse = raise_error) -> Listing:
-    """What the list of a split names; a line that leaves the root goes to `refuse`.
+    """Return the samples in the list of a split. Pass lines that leave the root to `refuse`.
 
     Raises:
         FileNotFoundError: if the root or the list is missing.
         ValueError: if the list is empty or not text, or `classes.txt` or the options do not fit.
     """
     if not root.is_dir():
-        raise FileNotFoundError(f"{root} is not a folder; name the one that holds JPEGImages and SegmentationClass")
+        raise FileNotFoundError(f"{root} is not a folder; give the one that holds JPEGImages and SegmentationClass")
     classes = root / "classes.txt"
     class_names = read_class_names(classes, VOC_CLASSES)
     masks = "SegmentationClassAug" if split == "train_aug" else "SegmentationClass"
@@ -120,18 +120,18 @@ def list_voc(root: Path, split: str, options: MaskOptions, refuse: Refuse = rais
 def download_voc2012(root: str | os.PathLike[str], augmented: bool = False) -> Path:
     """Download PASCAL VOC 2012 and, on request, the masks of SBD for 10,582 training images.
 
-    A download that was cut off may simply be started again.
+    After an interrupted download, call it again.
 
     Args:
         root: folder to download into; about 4 GB, with `augmented` 8 GB.
-        augmented: also fetch SBD (Hariharan et al., ICCV 2011) and make the split `train_aug` of it.
+        augmented: also download SBD (Hariharan et al., ICCV 2011) and make the split `train_aug` from it.
 
     Returns:
         The devkit's folder, `root/VOCdevkit/VOC2012`: the root to give to `VOCDataset`.
 
     Raises:
         OSError: if a server cannot be reached.
-        RuntimeError: if a file arrives damaged.
+        RuntimeError: if a downloaded file is damaged.
 
     Example:
         >>> root = download_voc2012("data", augmented=True)  # doctest: +SKIP
@@ -144,7 +144,7 @@ def download_voc2012(root: str | os.PathLike[str], augmented: bool = False) -> P
         VOCSegmentation(root, year="2012", image_set="val", download=True)
     if augmented:
         sbd = root / "sbd"
-        # torchvision moves val.txt last, and cannot move onto what an interrupted run has left.
+        # torchvision moves val.txt last, and cannot overwrite the files of an interrupted run.
         if not (sbd / "val.txt").is_file():
             for name in ("cls", "img", "inst", "benchmark_RELEASE"):
                 shutil.rmtree(sbd / name, ignore_errors=True)
@@ -157,13 +157,13 @@ def download_voc2012(root: str | os.PathLike[str], augmented: bool = False) -> P
 
 @contextlib.contextmanager
 def unpacking_inside() -> Iterator[None]:
-    """Within it no archive unpacks a file outside its folder, whatever release of torchvision unpacks it.
+    """Prevent archives from unpacking files outside their folder, in any release of torchvision.
 
     Raises:
         RuntimeError: if this Python cannot do so.
     """
     if not hasattr(tarfile, "data_filter"):
-        raise RuntimeError("this Python unpacks archives wherever they say: update it to 3.10.12, 3.11.4 or newer")
+        raise RuntimeError("this Python unpacks archives outside their folder; update it to 3.10.12, 3.11.4 or newer")
     before = tarfile.TarFile.extraction_filter
     tarfile.TarFile.extraction_filter = staticmethod(tarfile.data_filter)
     try:
@@ -236,10 +236,10 @@ def _read_sbd_mask(path: Path) -> np.ndarray:
 
 def _read_list(root: Path, split: str) -> list[str]:
     folder = root / "ImageSets" / "Segmentation"
-    lists = sorted(path.stem for path in folder.glob("*.txt"))
+    lists = list_names(folder)
     if split not in lists:
         raise FileNotFoundError(
-            f"there is no list of the split {split!r} in {folder}; there are: {', '.join(lists) or 'none'}"
+            f"there is no list of the split {split!r} in {folder}; the lists are: {', '.join(lists) or 'none'}"
         )
     ids = read_lines(folder / f"{split}.txt")
     if not ids:
