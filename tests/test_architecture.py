@@ -15,11 +15,13 @@ SRC = ROOT / "src" / "rfield"
 # From the lowest package to the highest: each imports only from those before it, and the library (the packages outside
 # `segmentation`) never from `segmentation`. The values are the third-party packages that each may import.
 PACKAGES: dict[str, set[str]] = {
+    "text": set(),
     "ops": {"torch"},
     "layers": {"torch"},
     "search": {"torch"},
     "receptive_field": {"torch"},
     "surgery": {"torch"},
+    "segmentation.conventions": set(),
     "segmentation.config": set(),
     "segmentation.files": {"yaml", "torch", "safetensors"},
     "segmentation.console": {"rich"},

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 import rfield
 from rfield.search import SampledSearch
-from rfield.segmentation.export.onnx import compare, quiet, write_onnx
+from rfield.segmentation.export.onnx import compare, quiet_exporters, write_onnx
 from rfield.surgery.fuse import dilations, set_dilations
 
 CLASSES = 3
@@ -311,7 +311,7 @@ class Trial:
 
     def _write(self, model: nn.Module, name: str, dynamic: dict[str, Any] | None = None) -> Path:
         path = self.out / f"{name}.onnx"
-        with quiet():
+        with quiet_exporters():
             program = torch.export.export(Logits(model).eval(), (self.image,), dynamic_shapes=dynamic)
         write_onnx(program, {}, path)
         return path

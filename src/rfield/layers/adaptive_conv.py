@@ -11,6 +11,7 @@ from torch.nn.utils import parametrize
 from rfield.layers.dilation import numeric_padding, remove_rounding_error_tensor
 from rfield.layers.factor import LearnedFactor
 from rfield.ops import fractional_conv2d
+from rfield.text import format_size
 
 
 class AdaptiveConv2d(LearnedFactor):
@@ -163,7 +164,7 @@ def reason_not_adaptable(conv: nn.Module) -> str | None:
     if own or {"forward", "_conv_forward"} & set(vars(conv)):
         return f"its class {kind.__name__} has a forward of its own, which an AdaptiveConv2d would not repeat"
     if conv.kernel_size[0] % 2 == 0 or conv.kernel_size[1] % 2 == 0:
-        return f"its kernel {conv.kernel_size[0]}x{conv.kernel_size[1]} is even along an axis and has no centre"
+        return f"its kernel {format_size(conv.kernel_size)} is even along an axis and has no centre"
     if conv.padding_mode != "zeros":
         return f"it pads with padding_mode={conv.padding_mode!r}, and not with zeros"
     if isinstance(conv, nn.modules.lazy.LazyModuleMixin) and conv.has_uninitialized_params():

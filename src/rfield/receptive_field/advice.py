@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rfield.receptive_field.per_layer import LayerField
+from rfield.text import format_size
 
 
 def field_warnings(layers: Sequence[LayerField], size: tuple[int, int]) -> list[str]:
@@ -40,7 +41,7 @@ def field_warnings(layers: Sequence[LayerField], size: tuple[int, int]) -> list[
     local = layers[-1].local
     seen = math.prod(min(extent / side, 1.0) for extent, side in zip(local, size, strict=True))
     if seen < 0.1 and math.isfinite(max(layers[-1].field)):
-        of = f"{_number(local[0])}x{_number(local[1])} of {size[0]}x{size[1]} px"
+        of = f"{format_size(local)} of {format_size(size)} px"
         found.append(f"the output sees {100 * seen:.2g} % of the image ({of})")
     return found
 
@@ -68,7 +69,7 @@ def _padding_warning(layer: LayerField, size: tuple[int, int]) -> list[str]:
         reads = [max(0.0, 1 - abs(tap - (taps - 1) / 2) * rate / side) for tap in range(taps)]
         inside *= sum(reads) / taps
         idle = idle and sum(read > 0 for read in reads) <= 1
-    which = f"{layer.name}: rate {_number(max(dilation))} on a map of {map_size[0]}x{map_size[1]} px"
+    which = f"{layer.name}: rate {_number(max(dilation))} on a map of {format_size(map_size)} px"
     if idle:
         return [f"{which} acts as a 1x1 convolution, its outer taps never reach the map"]
     return [f"{which} reads padding with {100 * (1 - inside):.0f} % of its taps"] if inside < 0.5 else []

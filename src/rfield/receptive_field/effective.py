@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rfield.receptive_field.probe import copy_model, output_map
+from rfield.text import format_size
 
 Measure = Literal["luo", "replknet"]
 
@@ -59,7 +60,9 @@ def effective_receptive_field(model: nn.Module, images: Iterable[Tensor], measur
         (grad,) = torch.autograd.grad(value, leaf)
         scores = (grad.relu() if measure == "replknet" else grad.abs())[0].sum(0)
         if total is not None and total.shape != scores.shape:
-            raise ValueError(f"images must have one size, got {_size(total)} and {_size(scores)} px")
+            raise ValueError(
+                f"images must have one size, got {format_size(total.shape)} and {format_size(scores.shape)} px"
+            )
         total = scores if total is None else total + scores
         count += 1
     if total is None or not 0 < total.max() < torch.inf:
@@ -134,7 +137,9 @@ def contribution_squares(
         [(1, 0.012), (3, 0.111)]
     """
     if scores.dim() != 2 or not torch.isfinite(scores).all() or scores.min() < 0 or not scores.any():
-        raise ValueError(f"scores must be Tensor[H, W] of numbers not below 0 and not all 0, got {_size(scores)}")
+        raise ValueError(
+            f"scores must be Tensor[H, W] of numbers not below 0 and not all 0, got {format_size(scores.shape)}"
+        )
     if not all(0 < share <= 1 for share in shares):
         raise ValueError(f"shares must be above 0 and up to 1, got {tuple(shares)}")
     scores = scores.detach().double().cpu()
@@ -150,7 +155,3 @@ def contribution_squares(
         covered = int((rows.abs() <= half).sum()) * int((columns.abs() <= half).sum())
         squares.append(Square(share, 2 * half + 1, covered / (height * width)))
     return squares
-
-
-def _size(scores: Tensor) -> str:
-    return "x".join(map(str, scores.shape))

@@ -18,6 +18,7 @@ from rfield.layers.dilation import Pair, as_pair
 from rfield.receptive_field.absolute_gradient import UnknownFieldError
 from rfield.receptive_field.positive_gradients import PositiveGradients
 from rfield.receptive_field.probe import CHECKPOINTS, NO_GRADIENT, extent, output_map, probe_copy
+from rfield.text import format_size
 
 # (short side, long sides) in px of the strips that are probed: k * 2^n + 1 px, or k * 2^n px for networks that accept
 # only such sizes.
@@ -120,7 +121,7 @@ def layer_receptive_fields(
             for name, (module, measured) in axes[0].items()
             if name in axes[1]
         ]
-    tried = "" if size is None else f" or {size[0]}x{size[1]} px"
+    tried = "" if size is None else f" or {format_size(size)} px"
     raise ValueError(f"the model cannot be run on images of 65x257, 64x256{tried}: {reason}")
 
 

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from rfield.text import format_pair
+
 
 def escape_what_cannot_be_shown() -> None:
     """Let stdout and stderr escape characters outside their encoding, so that printing a name never fails."""
@@ -23,8 +25,7 @@ def print_layers(layers: Sequence[Any], size: tuple[int, int]) -> None:
     def pair(values: Sequence[float] | None, digits: int = 4) -> str:
         if values is None or not math.isfinite(max(values)):
             return "-"
-        height, width = (f"{value:.{digits}g}" for value in values)
-        return height if height == width else f"{height}x{width}"
+        return format_pair(values, digits)
 
     table = Table("layer", "kind", "kernel", "dilation", "stride", "RF, px", "RF / image")
     for column in table.columns[2:]:

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torchmetrics.classification import MulticlassConfusionMatrix
 
+from rfield.segmentation.conventions import IGNORE_INDEX
 from rfield.segmentation.data import HELEN_CLASSES
 
-_IGNORE_INDEX = 255
 _HELEN_PARTS = {
     "eyes": ("left eye", "right eye"),
     "brows": ("left brow", "right brow"),
@@ -46,8 +46,8 @@ def confusion_matrix(num_classes: int) -> MulticlassConfusionMatrix:
         tensor([[1, 1],
                 [0, 1]])
     """
-    if not 1 <= num_classes <= _IGNORE_INDEX:
-        raise ValueError(f"num_classes must be from 1 to {_IGNORE_INDEX}, got {num_classes}")
+    if not 1 <= num_classes <= IGNORE_INDEX:
+        raise ValueError(f"num_classes must be from 1 to {IGNORE_INDEX}, got {num_classes}")
     return _LabelConfusionMatrix(num_classes)
 
 
@@ -59,7 +59,7 @@ class _LabelConfusionMatrix(MulticlassConfusionMatrix):
     """
 
     def __init__(self, num_classes: int) -> None:
-        super().__init__(num_classes, ignore_index=_IGNORE_INDEX, validate_args=False)
+        super().__init__(num_classes, ignore_index=IGNORE_INDEX, validate_args=False)
 
     def update(self, preds: Tensor, target: Tensor) -> None:
         if preds.is_floating_point() or target.is_floating_point():
@@ -74,14 +74,14 @@ class _LabelConfusionMatrix(MulticlassConfusionMatrix):
             )
         if not target.numel():
             return
-        ignored = target == _IGNORE_INDEX
+        ignored = target == IGNORE_INDEX
         preds, target = preds.masked_fill(ignored, 0).long(), target.masked_fill(ignored, 0).long()
         for name, labels in (("preds", preds), ("target", target)):
             least, greatest = (bound.item() for bound in labels.aminmax())
             if least < 0 or greatest >= self.num_classes:
                 raise ValueError(
                     f"{name} holds labels from {least} to {greatest}, but the classes are 0..{self.num_classes - 1} "
-                    f"(and {_IGNORE_INDEX} in target); do model and data set have the same classes?"
+                    f"(and {IGNORE_INDEX} in target); do model and data set have the same classes?"
                 )
         # Counting ignored pixels in an extra bin is several times faster than selecting the others.
         bins = (target * self.num_classes + preds).masked_fill(ignored, self.num_classes**2).flatten()

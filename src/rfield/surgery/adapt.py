@@ -11,6 +11,7 @@ from torch import nn
 
 from rfield.layers import AdaptiveConv2d, LearnedFactor, ReceptiveFieldRegulator
 from rfield.layers.adaptive_conv import reason_not_adaptable
+from rfield.text import format_size
 
 Select = str | Sequence[str] | Callable[[str, nn.Conv2d], bool]
 Share = Literal["parallel", "layer", "stage"]
@@ -185,7 +186,7 @@ def _selected(convs: dict[str, nn.Conv2d], select: Select | None) -> list[str]:
 def _nothing_to_adapt(convs: dict[str, nn.Conv2d]) -> str:
     """Return an error message that names the convolutions that could be selected."""
     candidates = [
-        f"{name} (kernel {conv.kernel_size[0]}x{conv.kernel_size[1]}, dilation {max(conv.dilation)})"
+        f"{name} (kernel {format_size(conv.kernel_size)}, dilation {max(conv.dilation)})"
         for name, conv in convs.items()
         if max(conv.kernel_size) > 1 and reason_not_adaptable(conv) is None
     ]

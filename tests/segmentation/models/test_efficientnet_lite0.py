@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as transforms
 
 from rfield.receptive_field.theoretical import receptive_field_px, theoretical_receptive_field
-from rfield.segmentation.data.transforms import IMAGENET_MEAN as MEAN
-from rfield.segmentation.data.transforms import IMAGENET_STD as STD
+from rfield.segmentation.conventions import IMAGENET_MEAN as MEAN
+from rfield.segmentation.conventions import IMAGENET_STD as STD
 from rfield.segmentation.models import Backbone, default_weights, efficientnet_lite0, efficientnet_lite0_backbone
 from rfield.segmentation.models.efficientnet import load_efficientnet_lite0_weights
 

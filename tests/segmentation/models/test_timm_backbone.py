@@ -12,8 +12,8 @@ from torch import Tensor
 from rfield.receptive_field.probe import probe_receptive_field, probe_window
 from rfield.receptive_field.theoretical import receptive_field_px, theoretical_receptive_field
 from rfield.segmentation.config.train import TrainConfig
-from rfield.segmentation.data.transforms import IMAGENET_MEAN as MEAN
-from rfield.segmentation.data.transforms import IMAGENET_STD as STD
+from rfield.segmentation.conventions import IMAGENET_MEAN as MEAN
+from rfield.segmentation.conventions import IMAGENET_STD as STD
 from rfield.segmentation.models import find_model
 from rfield.segmentation.models.timm_backbone import TimmBackbone, timm_backbone, timm_network
 from rfield.segmentation.runs import build_network

@@ -28,7 +28,7 @@ from rfield.segmentation.training.fit import _canvas
 from rfield.segmentation.training.loaders import loader_position
 from rfield.segmentation.training.search_report import describe_search
 from rfield.segmentation.training.stopping import StopOnSignal
-from rfield.segmentation.training.trainer import make_trainer, quiet
+from rfield.segmentation.training.trainer import make_trainer, quiet_lightning
 
 Make = Any
 
@@ -50,7 +50,7 @@ def module_of(**values: Any) -> ParsingModule:
 )
 def test_a_trainer_is_as_its_config_says(make: Make, values: dict[str, Any], tmp_path: Path) -> None:
     config = make(**values).resolved()
-    with quiet():
+    with quiet_lightning():
         trainer = make_trainer(config, tmp_path, [stop := StopOnSignal(tmp_path / "last.ckpt")])
     assert trainer.gradient_clip_val == (config.clip_norm or None)
     assert (trainer.max_epochs, trainer.max_steps) == (config.epochs, config.max_steps or -1)
@@ -74,7 +74,7 @@ def test_a_trainer_is_as_its_config_says(make: Make, values: dict[str, Any], tmp
 def test_advice_is_kept_from_those_who_run_a_training_and_no_other_warning() -> None:
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        with quiet():
+        with quiet_lightning():
             warnings.warn("The 'train_dataloader' does not have many workers which may be", stacklevel=1)
             warnings.warn("something else", stacklevel=1)
     assert [str(each.message) for each in told] == ["something else"]

@@ -3,11 +3,12 @@
 from collections.abc import Callable
 from pathlib import Path
 
+from rfield.segmentation.conventions import IGNORE_INDEX, IMAGENET_MEAN, IMAGENET_STD
 from rfield.segmentation.data.camvid import CAMVID_CLASSES, CamVidDataset
 from rfield.segmentation.data.check import check_data
 from rfield.segmentation.data.check_sample import Finding
 from rfield.segmentation.data.cityscapes import CITYSCAPES_CLASSES, CityscapesDataset
-from rfield.segmentation.data.dataset import IGNORE_INDEX, ParsingDataset, voc_palette
+from rfield.segmentation.data.dataset import ParsingDataset, voc_palette
 from rfield.segmentation.data.faces import Conversion, convert_celebamask, convert_lapa
 from rfield.segmentation.data.folder import FolderDataset
 from rfield.segmentation.data.helen import HELEN_CLASSES, HelenDataset
@@ -18,8 +19,6 @@ from rfield.segmentation.data.skipping import SkippingDataset
 from rfield.segmentation.data.spec import parse_spec
 from rfield.segmentation.data.synthetic import SyntheticCues
 from rfield.segmentation.data.transforms import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
     AugmentedDataset,
     EpochSampler,
     evaluation_transform,

@@ -3,7 +3,8 @@
 import os
 from pathlib import Path
 
-from rfield.segmentation.data.dataset import IGNORE_INDEX, voc_palette
+from rfield.segmentation.conventions import IGNORE_INDEX
+from rfield.segmentation.data.dataset import voc_palette
 from rfield.segmentation.data.files import check_files, list_names, read_class_names, read_lines
 from rfield.segmentation.data.listed import ListedDataset
 from rfield.segmentation.data.listing import Entry, Listing, Refuse, list_entries, make_listing, raise_error

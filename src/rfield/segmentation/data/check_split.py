@@ -8,8 +8,8 @@ from pathlib import Path
 
 import yaml
 
+from rfield.segmentation.conventions import IGNORE_INDEX
 from rfield.segmentation.data.check_sample import Finding, Sample
-from rfield.segmentation.data.dataset import IGNORE_INDEX
 from rfield.segmentation.data.listing import Listing
 from rfield.segmentation.data.masks import Colour
 from rfield.segmentation.data.sides import unlisted_pairs

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 from torchvision.datasets import Cityscapes
 
-from rfield.segmentation.data.dataset import IGNORE_INDEX, voc_palette
+from rfield.segmentation.conventions import IGNORE_INDEX
+from rfield.segmentation.data.dataset import voc_palette
 from rfield.segmentation.data.files import check_files
 from rfield.segmentation.data.images import image_files
 from rfield.segmentation.data.listed import ListedDataset

@@ -7,7 +7,8 @@ from itertools import combinations, pairwise
 import numpy as np
 import scipy.ndimage
 
-from rfield.segmentation.data.dataset import IGNORE_INDEX, ParsingDataset
+from rfield.segmentation.conventions import IGNORE_INDEX
+from rfield.segmentation.data.dataset import ParsingDataset
 
 ClassGroups = dict[str, tuple[int, ...]]
 

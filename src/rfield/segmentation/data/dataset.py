@@ -7,8 +7,6 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.tv_tensors import Image, Mask
 
-IGNORE_INDEX = 255
-
 
 class ParsingDataset(Dataset[tuple[Image, Mask]]):
     """Images with one class index for each pixel.

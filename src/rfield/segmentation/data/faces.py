@@ -13,13 +13,15 @@ import torch
 from torch import Tensor
 from torchvision.tv_tensors import Mask
 
-from rfield.segmentation.data.dataset import IGNORE_INDEX, exchange_classes
+from rfield.segmentation.conventions import IGNORE_INDEX, Progress
+from rfield.segmentation.data.dataset import exchange_classes
 from rfield.segmentation.data.files import read_lines
 from rfield.segmentation.data.helen import HELEN_CLASSES, HELEN_LISTS, HelenDataset
 from rfield.segmentation.data.images import image_files, image_sizes, read_image
 from rfield.segmentation.data.masks import UNKNOWN, MaskCode, plain_labels, read_mask
 from rfield.segmentation.data.paths import Folders, lies_in, near_miss
 from rfield.segmentation.data.resized import resize_mask
+from rfield.text import format_size
 
 # In the order of the authors' script, because a later part covers earlier ones. Glasses (eye_g), which Helen does not
 # have, are not painted: skin is also labelled below them.
@@ -45,8 +47,6 @@ _CELEBAMASK_PARTS = {
 _CELEBA_SPLITS = ("train", "val", "test")  # 0, 1 and 2 in CelebA's list
 _FIRST_OF_CELEBA_VAL, _FIRST_OF_CELEBA_TEST = 162771, 182638
 _LOOKED_AT = 200
-
-Progress = Callable[[int, int], None]
 
 
 class Conversion(NamedTuple):
@@ -220,22 +220,20 @@ def _paint_parts(stem: Path, image: Path, folders: Folders) -> Tensor:
         if mask is None:
             mask = torch.zeros(drawn.shape, dtype=torch.uint8)
         if drawn.shape != mask.shape:
-            raise ValueError(f"{path} is {_size(drawn.shape)} px, but other parts of this face {_size(mask.shape)}")
+            raise ValueError(
+                f"{path} is {format_size(drawn.shape)} px, but other parts of this face {format_size(mask.shape)}"
+            )
         mask[drawn] = HELEN_CLASSES.index(name)
     if mask is None:
         raise FileNotFoundError(f"{image} has no masks: there is no {stem}_skin.png and no other part")
     height, width = image_sizes([image])[0]
     if height * mask.shape[1] != width * mask.shape[0]:
         raise ValueError(
-            f"{stem}_skin.png and the other parts are {_size(mask.shape)} px (height x width), other proportions than "
-            f"those of {image}, {height}x{width}"
+            f"{stem}_skin.png and the other parts are {format_size(mask.shape)} px (height x width), other proportions "
+            f"than those of {image}, {height}x{width}"
         )
     resized: Tensor = resize_mask(Mask(mask), (height, width))
     return resized
-
-
-def _size(shape: Iterable[int]) -> str:
-    return "x".join(map(str, shape))
 
 
 def _lapa_mask(face: _Face, folders: Folders) -> Path:

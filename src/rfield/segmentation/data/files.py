@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rfield.segmentation.config.train import counted
-from rfield.segmentation.data.dataset import IGNORE_INDEX
+from rfield.segmentation.conventions import IGNORE_INDEX
 from rfield.segmentation.data.paths import near_miss
 
 

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from rfield.segmentation.data.dataset import IGNORE_INDEX
+from rfield.segmentation.conventions import IGNORE_INDEX
 from rfield.segmentation.data.mask_options import MaskOptions
 from rfield.segmentation.data.masks import UNKNOWN, Colour, MaskCode
 from rfield.segmentation.data.paths import NearMisses, lies_in

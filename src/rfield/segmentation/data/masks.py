@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import PIL.Image
 
-from rfield.segmentation.data.dataset import IGNORE_INDEX
+from rfield.segmentation.conventions import IGNORE_INDEX
 from rfield.segmentation.data.images import (
     deep_bits,
     deep_problem,

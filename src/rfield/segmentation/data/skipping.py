@@ -8,7 +8,8 @@ import torch
 from torchvision.tv_tensors import Image, Mask
 
 from rfield.segmentation.config.train import counted
-from rfield.segmentation.data.dataset import IGNORE_INDEX, ParsingDataset
+from rfield.segmentation.conventions import IGNORE_INDEX
+from rfield.segmentation.data.dataset import ParsingDataset
 
 
 class SkippingDataset(ParsingDataset):

@@ -8,7 +8,8 @@ import torch
 from scipy.ndimage import gaussian_filter
 from torchvision.tv_tensors import Image, Mask
 
-from rfield.segmentation.data.dataset import IGNORE_INDEX, ParsingDataset, voc_palette
+from rfield.segmentation.conventions import IGNORE_INDEX
+from rfield.segmentation.data.dataset import ParsingDataset, voc_palette
 
 _LENGTHS = {"train": 200, "val": 40, "test": 40}
 _MOST = 1_000_000

@@ -13,11 +13,9 @@ from torch.utils.data.distributed import DistributedSampler
 from torchvision.transforms import v2
 from torchvision.tv_tensors import Image, Mask
 
-from rfield.segmentation.data.dataset import IGNORE_INDEX, ParsingDataset, exchange_classes
+from rfield.segmentation.conventions import IGNORE_INDEX, IMAGENET_MEAN, IMAGENET_STD
+from rfield.segmentation.data.dataset import ParsingDataset, exchange_classes
 from rfield.segmentation.data.resized import resize_mask
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def training_transform(

@@ -8,8 +8,9 @@ import torch
 from rfield.receptive_field.theoretical import receptive_field_px
 from rfield.segmentation import plots
 from rfield.segmentation.config.train import DemoConfig, TrainConfig
+from rfield.segmentation.conventions import Progress
 from rfield.segmentation.data import SyntheticCues, evaluation_transform
-from rfield.segmentation.inference.predict import Progress, predict_logits
+from rfield.segmentation.inference.predict import predict_logits
 from rfield.segmentation.runs import load_config, load_run
 from rfield.segmentation.training import Interrupted, clear_run_folder, read_factor_csv, train
 

@@ -12,6 +12,7 @@ import torch
 from rfield.search import curve_minimum
 from rfield.segmentation import plots
 from rfield.segmentation.config.train import ReproduceConfig, Search, counted
+from rfield.segmentation.conventions import Progress
 from rfield.segmentation.data import evaluation_transform, load_dataset
 from rfield.segmentation.experiments.tables import (
     Row,
@@ -25,7 +26,7 @@ from rfield.segmentation.experiments.tables import (
 )
 from rfield.segmentation.experiments.trials import Point, finish_trials
 from rfield.segmentation.files.atomic import write_json, write_text
-from rfield.segmentation.inference.predict import Progress, compute_device, predict_logits
+from rfield.segmentation.inference.predict import compute_device, predict_logits
 from rfield.segmentation.runs import load_run
 from rfield.segmentation.training import read_factor_csv
 

@@ -9,6 +9,7 @@ from rfield.search import Verdict, judge, standard_errors
 from rfield.search.certainty import LEAST_IMAGES
 from rfield.segmentation import plots
 from rfield.segmentation.config.train import SweepConfig, counted
+from rfield.segmentation.conventions import Progress
 from rfield.segmentation.experiments.tables import (
     curve_of,
     field_of,
@@ -20,7 +21,6 @@ from rfield.segmentation.experiments.tables import (
 )
 from rfield.segmentation.experiments.trials import Point, Trial, run_trials
 from rfield.segmentation.files.atomic import write_json, write_text
-from rfield.segmentation.inference.predict import Progress
 from rfield.segmentation.training.search_report import has_random_backbone
 
 # Two differences hardly tell their own spread.

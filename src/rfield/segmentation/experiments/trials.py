@@ -26,9 +26,9 @@ from optuna.trial import TrialState
 
 from rfield.segmentation.config.train import Search, SweepConfig, TrainConfig, differences, without_password
 from rfield.segmentation.console import escape_what_cannot_be_shown
+from rfield.segmentation.conventions import Progress
 from rfield.segmentation.data import class_difference, load_dataset
 from rfield.segmentation.files.untrusted import read_json
-from rfield.segmentation.inference.predict import Progress
 from rfield.segmentation.runs import load_config
 from rfield.segmentation.training import Interrupted, check_classes, prepare, train
 from rfield.segmentation.training.distributed import launcher

@@ -10,10 +10,10 @@ import numpy as np
 from rfield.search import Verdict, judge, standard_errors
 from rfield.segmentation import plots
 from rfield.segmentation.config.train import TuneConfig, counted
+from rfield.segmentation.conventions import Progress
 from rfield.segmentation.experiments.tables import deviation, field_of, markdown, own_dilation, summarise, sweep_table
 from rfield.segmentation.experiments.trials import Point, finish_trials
 from rfield.segmentation.files.atomic import write_json, write_text
-from rfield.segmentation.inference.predict import Progress
 from rfield.segmentation.training.search_report import has_random_backbone
 
 

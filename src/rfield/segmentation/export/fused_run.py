@@ -7,12 +7,14 @@ from typing import Any
 import yaml
 
 from rfield.layers import AdaptiveConv2d, LearnedFactor, ReceptiveFieldRegulator
+from rfield.segmentation.conventions import Progress
 from rfield.segmentation.data import ParsingDataset
 from rfield.segmentation.files.atomic import write_json, write_text, write_weights
 from rfield.segmentation.files.untrusted import read_json
-from rfield.segmentation.inference.predict import Progress, evaluate_run
+from rfield.segmentation.inference.predict import evaluate_run
 from rfield.segmentation.runs import Run, build_network, load_run
 from rfield.surgery.fuse import Mode, dilations, fuse
+from rfield.text import format_pair
 
 
 def fuse_run(
@@ -70,10 +72,10 @@ def fuse_run(
     write_weights(out / "model.safetensors", plain.state_dict())
     write_json(out / "fused.json", record)
     return {
-        name: f"resized by {_size(resizes[name])}"
+        name: f"resized by {format_pair(resizes[name], 3)}"
         if name in resizes
-        else f"dilation {_size(layer.base_dilation)}, learned {_size(layer.effective_dilation)}, now "
-        f"{_size(found[_conv_of(name, layer)])}"
+        else f"dilation {format_pair(layer.base_dilation, 3)}, learned {format_pair(layer.effective_dilation, 3)}, now "
+        f"{format_pair(found[_conv_of(name, layer)], 3)}"
         for name, layer in layers.items()
     }
 
@@ -111,8 +113,3 @@ def _resizes(run: Run, layers: dict[str, LearnedFactor], mode: Mode) -> dict[str
 def _conv_of(name: str, layer: LearnedFactor) -> str:
     """Under which name the plain network has the convolution that a layer dilates."""
     return name if isinstance(layer, AdaptiveConv2d) else f"{name}.fc6"
-
-
-def _size(values: Any) -> str:
-    height, width = values
-    return f"{height:.3g}" if height == width else f"{height:.3g}x{width:.3g}"

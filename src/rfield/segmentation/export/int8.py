@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from rfield.segmentation.conventions import Progress
 from rfield.segmentation.data import ParsingDataset, evaluation_transform, match_classes
-from rfield.segmentation.export.onnx import Exported, export_run, quiet
+from rfield.segmentation.export.onnx import Exported, export_run, quiet_exporters
 from rfield.segmentation.files.atomic import atomic_path
 from rfield.segmentation.inference.onnx import evaluate_onnx, load_onnx
-from rfield.segmentation.inference.predict import Progress
 from rfield.segmentation.runs import Run
 from rfield.surgery.fuse import Mode
 
@@ -80,7 +80,7 @@ def quantise(source: Path, out: Path, images: ParsingDataset, count: int) -> Non
     batches = list(_calibration(source, images, count))
     prepared = out.with_name(f"{out.stem}.prepared.onnx")
     try:
-        with quiet():
+        with quiet_exporters():
             quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True)
             quantization.quantize_static(
                 str(prepared),

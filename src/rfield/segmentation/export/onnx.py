@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from rfield import __version__
-from rfield.segmentation.data import IMAGENET_MEAN, IMAGENET_STD
+from rfield.segmentation.conventions import IMAGENET_MEAN, IMAGENET_STD
 from rfield.segmentation.files.atomic import atomic_path
 from rfield.segmentation.inference.onnx import load_onnx
 from rfield.segmentation.models import ParsingNetwork
@@ -91,7 +91,7 @@ def write_onnx(program: torch.export.ExportedProgram, notes: dict[str, str], pat
         ValueError: if it cannot be translated, or a package is missing.
     """
     try:
-        with quiet():
+        with quiet_exporters():
             onnx = torch.onnx.export(
                 program, input_names=["image"], output_names=["logits"], dynamo=True, verbose=False
             )
@@ -107,7 +107,7 @@ def write_onnx(program: torch.export.ExportedProgram, notes: dict[str, str], pat
 
 def _write_program(program: torch.export.ExportedProgram, notes: dict[str, str], path: Path) -> None:
     try:
-        with quiet():
+        with quiet_exporters():
             torch.export.save(program, path, extra_files={"rfield.json": json.dumps(notes)})
     except OSError:
         raise
@@ -202,7 +202,7 @@ def _batches(network: ParsingNetwork, size: tuple[int, int] | None) -> list[Tens
 def _trace(network: nn.Module, images: Tensor, dynamic: bool) -> torch.export.ExportedProgram:
     axes = (0, 2, 3) if dynamic else (0,)
     try:
-        with quiet():
+        with quiet_exporters():
             return torch.export.export(
                 network, (images,), dynamic_shapes={"image": dict.fromkeys(axes, torch.export.Dim.DYNAMIC)}
             )
@@ -226,8 +226,8 @@ def _notes(run: Run) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """The exporters tell of their own affairs, on every channel there is."""
+def quiet_exporters() -> Iterator[None]:
+    """Silence the exporters' logging, warnings and stdout within the block."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from rfield.segmentation.data.dataset import IGNORE_INDEX, ParsingDataset, exchange_classes
+from rfield.segmentation.conventions import IGNORE_INDEX
+from rfield.segmentation.data.dataset import ParsingDataset, exchange_classes
 from rfield.segmentation.data.skipping import SkippingDataset
 from rfield.segmentation.data.transforms import evaluation_transform
 from rfield.segmentation.files.atomic import write_json, write_text

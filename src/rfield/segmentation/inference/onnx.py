@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from rfield.segmentation.config.train import counted
+from rfield.segmentation.conventions import Progress
 from rfield.segmentation.data import ParsingDataset, evaluation_transform, match_classes
-from rfield.segmentation.inference.predict import Progress, label_images, score
+from rfield.segmentation.inference.predict import label_images, score
 from rfield.segmentation.runs import read_classes
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
 from rfield.segmentation import plots
+from rfield.segmentation.conventions import Progress
 from rfield.segmentation.data import HELEN_CLASSES, ParsingDataset, evaluation_transform, match_classes
 from rfield.segmentation.data.images import image_files, is_image_name, read_single_image
 from rfield.segmentation.files.atomic import atomic_write
@@ -23,8 +24,6 @@ from rfield.segmentation.inference.tiling import DEFAULT_BUDGET, Tile, Tiler, jo
 from rfield.segmentation.metrics import confusion_matrix, helen_scores, segmentation_scores
 from rfield.segmentation.models import ParsingNetwork
 from rfield.segmentation.runs import Run
-
-Progress = Callable[[int, int], None]
 
 
 def _silent(done: int, total: int) -> None:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,13 @@ from rfield.receptive_field.effective import Square, contribution_squares, effec
 from rfield.receptive_field.per_layer import LayerField, layer_receptive_fields
 from rfield.segmentation import plots
 from rfield.segmentation.config.inspect import InspectConfig
+from rfield.segmentation.conventions import Progress
 from rfield.segmentation.data import evaluation_transform
 from rfield.segmentation.data.images import read_single_image
 from rfield.segmentation.files.atomic import write_csv, write_json
 from rfield.segmentation.inference.predict import compute_device, find_images
 from rfield.segmentation.inspection.model_names import Source, open_model
 from rfield.segmentation.models import ParsingNetwork
-
-Progress = Callable[[int, int], None]
 
 _DRAWN = (0.5, 0.99)  # of the shares of contribution_squares
 

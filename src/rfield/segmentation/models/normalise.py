@@ -5,9 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-# As rfield.segmentation.data normalises every image.
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+from rfield.segmentation.conventions import IMAGENET_MEAN, IMAGENET_STD
 
 
 class InputNormalisation(nn.Module):

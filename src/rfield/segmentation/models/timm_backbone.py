@@ -12,13 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rfield.receptive_field.probe import Window, probe_window
+from rfield.segmentation.conventions import IMAGENET_MEAN, IMAGENET_STD
 from rfield.segmentation.files.untrusted import no_pickles, read_weights
 from rfield.segmentation.models.backbones import Backbone
 from rfield.segmentation.models.decoder import output_layers
 from rfield.segmentation.models.heads import Mechanism
 from rfield.segmentation.models.multi_path import ONE_PATH, Paths
 from rfield.segmentation.models.network import ParsingNetwork
-from rfield.segmentation.models.normalise import IMAGENET_MEAN, IMAGENET_STD, InputNormalisation
+from rfield.segmentation.models.normalise import InputNormalisation
 from rfield.segmentation.models.weights import fit_keys, state_dict_mismatches
 
 _STRIDES = (8, 16, 32)

@@ -8,9 +8,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from rfield.segmentation.config.train import counted
+from rfield.segmentation.conventions import IGNORE_INDEX
 from rfield.segmentation.plots.style import INK, LEGEND, axes_at
 
-_IGNORE_INDEX = 255
 _VOID_COLOUR = (200, 200, 200)
 
 
@@ -34,7 +34,7 @@ def colourise(mask: npt.NDArray[np.uint8], palette: npt.ArrayLike) -> npt.NDArra
         [[[0, 0, 0], [255, 0, 0], [200, 200, 200]]]
     """
     colours = _checked_palette(palette).copy()
-    colours[_IGNORE_INDEX] = _VOID_COLOUR
+    colours[IGNORE_INDEX] = _VOID_COLOUR
     coloured: npt.NDArray[np.uint8] = colours[_checked_mask(mask)]
     return coloured
 
@@ -71,7 +71,7 @@ def overlay(
     if not 0 <= opacity <= 1:
         raise ValueError(f"opacity must be from 0 to 1, got {opacity}")
     mixed = (1 - opacity) * image + opacity * colourise(mask, palette)
-    return np.where(mask[..., None] == _IGNORE_INDEX, image, mixed.round().astype(np.uint8))
+    return np.where(mask[..., None] == IGNORE_INDEX, image, mixed.round().astype(np.uint8))
 
 
 def panel(
@@ -178,7 +178,7 @@ def _checked_mask(mask: npt.ArrayLike) -> npt.NDArray[np.uint8]:
 
 
 def _class_name(value: int, class_names: Sequence[str] | None) -> str:
-    if value == _IGNORE_INDEX:
+    if value == IGNORE_INDEX:
         return "no label"
     if class_names is None:
         return str(value)

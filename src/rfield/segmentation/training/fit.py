@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from rfield.segmentation.config.train import TrainConfig
+from rfield.segmentation.conventions import Progress
 from rfield.segmentation.data import (
     AugmentedDataset,
     ParsingDataset,
@@ -26,7 +27,7 @@ from rfield.segmentation.data.class_groups import ClassGroups, class_groups
 from rfield.segmentation.files.atomic import write_json
 from rfield.segmentation.files.checkpoints import LAST, settle_checkpoints
 from rfield.segmentation.inference.feature_cache import CachedFeatures, cache_features
-from rfield.segmentation.inference.predict import Progress, compute_device, evaluate
+from rfield.segmentation.inference.predict import compute_device, evaluate
 from rfield.segmentation.models import ParsingNetwork, default_weights
 from rfield.segmentation.runs import build_network, load_run
 from rfield.segmentation.training.bad_samples import count_skipped, share_skipped, worker_message
@@ -39,7 +40,7 @@ from rfield.segmentation.training.report import describe_fields, plot_results
 from rfield.segmentation.training.run_folder import check_run_folder, start_run_folder
 from rfield.segmentation.training.search_phase import SearchPhase
 from rfield.segmentation.training.stopping import LossGuard, StopOnSignal
-from rfield.segmentation.training.trainer import make_trainer, quiet
+from rfield.segmentation.training.trainer import make_trainer, quiet_lightning
 
 
 @dataclass(frozen=True)
@@ -178,7 +179,7 @@ def fit(data: Data, built: Built, state: ResumeState) -> Fitted:
     val_samples = WholeImages(data.val_set, built.val_features)
     loaders = Loaders(built.train_samples, val_samples, data.config, state.position, held_out)
     timer, stop = Timer(verbose=False), StopOnSignal(last)
-    with quiet():
+    with quiet_lightning():
         trainer = make_trainer(data.config, out, [timer, stop, LossGuard(last, data.train_set.ids)])
         try:
             trainer.fit(built.module, datamodule=loaders, ckpt_path=state.checkpoint, weights_only=True)

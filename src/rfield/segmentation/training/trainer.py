@@ -78,8 +78,8 @@ def make_trainer(config: TrainConfig, out: Path, callbacks: list[Callback]) -> L
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Keeps Lightning's advice, which is for those who wrote the loop, from those who run it."""
+def quiet_lightning() -> Iterator[None]:
+    """Silence Lightning's advice within the block, which is meant for authors of training loops."""
     logger = logging.getLogger("lightning.pytorch")
     level = logger.level
     logger.setLevel(logging.WARNING)
