@@ -7,13 +7,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rfield.ops import reference, resize, resize_bilinear, resized_size
+from rfield.ops import reference, resize_bilinear, resized_size
+from rfield.ops.matrices import sample_by_matrices
+from rfield.ops.resize import sampled_axes
 
+FORMATS = (torch.contiguous_format, torch.channels_last)
 FACTORS = (0.37, 0.5, 1 - 1e-3, 1 + 1e-3, 1.3, 2 - 1e-3, 2 + 1e-3, 2.7)
 
 
 def random_map(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def by_matrices(input: Tensor, scale: Tensor, size: tuple[int, int]) -> Tensor:
+    return sample_by_matrices(input, scale.reciprocal(), *sampled_axes(scale.detach(), size), "border")
 
 
 def inflated(size: tuple[int, int], factor: Tensor) -> tuple[int, int]:
@@ -48,11 +55,18 @@ class TestAgainstTheLoopOracle:
         target=st.tuples(st.integers(1, 9), st.integers(1, 9)),
         factors=st.lists(st.one_of(st.floats(0.2, 5), st.sampled_from([0.5, 1.0, 2.0, 3.0])), min_size=1, max_size=2),
         seed=st.integers(0, 100),
+        memory_format=st.sampled_from(FORMATS),
     )
     def test_output_and_gradients(
-        self, h: int, w: int, target: tuple[int, int], factors: list[float], seed: int
+        self,
+        h: int,
+        w: int,
+        target: tuple[int, int],
+        factors: list[float],
+        seed: int,
+        memory_format: torch.memory_format,
     ) -> None:
-        input = random_map(2, 2, h, w, seed=seed).requires_grad_()
+        input = random_map(2, 2, h, w, seed=seed).contiguous(memory_format=memory_format).requires_grad_()
         factor = torch.tensor(factors, dtype=torch.float64, requires_grad=True)
         output = resize_bilinear(input, factor, target)
         torch.testing.assert_close(output, reference.resize_bilinear(input.detach(), factor, target))
@@ -69,8 +83,8 @@ class TestGradients:
         "size", [(1, 1), (1, 4), (2, 3), (5, 5), (7, 6), (11, 3)], ids=lambda size: f"{size[0]}x{size[1]}"
     )
     def test_gradcheck(self, factor: float, size: tuple[int, int]) -> None:
-        for seed in range(2):
-            input = random_map(1, 2, *size, seed=seed).requires_grad_()
+        for seed, memory_format in enumerate(FORMATS):
+            input = random_map(1, 2, *size, seed=seed).contiguous(memory_format=memory_format).requires_grad_()
             scale = torch.tensor([factor], dtype=torch.float64, requires_grad=True)
             target = inflated(size, scale)
             assert torch.autograd.gradcheck(lambda x, f, t=target: resize_bilinear(x, f, t), (input, scale))
@@ -97,7 +111,7 @@ class TestGradients:
         )
 
     @pytest.mark.parametrize("factor", [0.8, 1.0, 1.3])
-    @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+    @pytest.mark.parametrize("memory_format", FORMATS)
     def test_gradients_of_any_strides(self, factor: float, memory_format: torch.memory_format) -> None:
         input = random_map(2, 3, 6, 6).contiguous(memory_format=memory_format).requires_grad_()
         scale = torch.tensor([factor], dtype=torch.float64, requires_grad=True)
@@ -111,7 +125,7 @@ class TestGradients:
     @pytest.mark.parametrize("seed", range(3))
     def test_kinks_against_central_differences(self, factor: float, seed: int) -> None:
         """Every sample lies on a pixel (or every second one): plain autograd of a clamped tent gets this wrong."""
-        input = random_map(1, 2, 6, 5, seed=seed)
+        input = random_map(1, 2, 6, 5, seed=seed).contiguous(memory_format=FORMATS[seed % 2])
         weight = random_map(1, 2, 6, 5, seed=seed + 1)
 
         def loss(scale: Tensor) -> Tensor:
@@ -124,7 +138,7 @@ class TestGradients:
             central = (loss(scale + step) - loss(scale - step)) / (2 * step)
         torch.testing.assert_close(gradient[0], central, rtol=1e-5, atol=1e-7)
 
-    @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+    @pytest.mark.parametrize("memory_format", FORMATS)
     @pytest.mark.parametrize("factors", [(1.0, 1.0), (0.5, 0.5), (0.25, 0.5), (1.0, 0.25), (0.125, 1.0)])
     def test_strides_against_matrices(self, factors: tuple[float, float], memory_format: torch.memory_format) -> None:
         input = random_map(2, 3, 9, 17).contiguous(memory_format=memory_format).requires_grad_()
@@ -132,8 +146,8 @@ class TestGradients:
         weight = random_map(2, 3, *size, seed=1)
         scale = torch.tensor(factors, dtype=torch.float64, requires_grad=True)
         output = resize_bilinear(input, scale, size)
-        expected = resize._sampled(input, scale, size, plain=True)
-        assert type(output.grad_fn).__name__ == "_PickBackward"
+        expected = by_matrices(input, scale, size)
+        assert type(output.grad_fn).__name__ == "_DifferentiableBackward", "a copy of pixels, and not by matrices"
         assert output.is_contiguous(memory_format=memory_format)
         torch.testing.assert_close(output, expected)
         for got, want in zip(
@@ -150,14 +164,14 @@ class TestGradients:
         assert torch.autograd.grad(output.sum(), scale)[0] == 0
 
     def test_double_backward_to_the_input(self) -> None:
-        input = random_map(1, 2, 4, 3).requires_grad_()
+        input = random_map(1, 2, 4, 3).contiguous(memory_format=torch.channels_last).requires_grad_()
         scale = torch.tensor([1.3], dtype=torch.float64)
         assert torch.autograd.gradgradcheck(lambda x: resize_bilinear(x, scale, (5, 5)).pow(3), (input,))
 
     @pytest.mark.parametrize(("factor", "size"), [(1.3, 5), (1.0, 5), (0.5, 3)])
     def test_mixed_second_derivative(self, factor: float, size: int) -> None:
         """Also where the resize is a copy of pixels."""
-        input = random_map(1, 1, 5, 5).requires_grad_()
+        input = random_map(1, 2, 5, 5).contiguous(memory_format=torch.channels_last).requires_grad_()
         scale = torch.tensor([factor], dtype=torch.float64, requires_grad=True)
 
         def grad_factor(x: Tensor) -> Tensor:
@@ -169,10 +183,14 @@ class TestGradients:
     @pytest.mark.parametrize(("factor", "size"), [(1.0, (5, 4)), (0.5, (3, 3))])
     def test_second_derivatives_of_a_copy(self, factor: float, size: tuple[int, int]) -> None:
         """All four, against those of the matrices."""
-        input = random_map(2, 2, 5, size[1] if factor == 1 else 5).requires_grad_()
+        input = random_map(2, 2, 5, size[1] if factor == 1 else 5).contiguous(memory_format=torch.channels_last)
+        input.requires_grad_()
         scale = torch.tensor([factor], dtype=torch.float64, requires_grad=True)
         found = []
-        for output in (resize_bilinear(input, scale, size), resize._sampled(input, scale, size, plain=True)):
+        for output in (
+            resize_bilinear(input, scale, size),
+            sample_by_matrices(input, scale.reciprocal(), *sampled_axes(scale.detach(), size), "border"),
+        ):
             first = torch.autograd.grad(output.pow(3).sum(), (input, scale), create_graph=True)
             second = torch.autograd.grad(sum(each.pow(2).sum() for each in first), (input, scale), retain_graph=True)
             only_input = torch.autograd.grad(output.pow(3).sum(), input, create_graph=True)[0]
@@ -209,7 +227,7 @@ class TestPrecisionAndCompile:
         assert output.dtype == torch.float32
         assert torch.equal(output, expected)
 
-    @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+    @pytest.mark.parametrize("memory_format", FORMATS)
     def test_memory_format_is_kept(self, memory_format: torch.memory_format) -> None:
         input = random_map(2, 3, 5, 4).contiguous(memory_format=memory_format)
         output = resize_bilinear(input, torch.tensor([1.5]), (7, 6))

@@ -44,7 +44,8 @@ def loss_of(operator: Operator) -> Callable[[Tensor, Tensor], Tensor]:
 
 def differentiated(operator: Operator, value: float) -> tuple[Tensor, Tensor, list[Tensor]]:
     """An input, a learned number, and the gradients of the loss to both as autograd finds them."""
-    input, learned = random(2, 3, 6, 5).requires_grad_(), torch.tensor([value], dtype=torch.float64, requires_grad=True)
+    input = random(2, 3, 6, 5).contiguous(memory_format=torch.channels_last).requires_grad_()
+    learned = torch.tensor([value], dtype=torch.float64, requires_grad=True)
     gradients = torch.autograd.grad(loss_of(operator)(input, learned), (input, learned), create_graph=True)
     return input, learned, list(gradients)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rfield.layers.dilation import ROUNDING_ERROR, Pair, integer_range, remove_rounding_error, round_dilation
-from rfield.ops.sampling import read_values
+from rfield.ops.values import read_values
 
 
 class LearnedFactor(nn.Module):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from rfield.layers.dilation import Pair, round_dilation, set_dilation
 from rfield.layers.factor import LearnedFactor
 from rfield.layers.resize import Inflation2d, Interpolation2d, inflated_size
-from rfield.ops.sampling import read_values
+from rfield.ops.values import read_values
 
 
 class ReceptiveFieldRegulator(LearnedFactor):

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from rfield.ops import resize_bilinear, resized_size
-from rfield.ops.sampling import positive_values
+from rfield.ops.values import positive_values
 
 
 class Inflation2d(nn.Module):

@@ -188,7 +188,7 @@ class _FixedResize(nn.Module):
         return input.new_ones(size, dtype=self.dtype).cumsum(0) - 1
 
     def _matrix(self, position: Tensor, source: int) -> Tensor:
-        """Return the bilinear weights of samples at `position`, as `rfield.ops.sampling.sampling_matrix` does."""
+        """Return the bilinear weights of samples at `position`, as `rfield.ops.matrices.sampling_matrix` does."""
         pixel = self._count(position, source)
         return (1 - (position.clamp(max=source - 1).unsqueeze(1) - pixel).abs()).clamp(min=0)
 
