@@ -1,5 +1,6 @@
 """What layers see, reckoned by hand: branches, functional calls, strides, and what looks at everything."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -71,7 +72,8 @@ def test_agrees_with_the_reckoning_of_chains(regulate: bool) -> None:
 
 def test_learned_dilations_are_the_effective_ones() -> None:
     adaptive = AdaptiveConv2d(3, 3, 3, padding=12, dilation=12, factor=1.5)
-    assert by_name(adaptive)["output"].field == (17.0, 17.0)
+    layers = by_name(adaptive)
+    assert (layers[""].dilation, layers["output"].field) == ((8, 8), (17.0, 17.0))
     inside = nn.Conv2d(3, 3, 3, padding=12, dilation=12)
     model = nn.Sequential(nn.Conv2d(3, 3, 2, stride=2), ReceptiveFieldRegulator(inside, factor=2.0))
     layer = by_name(model)["1.module"]
@@ -79,6 +81,12 @@ def test_learned_dilations_are_the_effective_ones() -> None:
     assert layer.tap_spacing == pytest.approx((12, 12), rel=0.02)
     # 128 px become 255; the middle one, 127, lies at 63.5, its outer taps at 57.5 and 69.5: 14 pixels of 2 px.
     assert layer.local == (28.0, 28.0)
+    # Each axis by itself.
+    regulator = ReceptiveFieldRegulator(inside, factor=(2.0, 1.5))
+    layer = by_name(nn.Sequential(nn.Conv2d(3, 3, 1, stride=(4, 1)), regulator))["1.module"]
+    assert layer.dilation == pytest.approx((6, 8))
+    assert layer.tap_spacing == pytest.approx((24, 8), rel=0.02)
+    assert layer.stride == pytest.approx((2, 2 / 3))
 
 
 class Attends(nn.Module):
@@ -152,7 +160,7 @@ class Picky(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         if (image.shape[2] % 32 or image.shape[3] % 32) if self.side is None else image.shape[2:] != (self.side,) * 2:
-            raise RuntimeError("not of my size")
+            raise RuntimeError(f"not of my size: {image.shape[2]}x{image.shape[3]}")
         output: Tensor = self.conv(image)
         return output
 
@@ -162,7 +170,7 @@ def test_models_of_even_and_of_fixed_sizes() -> None:
     assert (layer.field, layer.stride) == ((5, 5), (2, 2))
     layer = by_name(Picky(side=20), size=(20, 20))["conv"]
     assert (layer.field, layer.stride) == ((5, 5), (2, 2))
-    with pytest.raises(ValueError, match="65x257, 64x256 or 30x30 px: not of my size"):
+    with pytest.raises(ValueError, match="65x257, 64x256 or 30x30 px: not of my size: 257x65"):
         layer_receptive_fields(Picky(side=20), size=(30, 30))
 
 
@@ -217,4 +225,16 @@ def test_one_warning_for_layers_of_one_rate_in_a_row() -> None:
 def test_warnings_of_a_short_sight() -> None:
     layers = layer_receptive_fields(nn.Sequential(nn.Conv2d(3, 3, 9), nn.Conv2d(3, 3, 3, dilation=2)))
     assert field_warnings(layers, (41, 41)) == []
+    assert field_warnings(layers, (13, 10)) == ["1: rate 2 at output stride 1 sees 1.3 x the image (13 of 10 px)"]
     assert field_warnings(layers, (130, 52)) == ["the output sees 2.5 % of the image (13x13 of 130x52 px)"]
+
+
+def test_warnings_of_layers_that_differ_along_the_axes() -> None:
+    near, far, output = (dataclasses.replace(layer, pads=False) for layer in layer_receptive_fields(pyramid(2, 9))[1:])
+    near, far = dataclasses.replace(near, local=(50.0, 10.0)), dataclasses.replace(far, local=(60.0, 200.0))
+    assert field_warnings([near, far, output], (100, 150)) == [
+        "convs: rates 2/9 at output stride 8 see 1.3 x the image (200 of 150 px)"
+    ]
+    # Where one axis has been pooled to a pixel, the other one has padding alone.
+    padded = dataclasses.replace(far, pads=True, tap_spacing=(math.inf, 72.0))
+    assert field_warnings([padded, output], (400, 400)) == []

@@ -1,5 +1,6 @@
 """No path from the image cancels another: fields of layers whose gradients have both signs, or choose."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +13,7 @@ from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 from rfield import fuse, regulate
-from rfield.receptive_field.absolute_gradient import UnknownFieldError
+from rfield.receptive_field.absolute_gradient import UnknownFieldError, without_cancellation
 from rfield.receptive_field.per_layer import layer_receptive_fields
 from rfield.receptive_field.probe import probe_receptive_field, probe_window
 from rfield.receptive_field.theoretical import theoretical_receptive_field
@@ -73,6 +74,13 @@ ONE: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "a kernel of lower precision": lambda near, far, image: F.conv2d(near.float(), torch.ones(1, 3, 1, 1)),
     "glu": lambda near, far, image: F.glu(torch.cat([near, near], 1), 1),
     "ReLU changed afterwards": lambda near, far, image: (F.relu(near).add_(far), near)[1],
+    "leaky ReLU changed afterwards": lambda near, far, image: (F.leaky_relu(near, 0.1).add_(far), near)[1],
+    "RReLU changed afterwards": lambda near, far, image: (F.rrelu(near, 0.1, 0.3, True).add_(far), near)[1],
+    "dropout changed afterwards": lambda near, far, image: (F.dropout(near, 0.5, True).add_(far), near)[1],
+    "defined above 1 alone": lambda near, far, image: torch.arccosh(near),
+    "a long product": lambda near, far, image: functools.reduce(lambda x, _: x * x, range(40), near[:, :1] * 1e300),
+    "msort": lambda near, far, image: torch.msort(near),
+    "quantile": lambda near, far, image: torch.quantile(near, 0.5, 1, keepdim=True),
 }
 BOTH: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "-": lambda near, far, image: near - far,
@@ -102,6 +110,9 @@ BOTH: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "topk": lambda near, far, image: torch.cat([near, far], 1).topk(2, dim=1).values,
     "prod": lambda near, far, image: torch.stack([near, far]).prod(0),
     "ReLU in place": lambda near, far, image: (F.relu(near, inplace=True).add_(far), near)[1],
+    "ReLU in place by position": lambda near, far, image: (F.relu(near, True).add_(far), near)[1],
+    "a view like another, written": lambda near, far, image: (near.view_as(far).add_(far), near)[1],
+    "dropout in place by position": lambda near, far, image: (F.dropout(near, 0.5, True, True).add_(far), near)[1],
 }
 
 
@@ -117,6 +128,14 @@ def test_no_path_cancels_another(function: Callable[[Tensor, Tensor, Tensor], Te
 def test_what_is_chosen_of_one_channel_does_not_depend_on_chance() -> None:
     for function in (torch.maximum, torch.min, lambda one, other: torch.cat([one, other], 1).amax(1, keepdim=True)):
         assert fields(Two(lambda near, far, image, choose=function: choose(far, near), channels=1)) == (7, 7)  # type: ignore[misc]
+
+
+def test_an_argument_that_has_no_part_in_the_result() -> None:
+    one, other = (torch.ones(3, requires_grad=True) for _ in range(2))
+    without_cancellation(lambda one, other: -one, (one, other), {}, -one).sum().backward()
+    assert one.grad is not None
+    assert bool((one.grad > 0).all())
+    assert other.grad is None
 
 
 def test_like_branches_and_attention_over_channels() -> None:
@@ -175,6 +194,7 @@ class Opposite(nn.Module):
     [
         (Opposite([[1.0, 2.0, 3.0]]), (1, 3)),
         (Opposite([[1.0, 0.0, 3.0]]), (1, 3)),
+        (nn.ConvTranspose2d(3, 4, 3, padding=1), (3, 3)),
         (Standardised(3, 4, 3), (3, 3)),
         (nn.Sequential(Standardised(3, 4, 3), nn.Softmax(1), Standardised(4, 4, (1, 5))), (3, 7)),
         (Masked(3, 4, 3), (1, 2)),
@@ -275,6 +295,9 @@ def test_unpooling() -> None:
         (lambda near, far, image: torch.roll(near, 1, 3) - near, (3, 4)),
         (lambda near, far, image: torch.diff(near, dim=2), (4, 3)),
         (lambda near, far, image: F.batch_norm(near, None, None, training=True), INF),
+        (lambda near, far, image: F.batch_norm(near, near[0, :, 0, 0], near[0, :, 0, 0], training=True), INF),
+        (lambda near, far, image: torch.sort(near).values, (3, INF)),
+        (lambda near, far, image: torch.topk(near, 2).values, (3, INF)),
         (lambda near, far, image: F.layer_norm(near, near.shape[1:]), INF),
         (lambda near, far, image: F.conv2d(image, near.mean((2, 3))[..., None, None].expand(3, 3, 3, 3) - 1), INF),
         (lambda near, far, image: torch.fft.ifft2(torch.fft.fft2(near)).real, INF),
@@ -291,6 +314,10 @@ def test_rearranged_maps(function: Any, field: float | tuple[int, int]) -> None:
         (Two(lambda near, far, image: F.grid_sample(image, near[:, :2].movedim(1, 3))), "depends on the image"),
         (Two(lambda near, far, image: near.detach()), "no gradient reaches the image"),
         (Two(lambda near, far, image: near * 0), "no gradient reaches the image"),
+        (
+            Two(lambda near, far, image: torch.einsum("nchw,c->nhw", near, SIGNS / 0)[None]),
+            "einsum has no finite gradient",
+        ),
     ],
 )
 def test_what_cannot_be_probed_is_an_error_of_one_line(model: nn.Module, error: str) -> None:

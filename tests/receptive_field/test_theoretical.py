@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from rfield.layers import AdaptiveConv2d, ReceptiveFieldRegulator
 from rfield.receptive_field.per_layer import layer_receptive_fields
 from rfield.receptive_field.positive_gradients import PositiveGradients
-from rfield.receptive_field.probe import output_map, probe_copy, probe_receptive_field, probe_window
+from rfield.receptive_field.probe import Window, extent, output_map, probe_copy, probe_receptive_field, probe_window
 from rfield.receptive_field.theoretical import receptive_field_px, theoretical_receptive_field
 from rfield.segmentation.models import MODELS, ParsingNetwork, largefov_vgg16, small_cnn
 
@@ -72,6 +72,7 @@ def test_of_branches_each_axis_takes_the_largest() -> None:
     tall, wide = nn.Conv2d(3, 3, (9, 1), padding=(4, 0)), nn.Conv2d(3, 3, (1, 5), padding=(0, 2))
     model = nn.Sequential(nn.Conv2d(3, 3, 3, stride=2), SideBySide(tall, nn.Sequential(wide, nn.SELU())))
     assert theoretical_receptive_field(model) == probe_receptive_field(model) == (19, 11)
+    assert theoretical_receptive_field(SideBySide(tall)) == (9, 1)
     with pytest.raises(ValueError, match="the branches of SideBySide give maps of several strides"):
         theoretical_receptive_field(SideBySide(nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1, stride=2)))
 
@@ -311,8 +312,8 @@ class Padded(nn.Module):
     [
         nn.Conv2d(1, 1, 3, padding=60, dilation=60),
         nn.Conv2d(1, 1, 3, padding="same", dilation=60),
-        AdaptiveConv2d(1, 1, 3, padding=60, dilation=60),
         AdaptiveConv2d(1, 1, 3, padding=15, dilation=15, factor=0.25),
+        AdaptiveConv2d(1, 1, 5, padding=60, dilation=30),
         Padded(),
     ],
 )
@@ -321,6 +322,16 @@ def test_the_probe_minds_taps_that_jump_over_the_edge(layer: nn.Module) -> None:
         assert probe_window(layer, axis, channels=1, lengths=[65]).size == math.inf
         window = probe_window(nn.Sequential(layer, layer), axis, channels=1, lengths=[65, 129, 257])
         assert (window.size, window.count) == (241, 257)
+
+
+def test_the_probe_of_a_learned_layer_with_strides_and_of_the_first_strip_that_holds_the_field() -> None:
+    layer = AdaptiveConv2d(1, 1, 5, stride=2, padding=30, dilation=15)
+    layer.empty = nn.Parameter(torch.empty(0, 3))
+    for axis in (0, 1):
+        assert probe_window(layer, axis, channels=1, lengths=[33, 65, 129]) == Window(61.0, 61.0, 32.0, 16, 33)
+    for bad in (math.nan, math.inf):
+        with pytest.raises(ValueError, match="the gradient at the image is not finite"):
+            extent(torch.tensor([0.0, bad, 0.0]))
 
 
 def test_the_map_that_a_model_means() -> None:

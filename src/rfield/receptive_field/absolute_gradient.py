@@ -43,14 +43,14 @@ class _Placeholder:
     dtype: torch.dtype
 
 
-# (centre, half width) of the random numbers at which an operation is differentiated; the first range at which its
-# gradient is finite is used.
-_RANGES = ((0.5, 0.005), (0.5, 0.25), (1.5, 0.25))
+# (least, width) of the random numbers at which an operation is differentiated; the first range at which its gradient is
+# finite is used.
+_RANGES = ((0.495, 0.01), (0.25, 0.5), (1.25, 0.5))
 
 
-def _random_like(part: Any, centre: float, half_width: float, generator: torch.Generator) -> Tensor:
-    """Return uniform random numbers around `centre` in the shape and dtype of a tensor or placeholder."""
-    return centre + half_width * (2 * torch.rand(part.shape, dtype=part.dtype, generator=generator) - 1)
+def _random_like(part: Any, least: float, width: float, generator: torch.Generator) -> Tensor:
+    """Return uniform random numbers from `least` up in the shape and dtype of a tensor or placeholder."""
+    return least + width * torch.rand(part.shape, dtype=part.dtype, generator=generator)
 
 
 class _Absolute(torch.autograd.Function):
@@ -70,10 +70,10 @@ class _Absolute(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         func, spec, inputs = ctx.call
-        for centre, half_width in _RANGES:
+        for least, width in _RANGES:
             generator = torch.Generator().manual_seed(0)
             tensors = [
-                _random_like(part, centre, half_width, generator).requires_grad_()
+                _random_like(part, least, width, generator).requires_grad_()
                 for part in inputs
                 if isinstance(part, _Placeholder)
             ]
@@ -82,7 +82,7 @@ class _Absolute(torch.autograd.Function):
             args, kwargs = pytree.tree_unflatten(leaves, spec)
             with torch.enable_grad():
                 outputs = [part for part in pytree.tree_leaves(func(*args, **kwargs)) if is_path(part)]
-            scaled = [grad * _random_like(grad, 1.0, 0.005, generator) for grad in grads]
+            scaled = [grad * _random_like(grad, 1.0, 0.01, generator) for grad in grads]
             found = torch.autograd.grad(outputs, tensors, scaled, allow_unused=True)
             if all(grad is None or bool(grad.isfinite().all()) for grad in found):
                 return (None,) * 4 + tuple(

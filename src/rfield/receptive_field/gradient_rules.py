@@ -40,7 +40,7 @@ def of_weights(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
     def vary(part: Any) -> Any:
         if not any(part is weight for weight in uniform):
             return part
-        return part * (0.5 + torch.rand(part.shape, generator=generator, dtype=part.dtype))
+        return part * torch.rand(part.shape, generator=generator, dtype=part.dtype)
 
     def varied() -> Any:
         return func(*pytree.tree_map(vary, args), **pytree.tree_map(vary, kwargs))

@@ -79,7 +79,7 @@ class PositiveGradients(TorchFunctionMode):
         """Run an operation on `paths`, the tensors that depend on the image, at least one."""
         if name not in CASTS:
             args, kwargs = pytree.tree_map(functools.partial(_as_precise, paths), (args, kwargs))
-        first: Tensor = args[0] if args and isinstance(args[0], Tensor) else paths[0]
+        first: Tensor = args[0] if args else paths[0]
         if name in ELEMENTWISE:
             # A copy, because a model may change the activations in place and also use the map before them.
             return first if is_in_place(name, args, kwargs) else first.clone()

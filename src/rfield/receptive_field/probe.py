@@ -202,12 +202,13 @@ def probe_copy(model: nn.Module) -> nn.Module:
         if id(weight) not in factors:
             inputs = max(1, weight[:1].numel()) if weight.dim() > 1 else 1
             value = torch.tensor(1 / inputs, dtype=torch.float64)
-            memo[id(weight)] = nn.Parameter(value.expand(weight.shape), requires_grad=False)
+            memo[id(weight)] = nn.Parameter(value.expand(weight.shape))
     probe = copy_model(model, memo).double().eval().requires_grad_(False)
     for module in probe.modules():
         if isinstance(module, AdaptiveConv2d):
+            # As far as the outer taps reach, or farther; a multiple of the stride.
             margin = [
-                stride * math.ceil(dilation * (taps - 1) / 2 / stride)
+                stride * int(dilation * taps)
                 for dilation, taps, stride in zip(
                     module.realised_dilation, module.kernel_size, module.stride, strict=True
                 )
@@ -218,8 +219,8 @@ def probe_copy(model: nn.Module) -> nn.Module:
 
 
 def _add_margin(margin: Sequence[int], module: nn.Module, inputs: tuple[Tensor]) -> Tensor:
-    """Repeat the outermost pixels of a layer's input, as `gradient_rules.pad` does for other layers."""
-    return F.pad(inputs[0], [margin[1], margin[1], margin[0], margin[0]], mode="replicate")
+    """Pad the input of a layer that pads by itself; `PositiveGradients` repeats the outermost pixels."""
+    return F.pad(inputs[0], [margin[1], margin[1], margin[0], margin[0]])
 
 
 def _remove_margin(margin: Sequence[int], module: AdaptiveConv2d, inputs: tuple[Tensor], output: Tensor) -> Tensor:
