@@ -99,12 +99,18 @@ def test_an_empty_split(root: Path) -> None:
         FolderDataset(root, "val")
 
 
+# As many colours as a palette holds.
+RAMP = np.stack([np.arange(256, dtype=np.uint8).reshape(16, 16)] * 2 + [np.zeros((16, 16), np.uint8)], 2)
+
+
 @pytest.mark.parametrize(
     ("mask", "message"),
     [
         (PIL.Image.new("L", (16, 12), 3), r"holds the value 3 \(192 px\), which no class has; .*classes.txt"),
         (PIL.Image.new("L", (12, 16)), "16x12 px .* but its image is 12x16"),
         (PIL.Image.new("RGB", (16, 12)), "holds colours .*, not class indices: a palette mask .*saved as RGB"),
+        (PIL.Image.fromarray(RAMP), r"holds colours \(256 different\)"),
+        (PIL.Image.fromarray(RAMP.repeat(2, 0) + np.eye(32, 16, dtype=np.uint8)[..., None]), "holds colours, not"),
         (PIL.Image.new("I;16", (16, 12)), "Pillow mode 'I;16'"),
     ],
 )
