@@ -132,6 +132,8 @@ class TestNotReliable:
         assert judge([[losses]], present=1, chosen=4).kind == "not reliable"
         verdict = judge([[losses], [{**reading(VALLEY), 2.0: [math.nan] * 32}]], present=16)
         assert (verdict.kind, verdict.dilation) == ("at the edge", 16.0), "of what both have read"
+        with pytest.raises(ValueError, match="a reading of every search"):
+            judge([[losses], []], present=1)
         verdict = judge([[{1.0: [math.nan] * 16, 2.0: [math.inf] * 16}]], present=1)
         assert str(verdict) == "not reliable: no held-out loss is finite"
 

@@ -47,5 +47,6 @@ class TestDilationRange:
     def test_of_a_layer(self, dilation: tuple[int, int], options: dict[str, float], expected: Any) -> None:
         layer = AdaptiveConv2d(1, 1, 3, padding=dilation, dilation=dilation, **options)
         assert dilation_range([layer]) == (1.0, 32.0)
+        assert dilation_range([AdaptiveConv2d(1, 1, 3, padding=40, dilation=40)]) == (1.0, 40.0)
         layer(torch.zeros(1, 1, 12, 24))
         assert dilation_range([layer]) == pytest.approx(expected)

@@ -34,8 +34,16 @@ class TestOptimizer:
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         adapt(model)
         search = GradientSearch(model, mean, steps)
+        assert search.seed == 0
+        # Said at the tenth step, or at the last.
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            fit(search, [optimizer], toy, min(9, steps - 1))
         with pytest.warns(UserWarning, match="no optimizer that has stepped holds the factor of 0, so that") as said:
-            fit(search, [optimizer], toy, steps)
+            fit(search, [optimizer], toy, 1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            fit(search, [optimizer], toy, steps - min(10, steps))
         assert len(said) == 1
         assert search.done
 

@@ -169,8 +169,22 @@ class TestBounds:
         with pytest.raises(ValueError, match=r"learned layer 1: its bounds .* dilations 2.2 to 2.8, none .* whole"):
             toy.run(search, 5)
 
-    @pytest.mark.parametrize("options", [{"narrowings": {0.5: 0.9}}, {"narrowings": {1.5: 2.0}}, {"candidates": 0}])
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"narrowings": {0.5: 2.0, 0.6: 0.9}},
+            {"narrowings": {0.5: 2.0, 1.5: 2.0}},
+            {"narrowings": {0.0: 2.0}},
+            {"candidates": 0},
+        ],
+    )
     def test_options(self, toy: Any, options: dict[str, Any]) -> None:
+        search = SampledSearch(toy.model(3), toy.loss(3.0), 100, [toy.image])
+        assert (search.seed, search.candidates, search.narrowings) == (0, 10, {25: 2.5, 40: 1.75, 60: 1.35})
+        search = SampledSearch(
+            toy.model(3), toy.loss(3.0), 3, [toy.image], narrowings={0.1: 1.0, 1.0: 1.0}, candidates=1
+        )
+        assert search.narrowings == {1: 1.0, 3: 1.0}
         with pytest.raises(ValueError, match="narrowings must be shares of the steps"):
             SampledSearch(toy.model(3), toy.loss(3.0), 5, [toy.image], **options)
 

@@ -56,6 +56,18 @@ class TestSpsa:
                 toy.run(search, 1)
             return draws
 
+        search = SpsaSearch(toy.model(6), toy.loss(6.0), 10**6)
+        assert (search.seed, search.scale, search._optimizer.defaults["lr"]) == (0, 0.6, 0.03)
+        assert search._optimizer.defaults["betas"] == (0.9, 0.99)
+        center, sizes = search._log_dilation[0], []
+        for search.step_index in range(300):
+            sizes.append(abs(search._epsilon(0, center).item()))
+        assert (min(sizes), max(sizes)) == (pytest.approx(0.05), pytest.approx(1.2, rel=1e-3))
+        assert sum(size > 0.6 for size in sizes) / 300 == pytest.approx(0.32, abs=0.06), "half-normal of scale 0.6"
+        height, width = search._epsilon(0, torch.zeros(2)).tolist()
+        assert len({height, width, search._epsilon(1, center).item()}) == 3, "one for each factor and axis"
+        search.step_index = 10**6 - 1
+        assert abs(search._epsilon(0, center).item()) == pytest.approx(0.05)
         assert len(set(drawn(0))) == 12
         assert {draw > 0 for draw in drawn(0)} == {True, False}
         assert drawn(0) == drawn(0)

@@ -411,8 +411,8 @@ def _check_held_out(held_out: Iterable[Any]) -> None:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return  # another process may have some
     try:
-        count = len(held_out)  # type: ignore[arg-type]
+        is_empty = len(held_out) == 0  # type: ignore[arg-type]
     except TypeError:  # for example a DataLoader of an iterable data set
-        count = sum(1 for _ in zip((1,), held_out, strict=False))
-    if count == 0:
+        is_empty = not any(True for _ in held_out)
+    if is_empty:
         raise ValueError(_NO_HELD_OUT)
