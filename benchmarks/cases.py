@@ -11,7 +11,7 @@ from torchvision.ops import DeformConv2d
 from benchmarks.timing import Case, Group, training_step, without_gradient
 from rfield import AdaptiveConv2d, ReceptiveFieldRegulator, fuse
 from rfield.ops import resize_bilinear, resized_size
-from rfield.segmentation.models import SinglePathHead, largefov_vgg16
+from rfield.segmentation.models import HeadSpec, SinglePathHead, largefov_vgg16
 
 _FORMATS = ("contiguous", "channels-last")
 _DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -155,7 +155,7 @@ def _autocast(run: Case) -> Case:
 
 def _head(width: int, mechanism: str | None = None, factor: float = 1.0) -> nn.Module:
     torch.manual_seed(0)
-    made = SinglePathHead(512, 21, 6, width, 0.0, mechanism is not None, mechanism or "regulator")
+    made = SinglePathHead(512, 21, HeadSpec(6, width, 0.0, mechanism is not None, mechanism or "regulator"))
     for module in made.modules():
         if isinstance(module, ReceptiveFieldRegulator | AdaptiveConv2d):
             module.set_factor(factor)
@@ -220,12 +220,12 @@ def fused(quick: bool = False) -> Iterator[Group]:
     for batch, side in [(1, 33)] if quick else [(1, 41), (8, 41), (1, 65)]:
         features = _map((batch, 512, side, side), channels_last=True)
         torch.manual_seed(0)
-        learned = SinglePathHead(512, 21, 6, 128, 0.0, True, "dilation").to(_DEVICE)
+        learned = SinglePathHead(512, 21, HeadSpec(6, 128, 0.0, True, "dilation")).to(_DEVICE)
         for module in learned.modules():
             if isinstance(module, AdaptiveConv2d):
                 module.set_factor(6 / 4)
                 module.snap()
-        plain = SinglePathHead(512, 21, 4, 128, 0.0, False).to(_DEVICE)
+        plain = SinglePathHead(512, 21, HeadSpec(4, 128, 0.0, False)).to(_DEVICE)
         cases = {"plain": plain.eval(), "fused": fuse(learned.eval()), "snapped, not fused": learned.eval()}
         cases = {key: module.to(memory_format=torch.channels_last) for key, module in cases.items()}
         runs = {key: without_gradient(lambda m=module, i=features: m(i)) for key, module in cases.items()}

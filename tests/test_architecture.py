@@ -25,7 +25,7 @@ PACKAGES: dict[str, set[str]] = {
     "segmentation.config": set(),
     "segmentation.files": {"yaml", "torch", "safetensors"},
     "segmentation.console": {"rich"},
-    "segmentation.models": {"torch", "torchvision", "timm", "huggingface_hub", "safetensors"},
+    "segmentation.models": {"torch", "torchvision", "timm", "huggingface_hub"},
     "segmentation.data": {"torch", "numpy", "PIL", "scipy", "torchvision", "yaml"},
     "segmentation.metrics": {"torch", "torchmetrics"},
     "segmentation.plots": {"numpy", "matplotlib"},
@@ -34,7 +34,7 @@ PACKAGES: dict[str, set[str]] = {
     "segmentation.training": {
         *("torch", "lightning", "tensorboard", "rich", "numpy", "yaml", "segmentation_models_pytorch"),
     },
-    "segmentation.export": {"torch", "numpy", "onnx", "onnxscript", "onnxruntime", "safetensors", "yaml"},
+    "segmentation.export": {"torch", "numpy", "onnx", "onnxscript", "onnxruntime", "huggingface_hub", "yaml"},
     "segmentation.experiments": {"torch", "numpy", "optuna", "rich"},
     "segmentation.inspection": {
         *("torch", "torchvision", "PIL", "timm", "segmentation_models_pytorch", "transformers", "huggingface_hub"),

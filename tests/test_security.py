@@ -29,6 +29,7 @@ from rfield.segmentation.files.untrusted import read_json, read_weights, read_ya
 from rfield.segmentation.inference.feature_cache import CachedFeatures
 from rfield.segmentation.inspection.model_names import open_model
 from rfield.segmentation.models import ParsingNetwork
+from rfield.segmentation.models.saving import describe_network
 from rfield.segmentation.runs import build_network, load_config, load_run
 
 LAUGHS = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 40)) + "data: *a39\n"
@@ -72,8 +73,9 @@ def run(tmp_path: Path) -> Path:
     (folder / "checkpoints").mkdir(parents=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(config.resolved().plain()))
     (folder / "classes.json").write_text('{"class_names": ["road", "car"], "palette": [[0, 0, 0], [9, 9, 9]]}')
-    state = {f"network.{key}": value for key, value in build_network(config, 2).state_dict().items()}
-    torch.save({"state_dict": state}, folder / "checkpoints/last.ckpt")
+    network = build_network(config, 2)
+    state = {f"network.{key}": value for key, value in network.state_dict().items()}
+    torch.save({"state_dict": state, "rfield": describe_network(network)}, folder / "checkpoints/last.ckpt")
     load_run(folder)
     return folder
 
@@ -82,7 +84,7 @@ def run(tmp_path: Path) -> Path:
 def shared_run(run: Path, tmp_path: Path) -> Path:
     """The same network as on the Hub."""
     notes = {"class_names": ["road", "car"], "palette": [[0, 0, 0], [9, 9, 9]]}
-    load_run(run).network.save_pretrained(tmp_path / "shared", notes)
+    load_run(run).network.save_pretrained(tmp_path / "shared", config=notes)
     return tmp_path / "shared"
 
 
@@ -104,7 +106,7 @@ class TestPickles:
                 load_run(run, name)
 
     def test_weights_of_fused_and_shared_runs(self, run: Path, shared_run: Path, marker: Path) -> None:
-        (run / "fused.json").write_text('{"dilations": {}, "resizes": {}}')
+        shutil.copy(shared_run / "config.json", run / "fused.json")
         for folder in (run, shared_run):
             (folder / "model.safetensors").write_bytes(pickled(marker, "zip"))
             (folder / "pytorch_model.bin").write_bytes(pickled(marker, "zip"))
@@ -180,18 +182,33 @@ class TestText:
 
     @pytest.mark.parametrize(
         "change",
-        [{"model": [1]}, {"model": "timm:hf-hub:a/b"}, {"head_channels": 10**12}, {"paths": []}, {"weights": "x"}],
+        [
+            {"model": [1]},
+            {"model": "timm:hf-hub:a/b"},
+            {"head": {"head_channels": 10**12}},
+            {"head": {"paths": []}},
+            {"head": []},
+            {"weights": "x"},
+        ],
     )
     def test_networks_that_cannot_be_built(self, run: Path, shared_run: Path, change: dict[str, Any]) -> None:
         config = json.loads((shared_run / "config.json").read_text())
         (shared_run / "config.json").write_text(json.dumps({**config, "network": {**config["network"], **change}}))
-        with pytest.raises(ValueError, match=r"config\.json"):
+        with pytest.raises(ValueError, match=r"config\.json describes no network that can be built"):
             load_run(shared_run)
-        if "weights" not in change:  # a trained network takes none
-            values = yaml.safe_load((run / "config.yaml").read_text())
-            (run / "config.yaml").write_text(yaml.safe_dump({**values, **change}))
-            with pytest.raises(ValueError, match=r"config\.yaml"):
-                load_run(run)
+        checkpoint = run / "checkpoints/last.ckpt"
+        saved = torch.load(checkpoint, weights_only=True)
+        saved["rfield"]["network"].update(change)
+        torch.save(saved, checkpoint)
+        with pytest.raises(ValueError, match=r"last\.ckpt describes no network that can be built"):
+            load_run(run)
+
+    @pytest.mark.parametrize("change", [{"model": [1]}, {"paths": []}, {"head_channels": "x"}, {"nonsense": 1}])
+    def test_configs(self, run: Path, change: dict[str, Any]) -> None:
+        values = yaml.safe_load((run / "config.yaml").read_text())
+        (run / "config.yaml").write_text(yaml.safe_dump({**values, **change}))
+        with pytest.raises(ValueError, match=r"config\.yaml is not a run's config"):
+            load_run(run)
 
     @pytest.mark.parametrize(
         "notes",

@@ -49,6 +49,7 @@ from rfield.segmentation.export import hub as sharing
 from rfield.segmentation.export.fused_run import fuse_run
 from rfield.segmentation.files.untrusted import read_json, read_weights
 from rfield.segmentation.inference.onnx import load_onnx
+from rfield.segmentation.models.saving import describe_network
 from rfield.segmentation.runs import build_network, load_config, load_run, read_classes
 
 _SECONDS = 10
@@ -451,7 +452,8 @@ def runs(folder: Path) -> dict[str, Parser]:
     (run / "classes.json").write_text(json.dumps(classes))
     state = {f"network.{key}": value for key, value in network.state_dict().items()}
     checkpoint = run / "checkpoints/last.ckpt"
-    torch.save({"state_dict": state, "epoch": 1, "search": {"done": True}}, checkpoint)
+    described = describe_network(network)
+    torch.save({"state_dict": state, "epoch": 1, "search": {"done": True}, "rfield": described}, checkpoint)
     scores = {"miou": 0.5, "pixel_accuracy": 0.9, "per_class": {"road": 0.4, "car": None}}
     fuse_run(run, folder / "fused")
     sharing.share_run(run, folder / "shared")
@@ -487,6 +489,8 @@ def runs(folder: Path) -> dict[str, Parser]:
         load_onnx(exported)
 
     fused, shared = folder / "fused", folder / "shared"
+    fixed = {"dilations": {"head.layers.fc6": [2, 3]}, "resizes": {"head.layers": [1.3, 0.7]}}
+    changed = {**json.loads((fused / "fused.json").read_text()), "fused": fixed}
     pth, tensors, described = folder / "weights.pth", folder / "weights.safetensors", run / "described.json"
     return {
         "checkpoint": Parser(lambda content: load_run(run), [checkpoint.read_bytes()], checkpoint, _OPCODES, edit_zip),
@@ -510,7 +514,7 @@ def runs(folder: Path) -> dict[str, Parser]:
             lambda content: load_run(fused),
             [
                 (fused / "fused.json").read_bytes(),
-                b'{"dilations": {"head.layers.fc6": [2, 3]}, "resizes": {"head.layers": [1.3, 0.7]}}',
+                json.dumps(changed).encode(),
             ],
             fused / "fused.json",
             mutate=edit_json,

@@ -19,7 +19,7 @@ from rfield.layers import LearnedFactor
 from rfield.segmentation import plots
 from rfield.segmentation.data import load_dataset
 from rfield.segmentation.inference.feature_cache import cache_features
-from rfield.segmentation.models import SinglePathHead
+from rfield.segmentation.models import HeadSpec, SinglePathHead
 from rfield.segmentation.runs import build_network, load_run
 
 IMAGES = 64
@@ -36,7 +36,7 @@ def make_head(trained: SinglePathHead, mechanism: str, dilation: int) -> SingleP
     """A head with the same weights, another base dilation and another mechanism."""
     fc6, fc8 = (next(m for n, m in trained.named_modules() if n.endswith(name)) for name in ("fc6", "fc8"))
     channels = fc6.weight.shape[0]
-    head = SinglePathHead(fc6.weight.shape[1], len(fc8.weight), dilation, channels, 0.0, True, mechanism)
+    head = SinglePathHead(fc6.weight.shape[1], len(fc8.weight), HeadSpec(dilation, channels, 0.0, mechanism=mechanism))
     weights = {key.split(".", 1)[1].removeprefix("module."): value for key, value in trained.state_dict().items()}
     for name, parameter in head.named_parameters():
         if not name.endswith("log_factor"):

@@ -9,7 +9,7 @@ from rfield.receptive_field.per_layer import layer_receptive_fields
 from rfield.receptive_field.positive_gradients import PositiveGradients
 from rfield.receptive_field.probe import Window, extent, output_map, probe_copy, probe_receptive_field, probe_window
 from rfield.receptive_field.theoretical import receptive_field_px, theoretical_receptive_field
-from rfield.segmentation.models import MODELS, ParsingNetwork, largefov_vgg16, small_cnn
+from rfield.segmentation.models import MODELS, ParsingNetwork, build_model, largefov_vgg16, small_cnn
 
 
 def with_factor(network: ParsingNetwork, factor: float | tuple[float, float]) -> ParsingNetwork:
@@ -23,7 +23,7 @@ def with_factor(network: ParsingNetwork, factor: float | tuple[float, float]) ->
     [(12, 1.0, 404), (14, 1.0, 436), (6, 1.0, 308), (14, 1.217, 396), (6, 0.632, 364)],
 )
 def test_figures_of_the_paper(dilation: int, factor: float, nominal: int) -> None:
-    network = with_factor(largefov_vgg16(21, dilation, head_channels=4), factor)
+    network = with_factor(largefov_vgg16(21, dilation=dilation, head_channels=4), factor)
     assert [round(side) for side in receptive_field_px(network)] == [nominal, nominal]
     exact = 227 + 16 * dilation / factor
     assert theoretical_receptive_field(network) == pytest.approx((exact, exact))
@@ -101,7 +101,7 @@ def probe(module: nn.Module) -> list[nn.Module]:
 @pytest.mark.parametrize("dilation", [1, 5])
 @pytest.mark.parametrize("name", sorted(MODELS))
 def test_equals_the_support_of_the_gradient(name: str, dilation: int) -> None:
-    network = MODELS[name](2, dilation=dilation, head_channels=4, regulate=False)
+    network = build_model(name, 2, dilation=dilation, head_channels=4, regulate=False)
     for model in (network.backbone, network):
         height, width = theoretical_receptive_field(model)
         side = (int(height) // network.stride // 2 + 2) * 2 * network.stride + 1
@@ -163,7 +163,7 @@ def test_the_mean_of_a_map_with_channels_last_is_global() -> None:
 @pytest.mark.parametrize("name", sorted(MODELS))
 @pytest.mark.parametrize("regulate", [False, True])
 def test_the_probe_agrees_with_the_reckoning(name: str, regulate: bool) -> None:
-    network = MODELS[name](2, dilation=3, head_channels=4, regulate=regulate, mechanism="dilation")
+    network = build_model(name, 2, dilation=3, head_channels=4, regulate=regulate, mechanism="dilation")
     before = {key: value.clone() for key, value in network.state_dict().items()}
     assert probe_receptive_field(network.backbone) == theoretical_receptive_field(network.backbone)
     window = probe_window(network.backbone, axis=0)

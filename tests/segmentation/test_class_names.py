@@ -18,6 +18,7 @@ from rfield.segmentation.experiments.trials import Point, run_trials
 from rfield.segmentation.export.onnx import export_run
 from rfield.segmentation.inference.onnx import evaluate_onnx, load_onnx
 from rfield.segmentation.inference.predict import evaluate_run
+from rfield.segmentation.models.saving import describe_network
 from rfield.segmentation.runs import build_network, load_run
 from rfield.segmentation.training import train
 
@@ -62,7 +63,7 @@ def run(tmp_path: Path, make_data: MakeData) -> Path:
     (out / "config.yaml").write_text(yaml.safe_dump(config.plain()))
     (out / "classes.json").write_text(json.dumps({"class_names": NAMES, "palette": [(i, i, i) for i in range(9)]}))
     state = {f"network.{key}": value for key, value in network.state_dict().items()}
-    torch.save({"state_dict": state}, out / "checkpoints/last.ckpt")
+    torch.save({"state_dict": state, "rfield": describe_network(network)}, out / "checkpoints/last.ckpt")
     return out
 
 

@@ -16,7 +16,7 @@ import rfield
 from rfield.layers import AdaptiveConv2d, ReceptiveFieldRegulator, WeightedGradient
 from rfield.ops import resized_size
 from rfield.receptive_field.theoretical import theoretical_receptive_field
-from rfield.segmentation.models import MultiPathHead, ParsingNetwork, SinglePathHead, small_cnn
+from rfield.segmentation.models import HeadSpec, MultiPathHead, ParsingNetwork, SinglePathHead, small_cnn
 from rfield.segmentation.models.backbones import small_cnn_backbone
 from rfield.surgery.fuse import dilations, fixed_resize, set_dilations, traceable_resized_size
 
@@ -269,9 +269,8 @@ class TestParsingNetwork:
         def build(regulate: bool) -> ParsingNetwork:
             if paths == 1:
                 return small_cnn(3, regulate=regulate, mechanism=mechanism)
-            head = MultiPathHead(
-                32, 3, 4, 2, 16, regulate=regulate, mechanism=mechanism, class_groups=[[0], [1]], gradient_weight=5.0
-            )
+            guidance = {"class_groups": ((0,), (1,)), "gradient_weight": 5.0}
+            head = MultiPathHead(32, 3, HeadSpec(4, 16, regulate=regulate, mechanism=mechanism, paths=2, **guidance))
             return ParsingNetwork(small_cnn_backbone(), head)
 
         network = moved(build(True))
@@ -295,7 +294,7 @@ class TestParsingNetwork:
             assert plain.train().head(features, (61, 45), mask).shape == (1, 3, 61, 45)
 
     def test_single_path_head(self) -> None:
-        head = SinglePathHead(4, 3, dilation=6, head_channels=8, rectangular=True, mechanism="dilation").eval()
+        head = SinglePathHead(4, 3, HeadSpec(6, 8, rectangular=True, mechanism="dilation")).eval()
         layer = head.factor_layer
         assert layer is not None
         layer.set_factor((2.0, 3.0))
@@ -303,7 +302,7 @@ class TestParsingNetwork:
 
     @pytest.mark.parametrize("mode", ["resize", "dilation"])
     def test_a_fused_head_tells_its_field(self, mode: Any) -> None:
-        head = SinglePathHead(4, 3, dilation=6, head_channels=8, rectangular=True)
+        head = SinglePathHead(4, 3, HeadSpec(6, 8, rectangular=True))
         head.factor_layer.set_factor((2.5, 0.8))
         plain = rfield.fuse(head, mode)
         expected = (2.4, 7.5) if mode == "resize" else (2, 8)

@@ -1,4 +1,4 @@
-"""Run folders: what training leaves, opened again."""
+"""Run folders: open again what a training has left."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -6,16 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from rfield.layers import LearnedFactor, ReceptiveFieldRegulator
 from rfield.segmentation.config.train import TrainConfig, counted, parse_size
-from rfield.segmentation.files.checkpoints import checkpoint_error, find_checkpoint
+from rfield.segmentation.files.checkpoints import find_checkpoint, read_checkpoint
 from rfield.segmentation.files.untrusted import read_json, read_weights, read_yaml
-from rfield.segmentation.models import ParsingNetwork, Paths, find_model
+from rfield.segmentation.models import ParsingNetwork, build_model
 from rfield.segmentation.models.hub import find_folder, hub_hint
-from rfield.surgery.fuse import restore_fused
+from rfield.segmentation.models.saving import rebuild_network
 
-# What a config's YAML may hold for the fields that are not parsed: whole numbers do for others.
+# The types that a config's YAML may hold for fields without a parser; whole numbers may stand for floats.
 _KINDS: dict[Any, Any] = {
     kind: kind | int if kind in (float, float | None) else kind
     for each in (str, bool, int, float)
@@ -42,7 +43,7 @@ def build_network(
     weights: str | None = None,
     class_groups: Sequence[tuple[int, ...]] | None = None,
 ) -> ParsingNetwork:
-    """The network of a run, in channels-last memory format.
+    """Build the network of a run, in channels-last memory format.
 
     Args:
         config: its model, dilation, head, canvas and factor are used.
@@ -51,33 +52,35 @@ def build_network(
         class_groups: the classes of each path, which only training needs.
 
     Raises:
-        ValueError: if the model's name is not known, or it has no such output stride.
+        ValueError: the model's name is not known, or it has no such output stride.
 
     >>> config = TrainConfig(data="synthetic", out="runs/x", model="small_cnn", dilation=6, factor=1.5)
     >>> build_network(config, num_classes=4).head.effective_dilation
     (4.0, 4.0)
     """
-    build = find_model(config.model)
-    options = {} if config.output_stride is None else {"output_stride": config.output_stride}
-    network = build(
+    network = build_model(
+        config.model,
         num_classes,
+        weights=None if weights == "random" else weights,
+        output_stride=config.output_stride,
+        min_size=config.canvas,
+        decoder=config.decoder,
         dilation=config.dilation,
         head_channels=config.head_channels,
-        regulate=config.search != "none",
-        weights=None if weights == "random" else weights,
         dropout=config.dropout or 0.0,
-        min_size=config.canvas,
+        regulate=config.search != "none",
         mechanism=config.mechanism or "regulator",
-        paths=Paths(
-            config.paths,
-            config.aspp or (),
-            config.rectangular,
-            None if class_groups is None else tuple(class_groups),
-            config.path_weight if config.path_guidance == "gradient" else 1.0,
-        ),
-        decoder=config.decoder,
-        **options,
+        paths=config.paths,
+        rates=config.aspp or (),
+        rectangular=config.rectangular,
+        class_groups=class_groups,
+        gradient_weight=config.path_weight if config.path_guidance == "gradient" else 1.0,
     )
+    return _set_up(network, config)
+
+
+def _set_up(network: ParsingNetwork, config: TrainConfig) -> ParsingNetwork:
+    """Apply what a config says of learned layers; return the network in channels-last memory format."""
     for module in network.modules():
         if isinstance(module, LearnedFactor):
             module.set_factor(config.factor)
@@ -87,15 +90,15 @@ def build_network(
 
 
 def load_run(folder: str | Path, checkpoint: str = "last") -> Run:
-    """Opens the network that `rfield train` or `rfield fuse` has left in a run folder, or `rfield push` on the Hub.
+    """Open the network that `rfield train` or `rfield fuse` has left in a run folder, or `rfield push` on the Hub.
 
     Args:
         folder: the run folder, or a model of the Hub, see `rfield.segmentation.models.hub.find_folder`.
         checkpoint: `last` or `best`.
 
     Raises:
-        FileNotFoundError: if the folder is no run folder or has no such checkpoint.
-        ValueError: if a file in it cannot be understood.
+        FileNotFoundError: the folder is no run folder or has no such checkpoint.
+        ValueError: a file in it cannot be understood, or was written by another version.
     """
     folder = find_folder(folder)
     if (folder / "config.json").is_file() and not (folder / "config.yaml").exists():
@@ -103,65 +106,63 @@ def load_run(folder: str | Path, checkpoint: str = "last") -> Run:
     for name in ("config.yaml", "classes.json"):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} is not a run folder: it has no {name}{hub_hint(folder)}")
-    path = find_checkpoint(folder / "checkpoints", checkpoint)
-    fused = folder / "fused.json"
-    if checkpoint == "last" and fused.is_file():
-        path = folder / "model.safetensors"
-    if not path.is_file():
-        kept = sorted(file.stem for file in path.parent.glob("[!.]*.ckpt"))
-        raise FileNotFoundError(f"{folder} has no checkpoint {checkpoint!r}; it has {', '.join(kept) or 'none yet'}")
+    path, description, state = _read_network(folder, checkpoint)
     config = load_config(folder / "config.yaml")
     class_names, palette, size = read_classes(read_json(folder / "classes.json"), folder / "classes.json")
+    network = _set_up(rebuild_network(description, path), config)
+    _check_classes(network, class_names, folder / "classes.json")
     try:
-        network = build_network(config, len(class_names))
-    except Exception as error:  # Any part of a network may be what fails.
-        raise ValueError(f"{folder / 'config.yaml'} describes no network that can be built: {error}") from error
-    try:
-        prefix = "network."
-        if path.suffix == ".safetensors":
-            restore_fused(network, read_json(fused))
-            state = {prefix + key: value for key, value in read_weights(path).items()}
-        else:
-            wrong = checkpoint_error(path)
-            if wrong is not None:
-                raise ValueError(wrong)
-            state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
-        network.load_state_dict({key.removeprefix(prefix): v for key, v in state.items() if key.startswith(prefix)})
-    except Exception as error:  # Damaged files raise a dozen different types.
+        network.load_state_dict(state)
+    except Exception as error:  # Strangers' tensors raise a dozen different types.
         raise ValueError(f"{path} is damaged or not a checkpoint of this run: {error}") from error
     return Run(folder, config, class_names, palette, network.eval(), size)
 
 
+def _read_network(folder: Path, checkpoint: str) -> tuple[Path, Any, dict[str, Tensor]]:
+    """Return the file that describes a run's network, the description, and the weights."""
+    fused, weights = folder / "fused.json", folder / "model.safetensors"
+    if checkpoint == "last" and fused.is_file():
+        return fused, read_json(fused), read_weights(weights)
+    path = find_checkpoint(folder / "checkpoints", checkpoint)
+    if not path.is_file():
+        kept = sorted(file.stem for file in path.parent.glob("[!.]*.ckpt"))
+        raise FileNotFoundError(f"{folder} has no checkpoint {checkpoint!r}; it has {', '.join(kept) or 'none yet'}")
+    saved, prefix = read_checkpoint(path), "network."
+    state = {str(key): value for key, value in dict(saved["state_dict"]).items()}
+    return path, saved.get("rfield"), {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+
+
 def _load_shared(folder: Path) -> Run:
-    """Open the run that `find_folder` keeps of the Hub; its config is what use needs, its data are not known."""
+    """Open a folder of `rfield push`. Its config holds what use needs; its data set is not known."""
     network: ParsingNetwork = ParsingNetwork.from_pretrained(folder)
     path = folder / "config.json"
     notes = read_json(path)
     class_names, palette, size = read_classes(notes, path)
-    try:
-        recipe = notes["network"]
-        config = TrainConfig(
-            data="",
-            out=str(folder),
-            model=recipe["model"],
-            dilation=recipe["dilation"],
-            search="none",
-            freeze_backbone=bool(notes.get("freeze_backbone")),
-            canvas=None if recipe["min_size"] is None else network.min_size,
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} does not say what rfield push writes of the network: {error}") from error
-    if network.num_classes != len(class_names):
-        names = counted(len(class_names), "class name")
-        raise ValueError(f"{path} has {names} for a network of {counted(network.num_classes, 'class')}")
+    _check_classes(network, class_names, path)
+    assert network.spec is not None
+    config = TrainConfig(
+        data="",
+        out=str(folder),
+        model=network.spec.model,
+        dilation=network.spec.head.dilation,
+        search="none",
+        freeze_backbone=bool(notes.get("freeze_backbone")),
+        canvas=None if network.spec.min_size is None else network.min_size,
+    )
     return Run(folder, config, class_names, palette, network, size)
 
 
+def _check_classes(network: ParsingNetwork, class_names: tuple[str, ...], path: Path) -> None:
+    if network.num_classes != len(class_names):
+        names = counted(len(class_names), "class name")
+        raise ValueError(f"{path} has {names} for a network of {counted(network.num_classes, 'class')}")
+
+
 def read_classes(notes: Any, path: Path) -> tuple[tuple[str, ...], list[tuple[int, int, int]], tuple[int, int] | None]:
-    """The names and colours of the classes and the working size, as run folders and exported files hold them.
+    """Return the classes' names and colours and the working size, from a run folder or an exported file.
 
     Raises:
-        ValueError: if they are not there or of another kind; names `path`.
+        ValueError: one is missing or of another type; names `path`.
 
     >>> read_classes({"class_names": ["sky"], "palette": [[0, 0, 255]]}, Path("classes.json"))
     (('sky',), [(0, 0, 255)], None)
@@ -182,10 +183,10 @@ def read_classes(notes: Any, path: Path) -> tuple[tuple[str, ...], list[tuple[in
 
 
 def load_config(path: Path) -> TrainConfig:
-    """A run's resolved config.
+    """Return a run's resolved config.
 
     Raises:
-        ValueError: if the file is not what `rfield train` writes.
+        ValueError: the file is not what `rfield train` writes.
     """
     values = read_yaml(path)
     try:

@@ -16,6 +16,7 @@ from rfield.segmentation.config.export import FuseConfig
 from rfield.segmentation.config.train import TrainConfig
 from rfield.segmentation.data import SyntheticCues
 from rfield.segmentation.export.fused_run import fuse_run
+from rfield.segmentation.models.saving import describe_network
 from rfield.segmentation.runs import build_network, load_run
 from rfield.surgery.fuse import dilations
 
@@ -45,7 +46,7 @@ def make_run(tmp_path: Path) -> MakeRun:
         classes = {"class_names": SyntheticCues.class_names, "palette": [(index, 0, 0) for index in range(4)]}
         (out / "classes.json").write_text(json.dumps(classes))
         state = {f"network.{key}": value for key, value in network.state_dict().items()}
-        torch.save({"state_dict": state}, out / "checkpoints/last.ckpt")
+        torch.save({"state_dict": state, "rfield": describe_network(network)}, out / "checkpoints/last.ckpt")
         return out
 
     return make
@@ -90,7 +91,7 @@ def test_a_search_that_has_ended(
     run, plain = make_run(factors, **values), tmp_path / "plain"
     fuse_run(run, plain)
     assert_same(run, plain)
-    assert json.loads((plain / "fused.json").read_text())["dilations"] == expected
+    assert json.loads((plain / "fused.json").read_text())["fused"]["dilations"] == expected
     if not expected:
         assert load_run(plain).config.dilation == 7
         network = build_network(load_run(plain).config, 4)
@@ -137,6 +138,11 @@ def test_mistakes(make_run: MakeRun, tmp_path: Path, capsys: pytest.CaptureFixtu
         assert error in capsys.readouterr().err
     assert not (tmp_path / "plain").exists()
     fuse_run(run, tmp_path / "plain")
-    (tmp_path / "plain/fused.json").write_text('{"dilations": {"head.layers.fc9": [1, 1]}, "resizes": {}}')
-    with pytest.raises(ValueError, match="is damaged or not a checkpoint of this run: the model has no convolution"):
+    fused = json.loads((tmp_path / "plain/fused.json").read_text())
+    wrong = {"dilations": {"head.layers.fc9": [1, 1]}, "resizes": {}}
+    (tmp_path / "plain/fused.json").write_text(json.dumps({**fused, "fused": wrong}))
+    with pytest.raises(ValueError, match="describes no network that can be built: the model has no convolution"):
+        load_run(tmp_path / "plain")
+    (tmp_path / "plain/fused.json").write_text(json.dumps(wrong))
+    with pytest.raises(ValueError, match=r"fused\.json was written by rfield 0\.1, "):
         load_run(tmp_path / "plain")

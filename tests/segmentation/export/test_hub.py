@@ -16,8 +16,10 @@ from rfield.segmentation.config.export import PushConfig
 from rfield.segmentation.config.train import TrainConfig
 from rfield.segmentation.data import SyntheticCues
 from rfield.segmentation.export.hub import push_run, share_run
-from rfield.segmentation.models import ParsingNetwork, Paths, small_cnn
+from rfield.segmentation.files.format import FORMAT
+from rfield.segmentation.models import ParsingNetwork, small_cnn
 from rfield.segmentation.models.hub import find_folder
+from rfield.segmentation.models.saving import describe_network
 from rfield.segmentation.runs import build_network, load_run
 from rfield.surgery.fuse import fuse
 
@@ -42,7 +44,7 @@ def run(tmp_path: Path) -> Path:
     data = SyntheticCues("val")
     (out / "classes.json").write_text(json.dumps({"class_names": data.class_names, "palette": data.palette}))
     state = {f"network.{key}": value for key, value in network.state_dict().items()}
-    torch.save({"state_dict": state}, out / "checkpoints/last.ckpt")
+    torch.save({"state_dict": state, "rfield": describe_network(network)}, out / "checkpoints/last.ckpt")
     scores = {"miou": 0.625, "pixel_accuracy": 0.75, "per_class": dict.fromkeys(data.class_names, 0.625)}
     (out / "metrics.json").write_text(json.dumps(scores))
     PIL.Image.new("RGB", (4, 4)).save(out / "curve.png")
@@ -55,9 +57,9 @@ def run(tmp_path: Path) -> Path:
     [
         {},
         {"mechanism": "dilation", "min_size": (70, 50)},
-        {"paths": Paths(2, class_groups=((1,), (2, 3)), gradient_weight=5.0)},
-        {"paths": Paths(rates=(1, 3)), "regulate": False},
-        {"paths": Paths(rectangular=True), "mechanism": "dilation", "decoder": True},
+        {"paths": 2, "class_groups": ((1,), (2, 3)), "gradient_weight": 5.0},
+        {"rates": (1, 3)},
+        {"rectangular": True, "mechanism": "dilation", "decoder": True},
     ],
 )
 def test_round_trip(values: dict[str, Any], fused: bool, tmp_path: Path) -> None:
@@ -71,7 +73,7 @@ def test_round_trip(values: dict[str, Any], fused: bool, tmp_path: Path) -> None
     with torch.no_grad():
         assert torch.equal(loaded(IMAGE), network(IMAGE))
     learned = [module for module in loaded.modules() if isinstance(module, LearnedFactor)]
-    assert bool(learned) == (not fused and values.get("regulate", True))
+    assert bool(learned) == (not fused and "rates" not in values)
     assert "library_name: rfield" in (tmp_path / "README.md").read_text()
 
 
@@ -115,25 +117,31 @@ def test_push(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     sent: dict[str, Any] = {}
 
     class Hub:
-        def create_repo(self, repo_id: str, private: bool, exist_ok: bool) -> str:
-            sent.update(repo_id=repo_id, private=private)
-            return f"https://hub/{repo_id}"
+        def __init__(self, token: str | None = None) -> None:
+            pass
 
-        def upload_folder(self, repo_id: str, folder_path: Path, commit_message: str) -> None:
+        def create_repo(self, repo_id: str, private: bool, exist_ok: bool) -> huggingface_hub.RepoUrl:
+            sent.update(repo_id=repo_id, private=private)
+            return huggingface_hub.RepoUrl(f"https://huggingface.co/{repo_id}")
+
+        def upload_folder(self, repo_id: str, folder_path: Path, **options: Any) -> str:
             sent["files"] = sorted(file.name for file in folder_path.iterdir())
+            return f"{repo_id} is there"
 
     assert parse(["push", "r", "me/fields"]) == ("push", PushConfig("r", "me/fields"))
     monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    monkeypatch.setattr(huggingface_hub.hub_mixin, "HfApi", Hub)
     push_run(run, "me/fields")
     assert sent["private"] is False
     main(["push", str(run), "me/fields", "--private"])
-    assert capsys.readouterr().out == "the network is at https://hub/me/fields\n"
+    assert capsys.readouterr().out == "the network is at https://huggingface.co/me/fields\n"
     assert sent == {
         "repo_id": "me/fields",
         "private": True,
         "files": ["README.md", "config.json", "curve.png", "model.safetensors"],
     }
-    assert small_cnn(2).push_to_hub("me/other") == "https://hub/me/other"
+    assert small_cnn(2).push_to_hub("me/other") == "me/other is there"
+    assert sent["files"] == ["README.md", "config.json", "model.safetensors"]
 
 
 @pytest.mark.parametrize(
@@ -194,12 +202,29 @@ def test_mistakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="does not say what rfield writes of the classes"):
         load_run(tmp_path / "saved")
     config = json.loads((tmp_path / "saved/config.json").read_text())
-    config["network"]["head_channels"] = 4
+    config["network"]["head"]["head_channels"] = 4
     (tmp_path / "saved/config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"does not fit config\.json"):
         ParsingNetwork.from_pretrained(tmp_path / "saved")
     (tmp_path / "saved/config.json").write_text("{}")
-    with pytest.raises(ValueError, match="no config of rfield's"):
+    with pytest.raises(ValueError, match=r"config\.json is damaged or no file of rfield's"):
         ParsingNetwork.from_pretrained(tmp_path / "saved")
-    with pytest.raises(ValueError, match="know how to be built again"):
+    with pytest.raises(ValueError, match="it has no spec: build it with build_model"):
         ParsingNetwork(network.backbone, network.head).save_pretrained(tmp_path)
+
+
+def test_files_of_other_versions_are_refused_by_name(run: Path, tmp_path: Path) -> None:
+    small_cnn(2).save_pretrained(tmp_path / "saved")
+    config = json.loads((tmp_path / "saved/config.json").read_text())
+    checkpoint = run / "checkpoints/last.ckpt"
+    saved = torch.load(checkpoint, weights_only=True)
+    assert (config["format"], saved["rfield"]["format"]) == (FORMAT, FORMAT)
+    old, new = "0.1, .*: train again, or use rfield 0.1$", "9.9, .*: update it with pip install --upgrade rfield$"
+    for described, message in (({}, old), ({"format": FORMAT + 1, "version": "9.9"}, new)):
+        (tmp_path / "saved/config.json").write_text(json.dumps({"network": config["network"], **described}))
+        with pytest.raises(ValueError, match=rf"config\.json was written by rfield {message}"):
+            ParsingNetwork.from_pretrained(tmp_path / "saved")
+        torch.save({"state_dict": saved["state_dict"], **({"rfield": described} if described else {})}, checkpoint)
+        (run / "config.yaml").write_text("a_field_of_that_version: 1")
+        with pytest.raises(ValueError, match=rf"last\.ckpt was written by rfield {message}"):
+            load_run(run)

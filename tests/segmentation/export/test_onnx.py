@@ -21,6 +21,7 @@ from rfield.segmentation.export import onnx as exporting
 from rfield.segmentation.export.int8 import quantise
 from rfield.segmentation.export.onnx import compare, export_run, read_exported
 from rfield.segmentation.inference.onnx import load_onnx
+from rfield.segmentation.models.saving import describe_network
 from rfield.segmentation.runs import Run, build_network, load_run
 
 pytestmark = pytest.mark.slow
@@ -50,7 +51,7 @@ def make_run(tmp_path_factory: pytest.TempPathFactory) -> MakeRun:
         }
         (out / "classes.json").write_text(json.dumps(classes))
         state = {f"network.{key}": value for key, value in network.state_dict().items()}
-        torch.save({"state_dict": state}, out / "checkpoints/last.ckpt")
+        torch.save({"state_dict": state, "rfield": describe_network(network)}, out / "checkpoints/last.ckpt")
         return out
 
     return make

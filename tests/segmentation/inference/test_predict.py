@@ -35,6 +35,7 @@ from rfield.segmentation.inference.predict import (
     predict_run,
 )
 from rfield.segmentation.inference.tiling import Tiler
+from rfield.segmentation.models.saving import describe_network
 from rfield.segmentation.runs import build_network, load_run
 
 CLASSES = ("sky", "sea", "land")
@@ -59,7 +60,7 @@ def make_run(tmp_path: Path) -> MakeRun:
         (out / "config.yaml").write_text(yaml.safe_dump(config.plain()))
         (out / "classes.json").write_text(json.dumps({"class_names": CLASSES, "palette": PALETTE}))
         state = {f"network.{key}": value for key, value in network.state_dict().items()}
-        torch.save({"state_dict": state}, out / "checkpoints/last.ckpt")
+        torch.save({"state_dict": state, "rfield": describe_network(network)}, out / "checkpoints/last.ckpt")
         return out
 
     return make

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from rfield.layers import LearnedFactor
 from rfield.segmentation.inference.tiling import Tiler, join_tiles
-from rfield.segmentation.models import ParsingNetwork, Paths, find_model, small_cnn
+from rfield.segmentation.models import HeadSpec, ParsingNetwork, build_model, small_cnn
 from rfield.segmentation.models.backbones import Backbone
 from rfield.segmentation.models.heads import SinglePathHead
 from rfield.surgery.fuse import fuse
@@ -59,9 +59,9 @@ def assert_same(network: ParsingNetwork, size: tuple[int, int], budget: float, l
         ({"regulate": False}, ()),
         ({}, (4 / 7,)),
         ({"mechanism": "dilation"}, (0.73,)),
-        ({"paths": Paths(3), "mechanism": "dilation"}, (0.9, 2.0, 0.61)),
-        ({"paths": Paths(2, rectangular=True), "mechanism": "dilation"}, ((2.0, 0.5), (0.55, 3.0))),
-        ({"paths": Paths(rates=(1, 3, 6)), "regulate": False}, ()),
+        ({"paths": 3, "mechanism": "dilation"}, (0.9, 2.0, 0.61)),
+        ({"paths": 2, "rectangular": True, "mechanism": "dilation"}, ((2.0, 0.5), (0.55, 3.0))),
+        ({"rates": (1, 3, 6)}, ()),
         pytest.param({"decoder": True, "mechanism": "dilation"}, (0.8,), marks=pytest.mark.slow),
         ({"regulate": False, "min_size": (200, 180)}, ()),
     ],
@@ -84,7 +84,7 @@ def test_margins_are_needed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_other_backbones() -> None:
-    lite = opinionated(find_model("efficientnet_lite0")(3, dilation=1, head_channels=4, regulate=False))
+    lite = opinionated(build_model("efficientnet_lite0", 3, dilation=1, head_channels=4, regulate=False))
     assert_same(lite, (801, 63), 1.5e7, least=2)
 
 
@@ -136,7 +136,7 @@ class SqueezeExcite(nn.Module):
 
 def test_a_whole_image_field_is_said_and_cut_to_the_effective_one(capsys: pytest.CaptureFixture[str]) -> None:
     layers = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2, padding=1), SqueezeExcite(), nn.Conv2d(8, 8, 3, 2, 1))
-    head = SinglePathHead(8, 3, dilation=3, head_channels=6, regulate=False)
+    head = SinglePathHead(8, 3, HeadSpec(3, 6, regulate=False))
     network = opinionated(ParsingNetwork(Backbone(layers, out_channels=8, stride=4), head))
     image = torch.randn(3, 401, 330)
     expected = Tiler(network).whole(image)

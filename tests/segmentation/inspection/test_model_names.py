@@ -84,7 +84,7 @@ def test_folders_of_transformers_and_of_rfield(tmp_path: Path) -> None:
     assert source.weights == "its own weights"
     assert shape_of(source.model) == (1, 3, 16, 16)
     notes = {"class_names": ["a", "b"], "palette": [[0, 0, 0], [1, 1, 1]], "size": None}
-    small_cnn(2, dilation=3, head_channels=4).save_pretrained(tmp_path / "ours", notes)
+    small_cnn(2, dilation=3, head_channels=4).save_pretrained(tmp_path / "ours", config=notes)
     assert shape_of(open_model(f"hf:{tmp_path / 'ours'}").model) == (1, 2, 64, 64)
 
 

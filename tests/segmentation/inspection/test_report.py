@@ -25,7 +25,7 @@ NOTES = {"class_names": ["a", "b"], "palette": [[0, 0, 0], [1, 1, 1]], "size": N
 def shared_run(tmp_path: Path) -> str:
     """A network of rfield with a field of 15 + 2 * 5 * 8 px, at stride 8."""
     torch.manual_seed(0)
-    small_cnn(2, dilation=5, head_channels=16).save_pretrained(tmp_path / "model", NOTES)
+    small_cnn(2, dilation=5, head_channels=16).save_pretrained(tmp_path / "model", config=NOTES)
     return str(tmp_path / "model")
 
 
@@ -75,7 +75,7 @@ def test_a_canvas_changes_no_stride(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_before_and_after(shared_run: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    small_cnn(2, dilation=1, head_channels=16).save_pretrained(tmp_path / "narrow", NOTES)
+    small_cnn(2, dilation=1, head_channels=16).save_pretrained(tmp_path / "narrow", config=NOTES)
     words = ["inspect", shared_run, "--size", "64", "--count", "2", "--against", str(tmp_path / "narrow")]
     main([*words, "--out", str(tmp_path / "out")])
     shown = capsys.readouterr().out

@@ -7,12 +7,12 @@ from rfield.receptive_field.theoretical import theoretical_receptive_field
 from rfield.segmentation.models import (
     Backbone,
     Decoder,
+    HeadSpec,
     MultiPathHead,
     ParsingNetwork,
-    Paths,
     SinglePathHead,
+    build_model,
     efficientnet_lite0,
-    find_model,
     largefov_vgg16,
     small_cnn,
     small_cnn_backbone,
@@ -52,7 +52,7 @@ def test_a_backbone_without_a_finer_map() -> None:
 
 def test_a_head_must_fit_the_decoder() -> None:
     with pytest.raises(ValueError, match="takes 16 channels, but the head gives 5; build the head with num_classes=16"):
-        ParsingNetwork(small_cnn_backbone(), SinglePathHead(32, 5, dilation=1), decoder=Decoder(16, 32, 5, ratio=2))
+        ParsingNetwork(small_cnn_backbone(), SinglePathHead(32, 5, HeadSpec(1)), decoder=Decoder(16, 32, 5, ratio=2))
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_a_head_must_fit_the_decoder() -> None:
 def test_logits_lie_on_the_finer_grid(name: str, fine_stride: int) -> None:
     if name.startswith("timm:"):
         pytest.importorskip("timm")
-    network = find_model(name)(3, head_channels=8, decoder=True).eval()
+    network = build_model(name, 3, head_channels=8, decoder=True).eval()
     stride = network.stride
     padded = torch.randn(1, 3, 2 * stride + 1, 3 * stride + 1)
     assert (network.logit_stride, network.num_classes) == (fine_stride, 3)
@@ -105,8 +105,8 @@ def test_a_decoder_starts_for_relus_and_with_small_logits() -> None:
 @pytest.mark.parametrize("regulate", [False, True])
 @pytest.mark.parametrize("name", ["small_cnn", "largefov_vgg16"])
 def test_the_field_grows_by_the_decoder_s_convolutions(name: str, regulate: bool) -> None:
-    network = find_model(name)(2, dilation=3, head_channels=4, regulate=regulate, mechanism="dilation", decoder=True)
-    plain = find_model(name)(2, dilation=3, head_channels=4, regulate=regulate, mechanism="dilation")
+    network = build_model(name, 2, dilation=3, head_channels=4, regulate=regulate, mechanism="dilation", decoder=True)
+    plain = build_model(name, 2, dilation=3, head_channels=4, regulate=regulate, mechanism="dilation")
     field = theoretical_receptive_field(plain)[0] + 2 * 2 * network.logit_stride
     assert theoretical_receptive_field(network) == (field, field)
 
@@ -142,8 +142,8 @@ def test_borders_finer_than_the_features_can_be_told() -> None:
 
 
 def test_with_several_paths_and_their_guidance() -> None:
-    paths = Paths(count=2, class_groups=((0,), (1, 2)), gradient_weight=5.0)
-    network = small_cnn(3, head_channels=8, paths=paths, decoder=True)
+    guidance = {"class_groups": ((0,), (1, 2)), "gradient_weight": 5.0}
+    network = small_cnn(3, head_channels=8, paths=2, decoder=True, **guidance)
     assert isinstance(network.head, MultiPathHead)
     image, mask = torch.randn(2, 3, 33, 41), torch.randint(3, (2, 33, 41))
     logits = network.logits(image, output_size=(33, 41), mask=mask)

@@ -125,7 +125,7 @@ def test_receptive_field_and_centre_equal_those_of_the_gradient(output_stride: i
 
 @pytest.mark.parametrize(("output_stride", "dilation"), [(8, 3), (16, 2)])
 def test_receptive_field_in_figures(output_stride: int, dilation: int) -> None:
-    network = efficientnet_lite0(11, dilation, head_channels=4, output_stride=output_stride)
+    network = efficientnet_lite0(11, dilation=dilation, head_channels=4, output_stride=output_stride)
     expected = 339 + 2 * output_stride * dilation
     assert theoretical_receptive_field(network.backbone) == (339, 339)
     assert theoretical_receptive_field(network) == receptive_field_px(network) == (expected, expected)

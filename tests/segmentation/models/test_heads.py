@@ -1,3 +1,5 @@
+import dataclasses
+import json
 from typing import Any
 
 import pytest
@@ -7,13 +9,13 @@ from rfield import fuse
 from rfield.layers import ReceptiveFieldRegulator
 from rfield.search import learned_layers
 from rfield.search.factors import override_dilation
-from rfield.segmentation.models import SinglePathHead
+from rfield.segmentation.models import HeadSpec, SinglePathHead
 
 
 def heads(dilation: int = 3) -> tuple[SinglePathHead, SinglePathHead]:
     """A plain and a regulated head of equal weights."""
-    plain = SinglePathHead(8, 5, dilation, head_channels=16, regulate=False).eval()
-    regulated = SinglePathHead(8, 5, dilation, head_channels=16).eval()
+    plain = SinglePathHead(8, 5, HeadSpec(dilation, head_channels=16, regulate=False)).eval()
+    regulated = SinglePathHead(8, 5, HeadSpec(dilation, head_channels=16)).eval()
     assert isinstance(regulated.layers, ReceptiveFieldRegulator)
     regulated.layers.module.load_state_dict(plain.layers.state_dict())
     return plain, regulated
@@ -47,16 +49,16 @@ def test_effective_dilation() -> None:
 
 @pytest.mark.parametrize("mechanism", ["regulator", "dilation"])
 def test_a_held_dilation_is_realised_and_not_effective(mechanism: Any) -> None:
-    head = SinglePathHead(8, 5, 6, head_channels=4, mechanism=mechanism, rectangular=True)
+    head = SinglePathHead(8, 5, HeadSpec(6, head_channels=4, mechanism=mechanism, rectangular=True))
     override_dilation(learned_layers(head)[0], [3.0, 4.0])
     assert (head.effective_dilation, head.realised_dilation) == ((6.0, 6.0), (3.0, 4.0))
-    plain = SinglePathHead(8, 5, 6, head_channels=4, regulate=False)
+    plain = SinglePathHead(8, 5, HeadSpec(6, head_channels=4, regulate=False))
     plain.layers.fc6.dilation = (2, 5)  # type: ignore[union-attr]
     assert plain.effective_dilation == plain.realised_dilation == (2.0, 5.0)
 
 
 def test_effective_dilation_of_a_fused_rectangle() -> None:
-    head = SinglePathHead(8, 5, 4, head_channels=4, mechanism="dilation", rectangular=True).eval()
+    head = SinglePathHead(8, 5, HeadSpec(4, head_channels=4, mechanism="dilation", rectangular=True)).eval()
     head.factor_layer.set_factor((2.0, 1.0))
     fused = fuse(head)
     assert fused.layers.fc6.dilation == (2, 4)
@@ -65,7 +67,7 @@ def test_effective_dilation_of_a_fused_rectangle() -> None:
 
 def test_initialisation() -> None:
     torch.manual_seed(0)
-    state = SinglePathHead(64, 50, 1, head_channels=64, regulate=False).layers.state_dict()
+    state = SinglePathHead(64, 50, HeadSpec(1, head_channels=64, regulate=False)).layers.state_dict()
     assert not any(state[f"{name}.bias"].any() for name in ("fc6", "fc7", "fc8"))
     assert state["fc6.weight"].std().item() == pytest.approx((1 / (3 * 64 * 9)) ** 0.5, rel=0.05)
     assert state["fc7.weight"].std().item() == pytest.approx((1 / (3 * 64)) ** 0.5, rel=0.05)
@@ -74,9 +76,22 @@ def test_initialisation() -> None:
 
 def test_wrong_sizes_are_refused() -> None:
     for wrong in (0, -1, 1.5):
-        with pytest.raises(ValueError, match=f"dilation must be a whole number of at least 1, got {wrong}"):
-            SinglePathHead(8, 2, dilation=wrong)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="num_classes"):
-        SinglePathHead(8, 0, dilation=1)
-    with pytest.raises(ValueError, match="dropout"):
-        SinglePathHead(8, 2, dilation=1, dropout=1.5)
+        for name in ("dilation", "head_channels", "paths"):
+            with pytest.raises(ValueError, match=f"{name} must be a whole number of at least 1, got {wrong}"):
+                HeadSpec(**{name: wrong})  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=f"rates must be a whole number of at least 1, got {wrong}"):
+            HeadSpec(rates=(2, wrong))  # type: ignore[arg-type]
+    for channels, classes in ((0, 2), (8, 0)):
+        with pytest.raises(ValueError, match="in_channels" if channels == 0 else "num_classes"):
+            SinglePathHead(channels, classes, HeadSpec(1))
+    with pytest.raises(ValueError, match=r"dropout must be a probability from 0 to 1, got 1\.5"):
+        HeadSpec(dropout=1.5)
+    with pytest.raises(ValueError, match="mechanism must be regulator or dilation, got 'sum'"):
+        HeadSpec(mechanism="sum")  # type: ignore[arg-type]
+
+
+def test_a_spec_survives_json() -> None:
+    spec = HeadSpec(3, paths=2, class_groups=((2, 1), (0,)), gradient_weight=5.0)
+    assert spec.class_groups == ((1, 2), (0,))
+    assert HeadSpec(**json.loads(json.dumps(dataclasses.asdict(spec)))) == spec
+    assert HeadSpec(rates=[1, 3]) == HeadSpec(rates=(1, 3))  # type: ignore[arg-type]

@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -11,11 +12,11 @@ from rfield.receptive_field.probe import probe_receptive_field
 from rfield.receptive_field.theoretical import receptive_field_px, theoretical_receptive_field
 from rfield.search import learned_layers
 from rfield.segmentation.models import (
+    HeadSpec,
     MultiPathHead,
     ParsingNetwork,
-    Paths,
     SinglePathHead,
-    aspp_head,
+    build_head,
     small_cnn_backbone,
 )
 from rfield.segmentation.training.module import present_fields
@@ -23,8 +24,8 @@ from rfield.segmentation.training.module import present_fields
 
 def make(**options: object) -> MultiPathHead:
     torch.manual_seed(0)
-    settings = {"dilation": 4, "head_channels": 8, "dropout": 0.0} | options
-    return MultiPathHead(6, 5, **settings)
+    settings = {"dilation": 4, "head_channels": 8, "dropout": 0.0, "paths": 2} | options
+    return MultiPathHead(6, 5, HeadSpec(**settings))
 
 
 def same_weights(head: MultiPathHead) -> MultiPathHead:
@@ -90,20 +91,20 @@ def test_published_guidance_weighs_each_paths_gradient_at_its_own_classes() -> N
 def test_receptive_field_is_that_of_the_path_that_sees_farthest() -> None:
     head = make(paths=2)
     head.paths[1].factor_layer.set_factor(0.5)
-    network = ParsingNetwork(small_cnn_backbone(), MultiPathHead(32, 5, dilation=4, head_channels=8))
+    network = ParsingNetwork(small_cnn_backbone(), MultiPathHead(32, 5, HeadSpec(4, 8, paths=2)))
     network.head.paths[1].factor_layer.set_factor(0.5)
     assert theoretical_receptive_field(network) == pytest.approx((15 + 8 * 8, 15 + 8 * 8))
     assert head.effective_dilation == (8.0, 8.0)
 
 
 def test_the_field_of_rectangular_paths_is_the_largest_along_each_axis() -> None:
-    head = make(dilation=6, rectangular=True, norm=False)
+    head = make(dilation=6, rectangular=True)
     for path, factor in zip(head.heads(), [(1.0, 6.0), (1.2, 0.75)], strict=True):
         path.factor_layer.set_factor(factor)
     # Dilations (6, 1) and (5, 8): fields of (13, 3) and (11, 17) feature px.
     assert theoretical_receptive_field(head) == pytest.approx((13, 17))
     assert head.effective_dilation == pytest.approx((6, 8))
-    network = ParsingNetwork(small_cnn_backbone(), MultiPathHead(32, 5, 6, head_channels=8, rectangular=True))
+    network = ParsingNetwork(small_cnn_backbone(), MultiPathHead(32, 5, HeadSpec(6, 8, paths=2, rectangular=True)))
     for path, factor in zip(network.head.heads(), [(1.0, 6.0), (1.2, 0.75)], strict=True):
         path.factor_layer.set_factor(factor)
     assert receptive_field_px(network) == pytest.approx((15 + 8 * 6, 15 + 8 * 8))
@@ -157,7 +158,7 @@ def test_guidance_ends_with_training() -> None:
 
 def test_aspp_is_deeplabs() -> None:
     """Parallel fc6 of rates 6, 12, 18, 24, each with fc7 and fc8, summed; no batch norm, nothing but the weights."""
-    head = aspp_head(6, 5, head_channels=8, dropout=0.25)
+    head = build_head(6, 5, HeadSpec(head_channels=8, dropout=0.25, rates=(6, 12, 18, 24)))
     layers = [path.layers for path in head.paths]
     assert [path.fc6.dilation for path in layers] == [path.fc6.padding for path in layers]
     assert [path.fc6.dilation for path in layers] == [(6, 6), (12, 12), (18, 18), (24, 24)]
@@ -176,39 +177,45 @@ def test_aspp_is_deeplabs() -> None:
         torch.testing.assert_close(head(features), expected, rtol=1e-5, atol=1e-7)
 
 
-def test_paths_builds_each_kind() -> None:
-    sizes = (6, 5, 4, 8, 0.25, True, "dilation")
-    assert isinstance(Paths().head(*sizes), SinglePathHead)
-    assert len(Paths(3).head(*sizes).paths) == 3
-    assert [path.dilation for path in Paths(rates=(2, 5)).head(*sizes).paths] == [2, 5]
-    for paths in (Paths(), Paths(3), Paths(rates=(2, 5)), Paths(rectangular=True), Paths(2, rectangular=True)):
-        head = paths.head(*sizes)
+def test_build_head_builds_each_kind() -> None:
+    sizes = HeadSpec(4, 8, 0.25, mechanism="dilation")
+    assert isinstance(build_head(6, 5, sizes), SinglePathHead)
+    assert len(build_head(6, 5, dataclasses.replace(sizes, paths=3)).paths) == 3
+    rates = dataclasses.replace(sizes, rates=(2, 5))
+    assert [path.dilation for path in build_head(6, 5, rates).paths] == [2, 5]
+    for spec in (
+        sizes,
+        dataclasses.replace(sizes, paths=3),
+        rates,
+        dataclasses.replace(sizes, rectangular=True),
+        dataclasses.replace(sizes, paths=2, rectangular=True),
+    ):
+        head = build_head(6, 5, spec)
         one = head.heads() if isinstance(head, MultiPathHead) else [head]
         for path in one:
             fc6 = path.layers.fc6
             assert (fc6.in_channels, fc6.out_channels, path.layers.drop6.p, path.layers.drop7.p) == (6, 8, 0.25, 0.25)
-            assert len(learned_layers(path)) == (not paths.rates)
-            assert paths.rates or path.factor_layer.log_factor.numel() == 1 + paths.rectangular
+            assert len(learned_layers(path)) == (not spec.rates)
+            assert spec.rates or path.factor_layer.log_factor.numel() == 1 + spec.rectangular
 
 
-def test_paths_hand_their_guidance_on() -> None:
-    sizes = (6, 5, 4, 8, 0.0, True, "regulator")
-    head = Paths(2, class_groups=((3, 1), (0,)), gradient_weight=3.0).head(*sizes)
+def test_guidance_is_that_of_the_spec() -> None:
+    head = make(class_groups=((3, 1), (0,)), gradient_weight=3.0)
     assert isinstance(head, MultiPathHead)
-    assert head.class_groups == [(1, 3), (0,)]
+    assert head.class_groups == ((1, 3), (0,))
     assert [(guide.classes, guide.weight) for guide in head.guidance] == [((1, 3), 3.0), ((0,), 3.0)]
     assert isinstance(head.paths[0].layers, ReceptiveFieldRegulator)
     for guidance in ({}, {"class_groups": ((3, 1), (0,))}, {"gradient_weight": 3.0}):
-        assert len(Paths(2, **guidance).head(*sizes).guidance) == 0
+        assert len(make(**guidance).guidance) == 0
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"paths": 1}, "2 to 255"),
-        ({"paths": 256}, "2 to 255, got 256"),
-        ({"dilation": [2, 3, 4]}, "2 paths need"),
-        ({"fusion": "max"}, "fusion"),
+        ({"paths": 256}, "1 to 255 paths, got 256"),
+        ({"dilation": [2, 3, 4]}, "dilation must be a whole number"),
+        ({"rates": (6,)}, "2 to 255, got 1"),
         ({"class_groups": [[0]]}, "as many class groups"),
         ({"class_groups": [[0], []]}, "a class group holds"),
         ({"class_groups": [[0], [5]]}, r"a class group holds classes from 0 to 4, got \[5\]"),
@@ -221,4 +228,4 @@ def test_bad_input(options: dict[str, object], message: str) -> None:
 
 
 def test_as_many_paths_as_there_are_labels() -> None:
-    assert len(MultiPathHead(1, 2, dilation=1, paths=255, head_channels=1, regulate=False).paths) == 255
+    assert len(MultiPathHead(1, 2, HeadSpec(1, 1, paths=255, regulate=False)).paths) == 255

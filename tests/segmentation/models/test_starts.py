@@ -1,5 +1,6 @@
 """What networks are before any training: their defaults, arguments, initial values and published weights."""
 
+import functools
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,8 @@ from rfield.segmentation.models import (
     MODELS,
     Decoder,
     MultiPathHead,
-    Paths,
     SinglePathHead,
-    find_model,
+    build_model,
     largefov_vgg16,
     small_cnn,
     small_cnn_backbone,
@@ -37,7 +37,7 @@ def test_every_model_has_its_defaults_tested() -> None:
 
 @pytest.mark.parametrize("name", DEFAULTS)
 def test_defaults(name: str) -> None:
-    network = find_model(name)(5).eval()
+    network = build_model(name, 5).eval()
     dilation, width, dropout, stride = DEFAULTS[name]
     head = network.head
     assert isinstance(head, SinglePathHead)
@@ -56,9 +56,9 @@ def test_defaults(name: str) -> None:
 
 @pytest.mark.parametrize("name", DEFAULTS)
 def test_arguments_reach_the_head(name: str) -> None:
-    build = find_model(name)
+    build = functools.partial(build_model, name)
     sizes = {"dilation": 2, "head_channels": 6, "dropout": 0.25, "min_size": (20, 30)}
-    learned = build(5, mechanism="dilation", paths=Paths(rectangular=True), decoder=True, **sizes)
+    learned = build(5, mechanism="dilation", rectangular=True, decoder=True, **sizes)
     assert isinstance(learned.head.layers, nn.Sequential)
     fc6 = learned.head.layers.fc6
     assert isinstance(fc6, AdaptiveConv2d)
@@ -136,7 +136,8 @@ def test_published_weights_fill_every_path(mechanism: Mechanism, tmp_path: Path)
     numbers |= {"classifier.0.weight": torch.arange(25088.0).expand(4096, 25088), "classifier.0.bias": channels}
     numbers |= {"classifier.3.weight": channels.expand(4096, 4096), "classifier.3.bias": -channels}
     torch.save(numbers, tmp_path / "vgg16.pth")
-    network = largefov_vgg16(2, 2, 8, mechanism=mechanism, paths=Paths(count=2), weights=tmp_path / "vgg16.pth")
+    head = {"dilation": 2, "head_channels": 8, "mechanism": mechanism, "paths": 2}
+    network = largefov_vgg16(2, weights=tmp_path / "vgg16.pth", **head)
     assert isinstance(network.head, MultiPathHead)
     for path in network.head.paths:
         layers = dict(path.named_modules())

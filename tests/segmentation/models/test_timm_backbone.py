@@ -14,8 +14,8 @@ from rfield.receptive_field.theoretical import receptive_field_px, theoretical_r
 from rfield.segmentation.config.train import TrainConfig
 from rfield.segmentation.conventions import IMAGENET_MEAN as MEAN
 from rfield.segmentation.conventions import IMAGENET_STD as STD
-from rfield.segmentation.models import find_model
-from rfield.segmentation.models.timm_backbone import TimmBackbone, timm_backbone, timm_network
+from rfield.segmentation.models import build_model, find_model
+from rfield.segmentation.models.timm_backbone import TimmBackbone, load_timm_weights, timm_backbone
 from rfield.segmentation.runs import build_network
 
 timm = pytest.importorskip("timm")
@@ -31,6 +31,12 @@ def randomise(network: torch.nn.Module) -> None:
             value.uniform_(0.5, 1.5)
 
 
+def filled(name: str, output_stride: int, weights: str | Path) -> TimmBackbone:
+    backbone = timm_backbone(name, output_stride)
+    load_timm_weights(backbone, weights)
+    return backbone
+
+
 @pytest.mark.parametrize("output_stride", [8, 16, 32])
 @pytest.mark.parametrize("name", ["resnet18", "mobilenetv3_small_050", "tf_efficientnet_lite0", "regnetx_002"])
 def test_features_are_timms(name: str, output_stride: int, tmp_path: Path) -> None:
@@ -39,7 +45,7 @@ def test_features_are_timms(name: str, output_stride: int, tmp_path: Path) -> No
     randomise(whole)
     torch.save(whole.state_dict(), tmp_path / "timm.pth")
     theirs = timm.create_model(name, features_only=True, **options).eval()
-    backbone = timm_backbone(name, output_stride, tmp_path / "timm.pth").eval()
+    backbone = filled(name, output_stride, tmp_path / "timm.pth").eval()
     theirs.load_state_dict(backbone.net.state_dict())
     image = torch.randn(1, 3, 3 * output_stride + 1, 2 * output_stride + 1)
     with torch.inference_mode():
@@ -95,7 +101,7 @@ def test_the_place_and_the_field_are_the_gradient_s(name: str, output_stride: in
 
 
 def test_squeeze_excite_sees_the_whole_image() -> None:
-    network = timm_network("mobilenetv3_small_050", 2, dilation=3, head_channels=4)
+    network = build_model("timm:mobilenetv3_small_050", 2, dilation=3, head_channels=4)
     infinite = (float("inf"), float("inf"))
     assert theoretical_receptive_field(network) == infinite
     assert probe_receptive_field(network.backbone) == infinite
@@ -104,13 +110,13 @@ def test_squeeze_excite_sees_the_whole_image() -> None:
 
 
 def test_attention_leaves_the_head_s_own_share_to_record() -> None:
-    network = timm_network("efficientvit_b0", 2, dilation=3, head_channels=4, output_stride=32)
+    network = build_model("timm:efficientvit_b0", 2, dilation=3, head_channels=4, output_stride=32)
     assert theoretical_receptive_field(network) == (float("inf"), float("inf"))
     assert receptive_field_px(network) == (1 + 2 * 3 * 32, 1 + 2 * 3 * 32)
 
 
 def test_the_field_of_a_network() -> None:
-    network = timm_network("resnet18", 2, dilation=3, head_channels=4, output_stride=8)
+    network = build_model("timm:resnet18", 2, dilation=3, head_channels=4, output_stride=8)
     assert theoretical_receptive_field(network) == receptive_field_px(network) == (435 + 48, 435 + 48)
 
 
@@ -148,7 +154,7 @@ class Corner(torch.nn.Module):
 
 
 def test_padding_is_split_so_that_features_lie_on_the_grid() -> None:
-    backbone = TimmBackbone(Corner(), "corner", 4)
+    backbone = TimmBackbone(Corner(), {}, "corner", 4)
     placement = backbone.placement
     assert (placement.before, placement.after, placement.offset) == (1, 2, 0.0)
     image = torch.randn(1, 3, 9, 13)
@@ -171,7 +177,7 @@ def test_local_files_with_timms_keys(name: str, suffix: str, tmp_path: Path) -> 
         torch.save(state, path)
     else:
         pytest.importorskip("safetensors.torch").save_file(state, path)
-    net = timm_backbone(name, 32 if "legacy" in name else 16, path).net.state_dict()
+    net = filled(name, 32 if "legacy" in name else 16, path).net.state_dict()
     flat = {key.replace(".", "_"): value for key, value in state.items()}
     assert len(net) > 20
     for key, value in net.items():
@@ -182,9 +188,9 @@ def test_local_files_with_timms_keys(name: str, suffix: str, tmp_path: Path) -> 
 def test_misfits_are_named_and_nothing_is_loaded(tmp_path: Path) -> None:
     torch.save(timm.create_model("resnet10t").state_dict(), tmp_path / "ten.pth")
     with pytest.raises(ValueError, match=r"ten.pth does not fit timm:resnet18: missing \S+, .* and \d+ more; give a"):
-        timm_backbone("resnet18", 16, tmp_path / "ten.pth")
+        filled("resnet18", 16, tmp_path / "ten.pth")
     with pytest.raises(FileNotFoundError, match=r"no weights file .*none.pth"):
-        timm_backbone("resnet10t", 16, tmp_path / "none.pth")
+        filled("resnet10t", 16, tmp_path / "none.pth")
 
 
 def test_imagenet_weights_come_from_timm(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,7 +205,7 @@ def test_imagenet_weights_come_from_timm(monkeypatch: pytest.MonkeyPatch) -> Non
         return net
 
     monkeypatch.setattr(timm, "create_model", downloaded)
-    backbone = timm_backbone("resnet10t", 8, "imagenet")
+    backbone = filled("resnet10t", 8, "imagenet")
     assert asked == [("resnet10t", {"features_only": True, "output_stride": 8})]
     expected = create("resnet10t", features_only=True, output_stride=8)
     randomise(expected)
@@ -211,8 +217,8 @@ def test_imagenet_weights_come_from_timm(monkeypatch: pytest.MonkeyPatch) -> Non
         return create(name, **options)
 
     monkeypatch.setattr(timm, "create_model", offline)
-    with pytest.raises(FileNotFoundError, match=r"resnet10t could not be had \(no network\); give the path of a local"):
-        timm_backbone("resnet10t", 8, "imagenet")
+    with pytest.raises(FileNotFoundError, match=r"resnet10t cannot be downloaded \(no network\); give the path"):
+        filled("resnet10t", 8, "imagenet")
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from rfield.segmentation.files.untrusted import read_weights
 from rfield.segmentation.inspection.model_names import open_model
-from rfield.segmentation.models import efficientnet_lite0, find_model, largefov_vgg16
+from rfield.segmentation.models import build_model, efficientnet_lite0, largefov_vgg16
 from rfield.segmentation.models.efficientnet import efficientnet_lite0_backbone
 
 State = dict[str, Tensor]
@@ -229,7 +229,7 @@ def test_networks_of_timm_take_wrapped_weights_too(tmp_path: Path) -> None:
     timm = pytest.importorskip("timm")
     state = timm.create_model("test_resnet", num_classes=7).state_dict()
     path = saved(tmp_path, {"state_dict": {f"module.{key}": value + 1 for key, value in state.items()}})
-    network = find_model("timm:test_resnet")(2, head_channels=2, weights=path)
+    network = build_model("timm:test_resnet", 2, head_channels=2, weights=path)
     ours = [value for key, value in network.backbone.state_dict().items() if key.endswith("net.conv1.0.weight")]
     assert torch.equal(ours[0], state["conv1.0.weight"] + 1)
 

@@ -202,7 +202,8 @@ def test_a_damaged_checkpoint_is_answered_with_one_line(
     elif damage == "garbage":
         path.write_bytes(b"garbage" * 99)
     else:
-        torch.save({"state_dict": {"network.head.nonsense": torch.zeros(1)}}, path)
+        saved = torch.load(path, weights_only=True)
+        torch.save({**saved, "state_dict": {"network.head.nonsense": torch.zeros(1)}}, path)
     capsys.readouterr()
     for words in (["evaluate", config.out], ["train", "--config", f"{config.out}/config.yaml", "--resume"]):
         with pytest.raises(SystemExit) as exit_:

@@ -1,7 +1,6 @@
 """Finished runs as tables."""
 
 import dataclasses
-import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -129,9 +128,8 @@ def curve_of(trials: Sequence[Trial]) -> dict[str, dict[float, list[float]]]:
 
 
 def own_dilation(model: str) -> int:
-    """The dilation that a model has by itself."""
-    dilation: int = inspect.signature(find_model(model)).parameters["dilation"].default
-    return dilation
+    """Return the dilation that a model has by default."""
+    return find_model(model).head.dilation
 
 
 def field_of(config: SweepConfig) -> tuple[float, float]:

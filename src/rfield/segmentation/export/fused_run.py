@@ -2,17 +2,17 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import yaml
 
-from rfield.layers import AdaptiveConv2d, LearnedFactor, ReceptiveFieldRegulator
+from rfield.layers import AdaptiveConv2d, LearnedFactor
 from rfield.segmentation.conventions import Progress
 from rfield.segmentation.data import ParsingDataset
 from rfield.segmentation.files.atomic import write_json, write_text, write_weights
 from rfield.segmentation.files.untrusted import read_json
 from rfield.segmentation.inference.predict import evaluate_run
-from rfield.segmentation.runs import Run, build_network, load_run
+from rfield.segmentation.models.saving import describe_network
+from rfield.segmentation.runs import load_run
 from rfield.surgery.fuse import Mode, dilations, fuse
 from rfield.text import format_pair
 
@@ -20,11 +20,10 @@ from rfield.text import format_pair
 def fuse_run(
     run_folder: str | Path, out: str | Path, mode: Mode = "resize", checkpoint: str = "last"
 ) -> dict[str, str]:
-    """Writes a run's network as a plain one, into a run folder that `rfield predict` and `evaluate` read.
+    """Write a run's network as a plain one, into a run folder that `rfield predict` and `evaluate` read.
 
     The folder holds `config.yaml` (search none, the dilation that was found), `classes.json`, the weights in
-    `model.safetensors`, and in `fused.json` what the config cannot say: dilations that differ between paths or axes,
-    and resizes where a regulator was not snapped.
+    `model.safetensors`, and `fused.json`, which describes the network, see `describe_network`.
 
     Args:
         run_folder: what `rfield train` has left.
@@ -46,10 +45,7 @@ def fuse_run(
     if not (run.folder / "config.yaml").is_file():
         raise ValueError(f"{run_folder} comes from the Hub and is plain already")
     plain = fuse(run.network, mode)
-    found = dilations(plain)
-    layers = {name: module for name, module in run.network.named_modules() if isinstance(module, LearnedFactor)}
-    resizes = _resizes(run, layers, mode)
-    head = [max(found[_conv_of(name, layer)]) for name, layer in layers.items() if name not in resizes]
+    description = describe_network(plain)
     config = dataclasses.replace(
         run.config,
         out=str(out),
@@ -57,20 +53,15 @@ def fuse_run(
         search_share=None,
         factor=1.0,
         rectangular=False,
-        dilation=max(head, default=run.config.dilation),
+        dilation=description["network"]["head"]["dilation"],
     )
-    stock = dilations(build_network(config, run.network.num_classes))
-    record = {
-        "run": str(run_folder),
-        "mode": mode,
-        "dilations": {name: found[name] for name in stock if found[name] != stock[name]},
-        "resizes": resizes,
-    }
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / "config.yaml", yaml.safe_dump(config.plain(), sort_keys=False))
     write_json(out / "classes.json", read_json(run.folder / "classes.json"))
     write_weights(out / "model.safetensors", plain.state_dict())
-    write_json(out / "fused.json", record)
+    write_json(out / "fused.json", {"run": str(run_folder), "mode": mode, **description})
+    found, resizes = dilations(plain), description["fused"]["resizes"]
+    layers = {name: module for name, module in run.network.named_modules() if isinstance(module, LearnedFactor)}
     return {
         name: f"resized by {format_pair(resizes[name], 3)}"
         if name in resizes
@@ -94,20 +85,6 @@ def score_change(
         for run in (load_run(run_folder, checkpoint), load_run(out))
     )
     return before, after
-
-
-def _resizes(run: Run, layers: dict[str, LearnedFactor], mode: Mode) -> dict[str, list[float]]:
-    """The factors (height, width) of the resizes that stay, by the part's name."""
-    kept: dict[str, Any] = {}
-    earlier = run.folder / "fused.json"
-    if earlier.is_file():
-        kept = dict(read_json(earlier)["resizes"])
-    for name, layer in layers.items():
-        if isinstance(layer, ReceptiveFieldRegulator) and not layer.snapped and mode == "resize":
-            factor = layer.factor.expand(2).tolist()
-            if factor != [1.0, 1.0]:
-                kept[name] = factor
-    return kept
 
 
 def _conv_of(name: str, layer: LearnedFactor) -> str:

@@ -9,7 +9,6 @@ from rfield.receptive_field.theoretical import receptive_field_px
 from rfield.segmentation.config.train import counted
 from rfield.segmentation.files.untrusted import read_json
 from rfield.segmentation.models import ParsingNetwork
-from rfield.segmentation.models.hub import upload_folder
 from rfield.segmentation.runs import Run, load_run
 from rfield.surgery.fuse import fuse
 
@@ -25,7 +24,7 @@ def push_run(run_folder: str | Path, repo_id: str, checkpoint: str = "last", pri
     """
     with tempfile.TemporaryDirectory() as folder:
         share_run(run_folder, folder, checkpoint, repo_id)
-        return upload_folder(Path(folder), repo_id, private)
+        return _upload(Path(folder), repo_id, private)
 
 
 def share_run(run_folder: str | Path, out: str | Path, checkpoint: str = "last", repo_id: str = "USER/NAME") -> None:
@@ -52,19 +51,30 @@ def share_run(run_folder: str | Path, out: str | Path, checkpoint: str = "last",
         "freeze_backbone": run.config.freeze_backbone,
     }
     pictures = [name for name in _PICTURES if (run.folder / name).is_file()]
-    network.save_pretrained(out, notes, _card(run, run.network, pictures, repo_id))
+    (out / "README.md").unlink(missing_ok=True)
+    network.save_pretrained(out, config=notes, model_card_kwargs={"text": _card(run, run.network, pictures, repo_id)})
     for name in pictures:
         shutil.copyfile(run.folder / name, out / name)
 
 
+def _upload(folder: Path, repo_id: str, private: bool) -> str:
+    try:
+        import huggingface_hub  # Local: it is optional.
+    except ImportError as error:
+        raise ValueError("the Hub needs the package huggingface_hub: pip install 'rfield[hub]'") from error
+    try:
+        hub = huggingface_hub.HfApi()
+        address = hub.create_repo(repo_id, private=private, exist_ok=True)
+        hub.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="A network of rfield")
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # Its exceptions are no OSErrors in every release.
+        raise OSError(f"{repo_id} could not be uploaded: {error}") from error
+    return str(address)
+
+
 def _card(run: Run, network: ParsingNetwork, pictures: list[str], repo_id: str) -> str:
     lines = [
-        "---",
-        "library_name: rfield",
-        "pipeline_tag: image-segmentation",
-        "tags: [image-segmentation, receptive-field]",
-        "---",
-        "",
         f"# {repo_id.rpartition('/')[2]}",
         "",
         f"{run.config.model} of rfield, {counted(len(run.class_names), 'class')}: {', '.join(run.class_names)}.",

@@ -4,8 +4,10 @@ import os
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 from rfield.segmentation.files.atomic import atomic_write, sync_folder
+from rfield.segmentation.files.format import check_format
 from rfield.segmentation.files.untrusted import is_zip_bomb
 
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
@@ -39,6 +41,28 @@ def checkpoint_error(path: Path) -> str | None:
     except Exception as error:  # Damaged archives raise a dozen different types.
         return str(error) or type(error).__name__
     return None if bad is None else f"the checksum of its record {bad} does not match"
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Return what a checkpoint holds: `state_dict`, `rfield` (see `describe_network`), and the state of the training.
+
+    Raises:
+        ValueError: it is damaged or no checkpoint, or another version of rfield wrote it.
+    """
+    import torch
+
+    wrong = checkpoint_error(path)
+    if wrong is not None:
+        raise ValueError(f"{path} is damaged or not a checkpoint of this run: {wrong}")
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # Damaged files raise a dozen different types.
+        raise ValueError(f"{path} is damaged or not a checkpoint of this run: {error}") from error
+    described = saved.get("rfield", {}) if isinstance(saved, dict) and "state_dict" in saved else None
+    if not isinstance(described, dict):
+        raise ValueError(f"{path} is damaged or not a checkpoint of this run: it has no state_dict")
+    check_format(described, path)
+    return dict(saved)
 
 
 def find_checkpoint(folder: Path, name: str = "last") -> Path:

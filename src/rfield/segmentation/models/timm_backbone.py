@@ -15,10 +15,6 @@ from rfield.receptive_field.probe import Window, probe_window
 from rfield.segmentation.conventions import IMAGENET_MEAN, IMAGENET_STD
 from rfield.segmentation.files.untrusted import no_pickles, read_weights
 from rfield.segmentation.models.backbones import Backbone
-from rfield.segmentation.models.decoder import output_layers
-from rfield.segmentation.models.heads import Mechanism
-from rfield.segmentation.models.multi_path import ONE_PATH, Paths
-from rfield.segmentation.models.network import ParsingNetwork
 from rfield.segmentation.models.normalise import InputNormalisation
 from rfield.segmentation.models.weights import fit_keys, state_dict_mismatches
 
@@ -57,6 +53,7 @@ class TimmBackbone(Backbone):
 
     Args:
         net: timm's network, with `features_only`.
+        options: those of `timm.create_model` that make it so, besides.
         name: its name.
         stride: input px between neighbouring features.
 
@@ -70,11 +67,13 @@ class TimmBackbone(Backbone):
         ValueError: the network's map of this stride cannot be put on the grid.
     """
 
-    def __init__(self, net: nn.Module, name: str, stride: int) -> None:
+    def __init__(self, net: nn.Module, options: dict[str, Any], name: str, stride: int) -> None:
         info: Any = net.feature_info
         strides, channels = info.reduction(), info.channels()
         super().__init__(nn.Sequential(), channels[-1], stride, normalise=_normalisation(net))
         self.net = net
+        self.options = options
+        self.name = name
         finer = [index for index, other in enumerate(strides) if other < stride]
         fours = [index for index in finer if strides[index] == 4]
         if finer:
@@ -115,8 +114,8 @@ class TimmBackbone(Backbone):
         return F.pad(image, (before, after, before, after)) if before or after else image
 
 
-def timm_backbone(name: str, output_stride: int = 16, weights: str | Path | None = None) -> TimmBackbone:
-    """A network of timm as a backbone, dilated to the wanted stride where timm can.
+def timm_backbone(name: str, output_stride: int = 16) -> TimmBackbone:
+    """Make a backbone of a network of timm, with random weights, dilated to the wanted stride where timm can.
 
     The features are the last map of that stride; layers after it are left out. Images come normalised by ImageNet's
     mean and deviation, as for every backbone; a network trained otherwise has them renormalised inside.
@@ -124,12 +123,9 @@ def timm_backbone(name: str, output_stride: int = 16, weights: str | Path | None
     Args:
         name: timm's, with the tag of the weights if wanted, such as `resnet18.a1_in1k`.
         output_stride: input px between neighbouring features: 8, 16 or 32.
-        weights: `None` (random), "imagenet" (timm's own, downloaded), or a local .pth or .safetensors file with
-            timm's keys.
 
     Raises:
-        FileNotFoundError: there is no such weights file, or the download failed.
-        ValueError: timm has no such network, none with such features, or the weights do not fit.
+        ValueError: timm has no such network, or none with such features.
 
     Example:
         >>> backbone = timm_backbone("resnet10t", output_stride=8)
@@ -138,63 +134,32 @@ def timm_backbone(name: str, output_stride: int = 16, weights: str | Path | None
     """
     if output_stride not in _STRIDES:
         raise ValueError(f"timm:{name} has an output_stride of 8, 16 or 32, got {output_stride!r}")
-    net, options = _create(name, output_stride)
-    if weights == "imagenet":
-        try:
-            with no_pickles():
-                net = timm.create_model(name, features_only=True, pretrained=True, **options)
-        except Exception as error:  # Each of timm's ways to a file has its own types.
-            raise FileNotFoundError(
-                f"the weights of timm:{name} could not be had ({_first_line(error)}); give the path of a local file"
-            ) from error
-    elif weights is not None:
-        _load(net, name, weights)
-    return TimmBackbone(net, name, output_stride)
+    return TimmBackbone(*_create(name, output_stride), name, output_stride)
 
 
-def timm_network(
-    name: str,
-    num_classes: int,
-    dilation: int = 6,
-    head_channels: int = 256,
-    regulate: bool = True,
-    weights: str | Path | None = None,
-    dropout: float = 0.1,
-    min_size: int | tuple[int, int] | None = None,
-    mechanism: Mechanism = "regulator",
-    paths: Paths = ONE_PATH,
-    output_stride: int = 16,
-    decoder: bool = False,
-) -> ParsingNetwork:
-    """A network of timm with a learned receptive field: `--model timm:NAME`.
+def load_timm_weights(backbone: TimmBackbone, weights: str | Path) -> None:
+    """Copy weights into a backbone; all are checked before any is copied.
 
     Args:
-        name: timm's, see `timm_backbone`.
-        num_classes: classes K.
-        dilation: of fc6, in feature px (`output_stride` input px each).
-        head_channels: width of fc6 and fc7.
-        regulate: learns the receptive field.
-        weights: see `timm_backbone`.
-        dropout: probability that an activation after fc6 and fc7 is dropped.
-        min_size: least side in px, or (height, width), that images are padded to.
-        mechanism: what realises the learned receptive field, see `SinglePathHead`.
-        paths: several paths, fixed rates, or a rectangular field.
-        output_stride: input px between neighbouring features: 8, 16 or 32.
-        decoder: sharper borders by a finer map of the backbone, see `Decoder`.
+        backbone: from `timm_backbone`.
+        weights: "imagenet" (timm's own, downloaded), or a local .pth or .safetensors file with timm's keys.
 
     Raises:
-        FileNotFoundError: there is no such weights file, or the download failed.
-        ValueError: timm has no such network, none with such features, the weights do not fit, or a size is below 1.
-
-    Example:
-        >>> timm_network("resnet10t", 21, head_channels=16)(torch.randn(1, 3, 40, 65)).shape
-        torch.Size([1, 21, 40, 65])
+        FileNotFoundError: there is no such file, or the download failed.
+        ValueError: the file cannot be read, or keys are missing or of another shape; names them.
     """
-    recipe = {"model": f"timm:{name}", **locals()}
-    backbone = timm_backbone(name, output_stride, weights)
-    channels, refined = output_layers(backbone, num_classes, decoder)
-    head = paths.head(backbone.out_channels, channels, dilation, head_channels, dropout, regulate, mechanism)
-    return ParsingNetwork(backbone, head, min_size, refined, recipe)
+    if weights != "imagenet":
+        _load(backbone.net, backbone.name, weights)
+        return
+    try:
+        with no_pickles():
+            net = timm.create_model(backbone.name, features_only=True, pretrained=True, **backbone.options)
+    except Exception as error:  # Each of timm's sources has its own types.
+        raise FileNotFoundError(
+            f"the weights of timm:{backbone.name} cannot be downloaded ({_first_line(error)}); give the path of a "
+            "local file"
+        ) from error
+    backbone.net.load_state_dict(net.state_dict())
 
 
 def _create(name: str, stride: int) -> tuple[nn.Module, dict[str, Any]]:

@@ -25,7 +25,7 @@ from rfield.segmentation.data import (
 from rfield.segmentation.data.check import refuse_bad_data
 from rfield.segmentation.data.class_groups import ClassGroups, class_groups
 from rfield.segmentation.files.atomic import write_json
-from rfield.segmentation.files.checkpoints import LAST, settle_checkpoints
+from rfield.segmentation.files.checkpoints import LAST, read_checkpoint, settle_checkpoints
 from rfield.segmentation.inference.feature_cache import CachedFeatures, cache_features
 from rfield.segmentation.inference.predict import compute_device, evaluate
 from rfield.segmentation.models import ParsingNetwork, default_weights
@@ -167,7 +167,7 @@ def resume_state(data: Data) -> ResumeState:
     if not (data.config.resume and last.is_file()):
         return ResumeState(None, (0, 0), SearchPhase.SEARCHING)
     load_run(out)  # A damaged checkpoint is named here, and not by Lightning.
-    saved = torch.load(last, map_location="cpu", weights_only=True)
+    saved = read_checkpoint(last)
     return ResumeState(last, loader_position(saved), SearchPhase.saved_in(saved))
 
 

@@ -29,6 +29,7 @@ from rfield.search.factors import mean_over_processes
 from rfield.search.sets import PathLogits
 from rfield.segmentation.config.train import TrainConfig
 from rfield.segmentation.data import IGNORE_INDEX, EpochSampler
+from rfield.segmentation.files.format import file_format
 from rfield.segmentation.inference.predict import feature_logits, predict_logits
 from rfield.segmentation.metrics import confusion_matrix, segmentation_scores
 from rfield.segmentation.models import MultiPathHead, ParsingNetwork
@@ -292,6 +293,8 @@ class ParsingModule(L.LightningModule):
             self.phase = SearchPhase.DONE
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.network.spec is not None:
+            checkpoint["rfield"] = {**file_format(), "network": self.network.spec.plain(), "fused": None}
         state = self._search_state and self._search_state["search"]
         if self.search is not None:
             state = self.search.state_dict()

@@ -4,11 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from rfield.segmentation import plots
 from rfield.segmentation.config.train import TrainConfig
-from rfield.segmentation.files.checkpoints import LAST
+from rfield.segmentation.files.checkpoints import LAST, read_checkpoint
 from rfield.segmentation.files.untrusted import read_json
 from rfield.segmentation.training.callbacks import read_factor_csv, read_paths_csv
 from rfield.segmentation.training.module import Field
@@ -27,7 +25,7 @@ def describe_fields(
         held_out: the names of the held-out images.
         chances: for each factor the held-out loss of predicting the classes' shares everywhere.
     """
-    saved = torch.load(out / "checkpoints" / LAST, map_location="cpu", weights_only=True)
+    saved = read_checkpoint(out / "checkpoints" / LAST)
     described = {**_numbers(fields[0]), **_describe_paths(out, config, fields)}
     if "search" in saved:
         described["search"] = describe_search(config, saved["search"], fields, held_out, chances)

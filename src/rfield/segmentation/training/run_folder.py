@@ -10,6 +10,7 @@ from rfield.segmentation.config.train import TrainConfig, differences
 from rfield.segmentation.data import ParsingDataset, ResizedDataset, SkippingDataset, class_difference
 from rfield.segmentation.data.class_groups import ClassGroups
 from rfield.segmentation.files.atomic import write_json, write_text
+from rfield.segmentation.files.checkpoints import LAST, read_checkpoint
 from rfield.segmentation.files.untrusted import read_json
 from rfield.segmentation.runs import load_config, read_classes
 
@@ -35,7 +36,13 @@ def check_run_folder(out: Path, config: TrainConfig, dataset: ParsingDataset) ->
         return
     if not config.resume:
         raise FileExistsError(f"{out} holds a run already: give --resume to continue it, or another --out")
-    changed = differences(load_config(out / "config.yaml").plain(), config.plain(), ignored=_MAY_CHANGE)
+    try:
+        earlier = load_config(out / "config.yaml")
+    except ValueError:
+        if (last := out / "checkpoints" / LAST).is_file():
+            read_checkpoint(last)  # It names another version, if that is the reason.
+        raise
+    changed = differences(earlier.plain(), config.plain(), ignored=_MAY_CHANGE)
     if changed:
         raise ValueError(f"{out} cannot be resumed with other settings: {'; '.join(changed)}")
     check_classes(out, dataset)
