@@ -1,4 +1,4 @@
-"""The effective receptive field against closed forms."""
+"""The effective receptive field, compared with closed forms."""
 
 from collections.abc import Callable
 
@@ -13,7 +13,7 @@ from rfield.receptive_field.effective import Measure, contribution_squares, effe
 def test_a_linear_network_s_field_is_its_kernel() -> None:
     torch.manual_seed(0)
     first, second = nn.Conv2d(2, 3, 3, bias=False), nn.Conv2d(3, 1, 3, dilation=2)
-    kernel = torch.zeros(2, 7, 7)  # of both layers together: 1 + 2 + 4 px
+    kernel = torch.zeros(2, 7, 7)  # both layers together: 1 + 2 + 4 px
     with torch.no_grad():
         for row in range(3):
             for column in range(3):
@@ -34,11 +34,11 @@ def test_nonlinearities_count_as_they_are_and_images_are_averaged() -> None:
     expected = torch.zeros(5, 5)
     expected[1:4, 1:4] = 2 / 3
     torch.testing.assert_close(field, expected)
-    # Signs count for nothing: the values are absolute.
+    # The values are absolute.
     nn.init.constant_(layers[0].weight, -1.0)
     torch.testing.assert_close(effective_receptive_field(layers, [dark, dark, light]), expected)
     nn.init.ones_(layers[0].weight)
-    # Nothing active; a gradient without end at one pixel; no path from the image.
+    # No active unit; an infinite gradient at one pixel; no path from the image.
     edge = light.clone()
     edge[0, 1, 1] = 0.0
     mean = nn.AvgPool2d(3, stride=1)
@@ -50,7 +50,7 @@ def test_nonlinearities_count_as_they_are_and_images_are_averaged() -> None:
 class Ending(nn.Module):
     def __init__(self, ending: Callable[[Tensor], Tensor], conv: nn.Conv2d | None = None) -> None:
         super().__init__()
-        # A whole number, in a parameter that is no weight.
+        # An integer parameter, which is not a weight.
         self.steps = nn.Parameter(torch.tensor([3]), requires_grad=False)
         self.conv, self.ending = conv, ending
 
@@ -149,11 +149,11 @@ def test_squares_of_images_of_even_and_unequal_sides() -> None:
     field = torch.zeros(4, 12)
     field[0, 0] = 1.0
     (square,) = contribution_squares(field, [0.5])
-    # Around (2, 6) the corner is 6 px away: every row and all but no column lie inside.
+    # The corner is 6 px from (2, 6): all rows and columns lie inside.
     assert (square.side, square.area_ratio) == (13, 1.0)
     field[2, 6] = 3.0
     assert [square.side for square in contribution_squares(field, [0.75, 0.76])] == [1, 13]
-    # More than float32 can add up.
+    # More than float32 can represent.
     field[2, 6] = 2.0**24
     assert [square.side for square in contribution_squares(field, [1.0])] == [13]
 
@@ -169,7 +169,7 @@ def test_compressed_squares() -> None:
     "scores",
     [torch.zeros(3, 3), torch.tensor([[1.0, -1.0]]), torch.tensor([[1.0, torch.nan, torch.inf]]), torch.ones(3)],
 )
-def test_scores_that_are_none(scores: Tensor) -> None:
+def test_bad_scores(scores: Tensor) -> None:
     with pytest.raises(ValueError, match="scores must be"):
         contribution_squares(scores)
     for share in (0.0, 1.5):

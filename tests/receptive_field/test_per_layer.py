@@ -1,4 +1,4 @@
-"""What layers see, reckoned by hand: branches, functional calls, strides, and what looks at everything."""
+"""Receptive fields of layers, compared with values computed by hand: branches, strides, global layers."""
 
 import dataclasses
 import math
@@ -24,7 +24,7 @@ def by_name(model: nn.Module, **options: Any) -> dict[str, LayerField]:
 
 
 class Branches(nn.Module):
-    """A stem, two branches of which one is pooled by a function, a skip from the stem, and an upsampled sum."""
+    """A stem, two branches, one of them pooled by a function, a skip from the stem, and an upsampled sum."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ def test_branches_functional_calls_and_strides() -> None:
 
 
 @pytest.mark.parametrize("regulate", [False, True])
-def test_agrees_with_the_reckoning_of_chains(regulate: bool) -> None:
+def test_agrees_with_the_theoretical_field_of_chains(regulate: bool) -> None:
     network = small_cnn(2, dilation=7, head_channels=4, regulate=regulate, mechanism="dilation")
     steps: list[nn.Module] = []
     for layer in layer_receptive_fields(network):
@@ -104,7 +104,7 @@ class Attends(nn.Module):
         return features * self.gate(features.mean((2, 3), keepdim=True))
 
 
-def test_what_looks_at_the_whole_image_is_named() -> None:
+def test_layers_that_see_the_whole_image_are_listed() -> None:
     layers = by_name(Attends())
     assert list(layers) == ["conv", "attention", "gate", "", "output"]
     assert [layer.field for layer in layers.values()] == [(3, 3), INF, INF, INF, INF]
@@ -119,7 +119,7 @@ def test_what_looks_at_the_whole_image_is_named() -> None:
 
 
 class Named(nn.Module):
-    """A layer that is called output, and is not the last."""
+    """A layer with the name output that is not the last one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -150,8 +150,8 @@ def test_a_layer_that_runs_twice_has_two_rows() -> None:
     assert [(layer.name, layer.field[0]) for layer in layers.values()] == [("0", 3), ("0#2", 5), ("output", 5)]
 
 
-class Picky(nn.Module):
-    """Takes images of one size, or of even sizes."""
+class OneSize(nn.Module):
+    """Accepts images of one size only, or of even sizes only."""
 
     def __init__(self, side: int | None = None) -> None:
         super().__init__()
@@ -166,15 +166,15 @@ class Picky(nn.Module):
 
 
 def test_models_of_even_and_of_fixed_sizes() -> None:
-    layer = by_name(Picky())["conv"]
+    layer = by_name(OneSize())["conv"]
     assert (layer.field, layer.stride) == ((5, 5), (2, 2))
-    layer = by_name(Picky(side=20), size=(20, 20))["conv"]
+    layer = by_name(OneSize(side=20), size=(20, 20))["conv"]
     assert (layer.field, layer.stride) == ((5, 5), (2, 2))
     with pytest.raises(ValueError, match="65x257, 64x256 or 30x30 px: not of my size: 257x65"):
-        layer_receptive_fields(Picky(side=20), size=(30, 30))
+        layer_receptive_fields(OneSize(side=20), size=(30, 30))
 
 
-def test_layers_that_the_image_has_no_part_in_are_left_out() -> None:
+def test_layers_that_do_not_depend_on_the_image_are_left_out() -> None:
     class Constant(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -222,7 +222,7 @@ def test_one_warning_for_layers_of_one_rate_in_a_row() -> None:
     ]
 
 
-def test_warnings_of_a_short_sight() -> None:
+def test_warnings_of_a_small_field() -> None:
     layers = layer_receptive_fields(nn.Sequential(nn.Conv2d(3, 3, 9), nn.Conv2d(3, 3, 3, dilation=2)))
     assert field_warnings(layers, (41, 41)) == []
     assert field_warnings(layers, (13, 10)) == ["1: rate 2 at output stride 1 sees 1.3 x the image (13 of 10 px)"]

@@ -1,4 +1,4 @@
-"""One list of the layers that see one pixel, held against what each layer of torch sees."""
+"""The list of pointwise layers, compared with the receptive field of every layer of torch."""
 
 from typing import Any
 
@@ -29,22 +29,22 @@ POINTWISE_IN_A_WAY: dict[str, Any] = {
     "LazyBatchNorm2d": {},
     "LazyBatchNorm3d": {},
 }
-# That take no map of two axes, or whose twin with two does.
+# Layers that do not accept a 2d map, or of which a 2d variant exists.
 TAKES_NO_MAP = {"BatchNorm1d", "BatchNorm3d", "SyncBatchNorm", "LazyBatchNorm1d", "LazyBatchNorm2d", "LazyBatchNorm3d"}
 
 
-# Nothing inside, a large network, and names that torch takes back.
+# An empty container, a large network, and deprecated names.
 LEFT_OUT = {"Sequential", "Transformer", "Container", "NLLLoss2d"}
 KINDS = sorted(name for name in {*nn.modules.__all__} - LEFT_OUT if isinstance(getattr(nn, name), type))
 
 
 @pytest.mark.parametrize("name", KINDS)
 def test_of_torch_s_layers_those_that_see_one_pixel_are_pointwise(name: str) -> None:
-    """Each that is made without arguments, or with those above, is run: it is pointwise if it sees one pixel."""
+    """Each layer that needs no arguments, or those above, is run: it is pointwise if it sees one pixel."""
     kind = getattr(nn, name)
     try:
         layer = kind(**POINTWISE_IN_A_WAY.get(name, {}))
-    except TypeError:  # Convolutions, pools, linear layers: each has an argument that it needs.
+    except TypeError:  # convolutions, pools and linear layers need arguments
         assert not issubclass(kind, tuple(POINTWISE))
         return
     if name in TAKES_NO_MAP:
@@ -55,7 +55,7 @@ def test_of_torch_s_layers_those_that_see_one_pixel_are_pointwise(name: str) -> 
         with PositiveGradients(0), torch.enable_grad():
             output = layer.eval()(image)
         (grad,) = torch.autograd.grad(output[0, :, 2, 3].sum(), image)
-    except Exception:  # A loss, a container, a layer of another kind of input.
+    except Exception:  # a loss, a container, or a layer with another kind of input
         assert not is_pointwise(layer)
         return
     rows, columns = grad[0].sum(0).nonzero().unbind(1)
@@ -67,7 +67,7 @@ def test_of_torch_s_layers_those_that_see_one_pixel_are_pointwise(name: str) -> 
         assert theoretical_receptive_field(layer) == (1, 1)
 
 
-def test_layers_that_look_along_the_map_are_not_pointwise() -> None:
+def test_layers_that_see_other_pixels_are_not_pointwise() -> None:
     for layer in (nn.Softmax(dim=-1), nn.GLU(), nn.BatchNorm2d(4, track_running_stats=False), nn.LayerNorm(6)):
         with pytest.raises(ValueError, match="is not known"):
             theoretical_receptive_field(layer)

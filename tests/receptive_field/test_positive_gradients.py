@@ -1,4 +1,4 @@
-"""No path from the image cancels another: fields of layers whose gradients have both signs, or choose."""
+"""No path from the image cancels another: layers whose gradients have both signs, or that select elements."""
 
 import functools
 import math
@@ -22,7 +22,7 @@ INF = math.inf
 
 
 class Two(nn.Module):
-    """A function of what two convolutions give, the first 3x3 px, the second 7x7 px; and of the image."""
+    """A function of the outputs of two convolutions, which see 3x3 px and 7x7 px, and of the image."""
 
     def __init__(self, function: Callable[[Tensor, Tensor, Tensor], Tensor], channels: int = 3) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class Two(nn.Module):
 
 
 def fields(model: nn.Module) -> tuple[float, ...]:
-    """Of strips of 64 px, whose sides everything here divides."""
+    """Return the receptive field, measured on strips of 64 px, a size that all layers here divide."""
     return tuple(probe_window(model, axis, thickness=64, lengths=[64]).size for axis in (0, 1))
 
 
@@ -125,7 +125,7 @@ def test_no_path_cancels_another(function: Callable[[Tensor, Tensor, Tensor], Te
     assert fields(Two(function)) == (field, field)
 
 
-def test_what_is_chosen_of_one_channel_does_not_depend_on_chance() -> None:
+def test_a_selection_of_one_channel_does_not_depend_on_chance() -> None:
     for function in (torch.maximum, torch.min, lambda one, other: torch.cat([one, other], 1).amax(1, keepdim=True)):
         assert fields(Two(lambda near, far, image, choose=function: choose(far, near), channels=1)) == (7, 7)  # type: ignore[misc]
 
@@ -160,7 +160,7 @@ class Standardised(nn.Conv2d):
 
 
 class Masked(nn.Conv2d):
-    """Sees one row, to the left."""
+    """Sees one row, to the left of the pixel."""
 
     def forward(self, input: Tensor) -> Tensor:
         mask = torch.zeros_like(self.weight)
@@ -178,7 +178,7 @@ class Fixed(nn.Module):
 
 
 class Opposite(nn.Module):
-    """Two kernels of which one is the other's negative, with zeros in them or without."""
+    """Two kernels, one of which is the negative of the other; with or without zeros."""
 
     def __init__(self, kernel: list[list[float]]) -> None:
         super().__init__()
@@ -270,7 +270,7 @@ def test_pools_by_function() -> None:
 
 
 def test_unpooling() -> None:
-    # A window of 2 px, two more windows to its sides by the convolution.
+    # A window of 2 px, and by the convolution one more on each side.
     assert fields(Unpooled(2, 2, 0)) == fields(Unpooled(2, 2, 0, by_function=True)) == (6, 6)
     layers = layer_receptive_fields(Unpooled(2, 2, 0))
     assert [(layer.name, layer.field, layer.stride) for layer in layers] == [
@@ -279,7 +279,7 @@ def test_unpooling() -> None:
         ("unpool", (6, 6), (1, 1)),
         ("output", (6, 6), (1, 1)),
     ]
-    # Windows of 3 px overlap: the pixel in the middle, 32, is of one window alone, which starts at 31.
+    # Windows of 3 px overlap: the central pixel, 32, lies in one window only, which starts at 31.
     assert fields(Unpooled(3, 2, 1)) == (7, 7)
 
 

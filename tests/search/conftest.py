@@ -1,4 +1,4 @@
-"""A cue at a known distance, which every search is to find."""
+"""Models and data with a known best dilation, which every search must find."""
 
 import math
 from collections.abc import Callable
@@ -14,13 +14,13 @@ from rfield.search import Search, learned_layers, parameter_groups
 
 
 class Cues:
-    """A pixel's class lies `best` px to its right; see `batches`."""
+    """Data in which a pixel's class depends on the pixel `best` px to its right; see `batches`."""
 
     best = 6
 
     @staticmethod
     def batches(count: int, seed: int = 0, best: int = 6) -> list[tuple[Tensor, Tensor]]:
-        """A pixel's class is the sign of a smooth field `best` px to its right; the field is about half as wide."""
+        """Return batches in which a pixel's class is the sign of a smooth field `best` px to its right."""
         generator = torch.Generator().manual_seed(seed)
         batches = []
         for _ in range(count):
@@ -57,7 +57,7 @@ class Cues:
 
 
 class Toy:
-    """Convolutions whose loss is how far, in the logarithm, they run from known dilations; fast."""
+    """Convolutions whose loss is the squared distance of their log dilation from a known one; fast."""
 
     image = torch.randn(1, 1, 12, 24, generator=torch.Generator().manual_seed(0))
 
@@ -72,7 +72,7 @@ class Toy:
 
     @staticmethod
     def loss(*best: float) -> Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]]:
-        """The loss, and for each factor a loss of its own: the distance of both axes together."""
+        """Return a loss function with a loss for each factor: the squared distances of both axes, added."""
 
         def loss_fn(model: nn.Module, image: Tensor) -> tuple[Tensor, Tensor]:
             output = model(image)
@@ -86,7 +86,7 @@ class Toy:
 
     @classmethod
     def run(cls, search: Search, steps: int) -> None:
-        """Draws and readings, and no optimizer."""
+        """Run the search's steps without an optimizer."""
         for _ in range(steps):
             search.loss(cls.image)
             search.step()
@@ -94,11 +94,11 @@ class Toy:
 
 @pytest.fixture
 def toy() -> type[Toy]:
-    """Layers whose best dilation is known without training."""
+    """Return layers whose best dilation is known without training."""
     return Toy
 
 
 @pytest.fixture
 def cues() -> type[Cues]:
-    """The cue's batches, model, loss and training loop."""
+    """Return data with a known best dilation, its model, loss and training loop."""
     return Cues

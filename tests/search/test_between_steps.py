@@ -1,4 +1,4 @@
-"""Between a search's steps the network is at the present best, or at its start."""
+"""Between a search's steps the network runs at the best dilation found so far, or at its start."""
 
 import copy
 import math
@@ -48,7 +48,7 @@ def test_a_sampled_search_is_at_its_start_and_then_at_its_best(toy: Any) -> None
         assert model[0].realised_dilation[0] == pytest.approx(best)
 
 
-def test_a_reading_that_fails_leaves_nothing_behind(cues: Any) -> None:
+def test_an_evaluation_that_fails_leaves_no_override(cues: Any) -> None:
     model = cues.model(9)
 
     def loss_fn(model: nn.Module, batch: Any) -> torch.Tensor:
@@ -73,8 +73,8 @@ def test_a_reading_that_fails_leaves_nothing_behind(cues: Any) -> None:
 
 @pytest.mark.parametrize("kind", ["spsa", "sampled"])
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_a_backward_pass_after_its_step_leaves_nothing_held(cues: Any, kind: str, reentrant: bool) -> None:
-    """It repeats its forward pass at the dilations of that one."""
+def test_a_backward_pass_after_its_step_leaves_no_override(cues: Any, kind: str, reentrant: bool) -> None:
+    """The backward pass repeats its forward pass at the same dilations."""
     gradients = []
     for late in (False, True):
         model = cues.model(9)
@@ -106,8 +106,8 @@ def test_a_loss_may_be_changed_in_place(cues: Any, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["spsa", "sampled"])
-def test_a_loss_that_fails_leaves_nothing_held(cues: Any, kind: str) -> None:
-    """As where memory runs out: the loop may skip the batch, validate and save."""
+def test_a_loss_that_fails_leaves_no_override(cues: Any, kind: str) -> None:
+    """For example out of memory: the loop may skip the batch, validate and save."""
     model = cues.model(9)
     held = []
 

@@ -1,4 +1,4 @@
-"""What an answer is worth: each verdict, and where one gives way to the next."""
+"""Each kind of verdict, and the limits between them."""
 
 import math
 from collections import Counter
@@ -16,7 +16,7 @@ DILATIONS = (1.0, 2.0, 4.0, 8.0, 16.0)
 
 
 def reading(means: list[float], spread: float = 0.0, images: int = 32, dilations: Any = DILATIONS) -> Losses:
-    """Losses of these means: at each dilation half of the images, other ones each time, lie `spread` above or below."""
+    """Return losses with these means; at each dilation different halves of the images lie `spread` above and below."""
     noise = [[1 - 2 * (place >> index & 1) for place in range(images)] for index in range(len(means))]
     return {
         dilation: [mean + spread * sign for sign in signs]
@@ -84,7 +84,7 @@ class TestKinds:
     def test_a_whole_dilation_is_at_the_edge_if_the_next_one_is_beyond(self, chosen: float, kind: str) -> None:
         losses = reading([0.5, 0.1, 1.0, 0.1, 0.5], dilations=(1.0, 1.9, 6.4, 40.5, 41.3))
         assert judge([[losses]], present=6.4, chosen=chosen).kind == kind
-        # Beyond 2.5 there is no whole dilation below 3.
+        # From 2.5 on, the next integer dilation is 3.
         assert judge([[reading(VALLEY, dilations=(2.5, 3, 4, 5, 6))]], present=6, chosen=3).kind == "at the edge"
 
 
@@ -107,7 +107,7 @@ class TestNotReliable:
             assert reason in verdict.reason
             assert "\n" not in str(verdict)
 
-    def test_all_reasons_are_said(self) -> None:
+    def test_all_reasons_are_listed(self) -> None:
         verdict = judge([[reading(VALLEY, images=2)]], 16, chance=0.1, steps=1, random_backbone=True)
         assert verdict.reason.count("; ") == 3
         assert "2 held-out images" in verdict.reason
@@ -137,8 +137,8 @@ class TestNotReliable:
         verdict = judge([[{1.0: [math.nan] * 16, 2.0: [math.inf] * 16}]], present=1)
         assert str(verdict) == "not reliable: no held-out loss is finite"
 
-    def test_what_was_read_without_a_finite_loss_is_no_end_of_the_range(self) -> None:
-        """Dilation 2 is the smallest of which anything is known: whether 1 is better is not."""
+    def test_a_dilation_without_a_finite_loss_is_no_end_of_the_range(self) -> None:
+        """Dilation 2 is the smallest with a finite loss; whether 1 is better is unknown."""
         bad = {1.0: [math.nan] * 32, 16.0: [math.inf] * 32}
         for means, best in (([0, 0.4, 0.5, 0.8, 0], 2.0), ([0, 0.8, 0.5, 0.4, 0], 8.0)):
             losses = {**reading(means), **bad}
@@ -148,15 +148,15 @@ class TestNotReliable:
         early, late = {**reading(VALLEY), 1.0: [math.nan] * 32}, reading([0.7, 0.4, 0.5], dilations=(1.0, 2.0, 4.0))
         assert judge([[early, late]], present=16).kind == "clear", "what was bad once may be good later"
 
-    def test_an_answer_that_the_reading_contradicts(self) -> None:
+    def test_a_result_that_the_curve_contradicts(self) -> None:
         verdict = judge([[reading(VALLEY)]], present=4, chosen=8)
         assert (verdict.kind, verdict.gain) == ("not reliable", pytest.approx(-0.3))
         assert "the present dilation 4 was read 0.3 better than 8" in verdict.reason
-        # As good as the present one is no contradiction, even with a ridge between them.
+        # As good as the present one: no objection, even with worse dilations between them.
         assert judge([[reading([0.5, 0.9, 0.5, 0.9, 0.9])]], present=1, chosen=4).kind == "likely"
 
 
-class TestWhatIsCompared:
+class TestComparison:
     def test_ties_stay_where_the_network_is(self) -> None:
         for present in (2.0, 8.0):
             verdict = judge([[reading([0.5] * 5)]], present)
@@ -168,7 +168,7 @@ class TestWhatIsCompared:
         assert judge([[reading([0.5], dilations=(1,))]], 1).kind == "at the edge"
 
     def test_differences_are_paired(self) -> None:
-        """Images differ a hundred times as much as dilations do."""
+        """The losses differ a hundred times as much between images as between dilations."""
         hard = torch.linspace(0, 50, 32, dtype=torch.float64)
         losses = {d: (hard + mean).tolist() for d, mean in zip(DILATIONS, VALLEY, strict=True)}
         verdict = judge([[losses]], 16)
@@ -176,14 +176,14 @@ class TestWhatIsCompared:
         assert (verdict.standard_error or 0) < 1e-9
         assert standard_errors([losses])[16.0] < 1e-9
 
-    def test_a_narrowed_search_is_compared_where_both_were_read(self) -> None:
+    def test_a_narrowed_search_is_compared_where_both_were_evaluated(self) -> None:
         wide, narrow = reading(VALLEY), reading([0.4, 0.3, 0.4], dilations=(3.0, 4.0, 5.0))
         verdict = judge([[wide, narrow]], 16, chosen=4)
         assert (verdict.kind, verdict.gain, verdict.flat_range) == ("clear", pytest.approx(0.5), (4.0, 4.0))
         assert judge([[wide, narrow]], 3).gain == pytest.approx(0.1)
         assert judge([[wide, narrow]], 4.5, chosen=3).kind != "at the edge", "an end of the window is none of the range"
 
-    def test_between_and_beyond_the_dilations_that_were_read(self) -> None:
+    def test_between_and_beyond_the_evaluated_dilations(self) -> None:
         verdict = judge([[reading(VALLEY)]], present=math.sqrt(8 * 16))
         assert verdict.gain == pytest.approx(0.4)
         verdict = judge([[reading(VALLEY)]], present=99)
@@ -222,7 +222,7 @@ class TestWhatIsCompared:
 
 
 def test_clear_is_rare_where_nothing_differs() -> None:
-    """400 curves of 28 images, truly flat: the images' own preferences are smooth, or unrelated at every dilation."""
+    """400 flat curves of 28 images: each image's deviations are smooth over the dilations, or independent."""
     generator = torch.Generator().manual_seed(0)
     place = torch.linspace(-1.5, 1.5, 10)
     shares = {}
@@ -276,7 +276,7 @@ class TestClassShareLoss:
 
 class TestSampledSearch:
     def finished(self, batches: int, steps: int) -> SampledSearch:
-        """Of weights that stay: the image to the right is what is to be found, 3 px away."""
+        """Return a finished search with fixed weights; the target is the image 3 px to the right."""
         conv = nn.Conv2d(1, 1, 3, padding=1, bias=False)
         with torch.no_grad():
             conv.weight.zero_()[0, 0, 1, 2] = 1
@@ -309,7 +309,7 @@ class TestSampledSearch:
         assert "2 held-out batches, where 16 are needed" in reason
         assert "7 steps" in reason
 
-    def test_needs_a_reading(self) -> None:
+    def test_needs_an_evaluated_curve(self) -> None:
         search = SampledSearch(
             nn.Sequential(AdaptiveConv2d(1, 1, 3)), lambda model, batch: batch, 5, held_out=[torch.zeros(1)]
         )

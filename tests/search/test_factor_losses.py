@@ -1,4 +1,4 @@
-"""Factors that are learned by losses of their own, and by several processes."""
+"""Factors with their own losses, and searches of several processes."""
 
 import math
 from pathlib import Path
@@ -16,7 +16,7 @@ from rfield.search import GradientSearch, SampledSearch, SpsaSearch, factor_para
 class TestFactorLosses:
     @pytest.mark.parametrize("kind", ["spsa", "sampled"])
     def test_two_processes_have_one_factor(self, kind: str, tmp_path: Path, in_processes: Any) -> None:
-        """They see other images, and so have other losses; what they decide is the same."""
+        """The processes see different images and have different losses; their decisions are the same."""
         store, outs = str(tmp_path / "store"), [str(tmp_path / f"{rank}.pt") for rank in range(2)]
         own = [{"kind": kind, "rank": rank, "store": store, "out": out} for rank, out in enumerate(outs)]
         in_processes(Path(__file__).with_name("worker.py"), *own)
@@ -30,7 +30,7 @@ class TestFactorLosses:
 
     @pytest.mark.slow
     def test_weights_follow_the_loss_and_factors_their_own_losses(self, cues: Any) -> None:
-        """Each of two factors is learned by its own loss; the weights by the first loss alone."""
+        """Each of two factors is learned by its own loss; the weights by the common loss only."""
 
         def separate(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
             layers = [group[0] for group in learned_layers(model)]

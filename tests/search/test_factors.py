@@ -1,4 +1,4 @@
-"""The learned factors of a model: found, grouped, held."""
+"""Find and group the learned factors of a model."""
 
 from typing import Any
 
@@ -32,7 +32,7 @@ class TestParameterGroups:
 
 
 class TestDilationRange:
-    """What a search may try with one number for both axes: the tighter of each side, of 12 x 24 px."""
+    """The range of one factor for both axes of a map of 12 x 24 px is that of the tighter axis."""
 
     @pytest.mark.parametrize(
         ("dilation", "options", "expected"),

@@ -1,4 +1,4 @@
-"""The exact gradient, which an optimizer applies."""
+"""Search by the exact gradient, which an optimizer applies."""
 
 import math
 import warnings
@@ -84,7 +84,7 @@ class TestLayersThatDoNotRun:
     @pytest.mark.parametrize("kind", ["gradient", "spsa", "sampled"])
     @pytest.mark.parametrize("seen", [False, True])
     def test_one_is_named(self, toy: Any, kind: str, seen: bool) -> None:
-        """Also where it has run before the search."""
+        """Also if it has run before the search."""
         from rfield.search import SpsaSearch
 
         model = nn.ModuleDict({"used": toy.layer(3), "spare": nn.Sequential(toy.layer(5))})
@@ -107,7 +107,7 @@ class TestLayersThatDoNotRun:
         model["used"].share_factor(model["spare"])
         search = SampledSearch(model, lambda m, x: m["used"](x).mean(), 4, [toy.image])
         toy.run(search, 4)
-        # In dilations of the first, on the map of the second: that one's 1 to 12.
+        # Dilations of the first layer on the second layer's map, where the second may have 1 to 12.
         assert search._ranges == [(2.0, 24.0)]
         assert all(layer.effective_dilation[0] == int(layer.effective_dilation[0]) for layer in model.values())
 

@@ -1,4 +1,4 @@
-"""What a sampled search keeps of its readings: one loss a held-out batch and dilation."""
+"""A sampled search keeps one loss per evaluation, held-out batch and dilation."""
 
 import copy
 from typing import Any
@@ -37,7 +37,7 @@ def test_every_batch_s_loss_is_kept_and_their_mean_is_the_curve() -> None:
     for (_, losses), (_, curve) in zip(search.losses[0, 0], search.readings[0, 0], strict=True):
         assert {len(each) for each in losses.values()} == {3}
         assert curve == {dilation: pytest.approx(sum(each) / 3) for dilation, each in losses.items()}
-    # No weight has moved, so that the delivered network gives the last reading's losses again.
+    # The weights have not changed, so that the final network has the losses of the last evaluation.
     _, losses = search.losses[0, 0][-1]
     delivered = float(round(model[0].effective_dilation[0]))
     assert losses[delivered] == pytest.approx([loss_fn(model, batch).item() for batch in batches[:3]])

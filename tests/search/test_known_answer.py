@@ -1,4 +1,4 @@
-"""Each search finds the distance of a cue that it is known to be best at."""
+"""Each search finds the dilation that is known to be best."""
 
 import math
 from typing import Any
@@ -40,14 +40,14 @@ class TestKnownAnswer:
         for (step, curve), (end, _), reach in zip(readings, readings[1:], NARROWINGS.values(), strict=False):
             best = curve_minimum(curve)
             drawn = [dilations[0] for at, dilations in search.trajectory if step < at <= end]
-            # Stochastic rounding leaves the window by less than 1.
+            # Stochastic rounding may exceed the window by less than 1.
             assert best / reach - 1 < min(drawn) < best < max(drawn) < best * reach + 1
         early = [dilations[0] for at, dilations in search.trajectory if at <= 20]
         assert min(early) <= 2
         assert max(early) >= 25
 
-    def test_a_minimum_read_too_early_is_mended(self, cues: Any) -> None:
-        """Here the best dilation goes from 3 to 8 while the weights learn."""
+    def test_a_minimum_found_too_early_is_corrected(self, cues: Any) -> None:
+        """The best dilation changes from 3 to 8 during the training."""
 
         def loss_of(model: nn.Module, batch: Any) -> Tensor:
             best = 3 + 5 * min(1.0, search.step_index / 60)
@@ -84,7 +84,7 @@ class TestKnownAnswer:
         assert 5.4 < learned_layers(model)[0][0].effective_dilation[0] < 6.6
 
     def test_rectangular_field(self, cues: Any) -> None:
-        """The cue lies to the right: the width is found, whatever the height."""
+        """The class depends on a pixel to the right: the width is found, and the height does not matter."""
         torch.manual_seed(0)
         conv = AdaptiveConv2d(1, 8, 3, padding=3, dilation=3, factor=(1.0, 1.0))
         model = nn.Sequential(conv, nn.ReLU(), nn.Conv2d(8, 2, 1))
@@ -94,7 +94,7 @@ class TestKnownAnswer:
         assert set(search.readings) == {(0, 0), (0, 1)}
 
     def test_two_factors_at_once(self, cues: Any) -> None:
-        """Two layers side by side on channels whose cues lie at different distances."""
+        """Two parallel layers on channels with different best dilations."""
 
         class Two(nn.Module):
             def __init__(self) -> None:

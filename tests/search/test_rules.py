@@ -1,4 +1,4 @@
-"""What holds for every search: accumulation, autocast, modes, several processes, factor losses, snapping."""
+"""Properties of every search: gradient accumulation, autocast, train and eval mode, snapping."""
 
 import math
 from typing import Any
@@ -44,7 +44,7 @@ class TestRules:
         search.step()
         assert math.isfinite(model[0].effective_dilation[0])
 
-    def test_reading_keeps_modules_modes(self, cues: Any) -> None:
+    def test_evaluation_keeps_modules_modes(self, cues: Any) -> None:
         model = nn.Sequential(*cues.model(9), nn.Dropout())
         model[1].eval()
         search = SampledSearch(model, cues.loss, steps=1, held_out=cues.batches(1))

@@ -1,4 +1,4 @@
-"""Drawing, reading the curve, narrowing, and the running average that is read."""
+"""Drawing dilations, evaluating the curve, narrowing the window, and the EMA of the weights."""
 
 import itertools
 import math
@@ -35,7 +35,7 @@ class TestCurve:
         with pytest.raises(ValueError, match=r"no loss of the curve is finite: \{1.0: nan, 2.0: inf\}"):
             curve_minimum({1.0: math.nan, 2.0: math.inf})
 
-    def test_a_reading_of_nothing_finite_names_the_layer(self, toy: Any) -> None:
+    def test_a_curve_without_finite_loss_names_the_layer(self, toy: Any) -> None:
         model = toy.model(3, 5, factor=(1.0, 1.0))
 
         def loss_fn(model: nn.Module, batch: Any) -> Any:
@@ -73,28 +73,28 @@ class TestDraws:
         assert first != second
 
 
-class TestReading:
+class TestEvaluation:
     def test_range_and_window_of_a_map_that_is_no_square(self, toy: Any) -> None:
-        """The tighter axis of 12 x 24 px; the first window reaches beyond both ends of it and is cut there."""
+        """The range is that of the tighter axis of 12 x 24 px; the first window is clipped to it at both ends."""
         model = toy.model(5)
         search = SampledSearch(model, toy.loss(1.0), 20, [toy.image], narrowings={0.25: 1.5, 0.5: 100.0})
         toy.run(search, 5)
         assert search._ranges == [(1.0, 12.0)]
         assert search._windows[0, 0] == (1.0, 1.5)
-        # A window has its share of the ten candidates.
+        # A window gets its share of the ten candidates.
         assert [search._candidate_count(0, 1.0, high) for high in (12.0, 1.5, 1.0)] == [10, 3, 1]
         toy.run(search, 5)
         assert search._windows[0, 0] == (1.0, 12.0)
 
-    def test_what_is_read_first_and_last(self, toy: Any) -> None:
+    def test_the_first_and_the_last_evaluation(self, toy: Any) -> None:
         search = SampledSearch(toy.model(5), toy.loss(6.0), 12, [toy.image], narrowings={0.5: 1.2}, candidates=4)
         toy.run(search, 12)
         (_, first), (_, last) = search.readings[0, 0]
         assert list(first) == [1, 2, 5, 12]
-        # 6 +- 1.2: seven candidates, rounded to the whole ones.
+        # 6 +- 1.2: seven candidates, rounded to integers.
         assert list(last) == [5, 6, 7]
 
-    def test_the_last_reading_has_seven_candidates(self) -> None:
+    def test_the_last_evaluation_has_seven_candidates(self) -> None:
         regulator = ReceptiveFieldRegulator(nn.Conv2d(1, 1, 3, padding=5, dilation=5))
 
         def loss_fn(model: Any, batch: Any) -> Any:
@@ -107,8 +107,8 @@ class TestReading:
             search.step()
         assert [len(curve) for _, curve in search.readings[0, 0]] == [4, 7]
 
-    def test_factors_that_depend_on_each_other_are_read_in_rounds(self, toy: Any) -> None:
-        """The first, which is read first, is best where the second is, and that one moves."""
+    def test_factors_that_depend_on_each_other_are_evaluated_in_rounds(self, toy: Any) -> None:
+        """The first layer is evaluated first, and its best dilation is that of the second, which changes."""
 
         def loss_fn(model: nn.Module, batch: Any) -> Any:
             first, second = (layer.realised_dilation[0] for layer in model)
@@ -119,7 +119,7 @@ class TestReading:
         toy.run(search, 1)
         assert [layer.effective_dilation[0] for layer in model] == [8, 8]
 
-    def test_a_regulator_is_held_as_drawn_and_a_convolution_at_a_whole_dilation(self, toy: Any) -> None:
+    def test_a_regulator_runs_at_the_dilation_drawn_and_a_convolution_at_an_integer(self, toy: Any) -> None:
         from rfield.search.factors import current_dilation, override_dilation
 
         regulator = ReceptiveFieldRegulator(nn.Conv2d(1, 1, 3, padding=4, dilation=4))
@@ -137,8 +137,8 @@ class TestReading:
 
 
 class TestBounds:
-    def test_a_window_about_a_whole_dilation_beyond_the_range(self, toy: Any) -> None:
-        """Of 2.2 to 3.1 px the curve is read at 3 alone."""
+    def test_a_window_around_an_integer_dilation_outside_the_range(self, toy: Any) -> None:
+        """Between 2.2 and 3.1 px the curve is evaluated at 3 only."""
         model = toy.model(6, factor=6 / 2.5, min_factor=6 / 3.1, max_factor=6 / 2.2)
         search = SampledSearch(model, toy.loss(1.0), 20, [toy.image], narrowings={0.25: 1.05, 0.5: 1.02})
         toy.run(search, 20)
@@ -157,7 +157,7 @@ class TestBounds:
             assert 1 <= low <= high <= 8.6 + 1e-6
 
     @pytest.mark.parametrize("kind", ["sampled", "spsa", "gradient"])
-    def test_bounds_that_hold_no_whole_dilation(self, toy: Any, kind: str) -> None:
+    def test_bounds_without_an_integer_dilation(self, toy: Any, kind: str) -> None:
         from rfield.search import GradientSearch, SpsaSearch
 
         model = nn.Sequential(toy.layer(1), toy.layer(6, factor=6 / 2.5, min_factor=6 / 2.8, max_factor=6 / 2.2))
@@ -191,7 +191,7 @@ class TestBounds:
 
 class TestHeldOut:
     @pytest.mark.parametrize("once", [iter([1]), (x for x in [1]), map(str, [1]), zip([1], [2], strict=True)])
-    def test_what_can_be_gone_through_once(self, toy: Any, once: Iterator[Any]) -> None:
+    def test_an_iterator_is_refused(self, toy: Any, once: Iterator[Any]) -> None:
         with pytest.raises(ValueError, match=r"held_out is a .*, which can be gone through once"):
             SampledSearch(toy.model(3), toy.loss(3.0), 5, once)
 
@@ -215,7 +215,7 @@ class TestHeldOut:
                 SampledSearch(toy.model(3), toy.loss(3.0), 5, loader)
 
 
-class TestRunningAverage:
+class TestEma:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
     def test_follows_the_weights_by_three_percent_a_step(self, toy: Any, dtype: torch.dtype) -> None:
         model = nn.Sequential(toy.layer(3), nn.Conv2d(1, 1, 1)).to(dtype)
@@ -233,7 +233,7 @@ class TestRunningAverage:
         moved = (kept.item() - 1) / (weight.item() - 1)
         assert moved == pytest.approx(1 - 0.97**10, rel=1e-3)
 
-    def test_is_what_is_read_and_no_more(self, toy: Any) -> None:
+    def test_is_used_for_evaluation_only(self, toy: Any) -> None:
         model = nn.Sequential(toy.layer(3), nn.Conv2d(1, 1, 1))
         seen = []
 
@@ -255,7 +255,7 @@ class TestRunningAverage:
         assert model[1].weight.item() == 1.0
         assert search.state_dict()["average"] == {}
 
-    def test_a_bfloat16_model_keeps_its_weights_through_a_reading(self, toy: Any) -> None:
+    def test_a_bfloat16_model_keeps_its_weights_through_an_evaluation(self, toy: Any) -> None:
         model = nn.Sequential(toy.layer(3), nn.Conv2d(1, 1, 1)).bfloat16()
         search = SampledSearch(model, lambda m, x: m(x.bfloat16()).float().mean(), 8, [toy.image])
         toy.run(search, 1)
@@ -267,14 +267,14 @@ class TestRunningAverage:
         assert torch.equal(model[1].weight, weight)
         assert torch.equal(search._ema["1.weight"], average.lerp(weight.float(), 0.03))
 
-    def test_frozen_weights_are_left_alone(self, toy: Any) -> None:
+    def test_frozen_weights_do_not_change(self, toy: Any) -> None:
         model = nn.Sequential(toy.layer(3), nn.Conv2d(1, 1, 1).requires_grad_(False))
         search = SampledSearch(model, lambda m, x: m(x).mean(), 8, [toy.image])
         toy.run(search, 1)
         assert set(search._ema) == {"0.weight", "0.bias"}
 
 
-def test_layers_that_share_are_all_let_go(toy: Any) -> None:
+def test_layers_that_share_a_factor_lose_their_overrides(toy: Any) -> None:
     model = toy.model(2, 4)
     model[1].share_factor(model[0])
     search = SampledSearch(model, lambda m, x: m(x).mean(), 3, [toy.image])

@@ -1,4 +1,4 @@
-"""After a search every layer is at a whole dilation of its own, whatever they share."""
+"""After a search every layer has its own integer dilation, also if layers share a factor."""
 
 import copy
 from typing import Any
@@ -17,7 +17,7 @@ def conv(dilation: int | tuple[int, int]) -> nn.Conv2d:
 
 
 class Block(nn.Module):
-    """Branches side by side, in a list."""
+    """Parallel branches in a list."""
 
     def __init__(self, *dilations: Any) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ def learn(model: nn.Module, kind: str, steps: int = 4) -> Search:
 @pytest.mark.parametrize(
     ("bases", "axes"), [((1, 2, 3), 1), (((1, 3), (2, 2), (5, 1)), 1), (((1, 3), (2, 2), (5, 1)), 2)]
 )
-def test_every_layer_is_whole_and_fuse_changes_nothing(kind: str, share: Any, bases: Any, axes: Any) -> None:
+def test_every_layer_is_at_an_integer_and_fuse_changes_nothing(kind: str, share: Any, bases: Any, axes: Any) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(Block(*bases), conv(bases[1]))
     layers = adapt(model, "*", share=share, axes=axes)
@@ -92,8 +92,8 @@ def test_regulators_and_convolutions_that_share_a_factor(kind: str) -> None:
     assert torch.equal(fuse(model)(image()), model(image()))
 
 
-def test_a_reading_and_the_delivery_round_alike(toy: Any) -> None:
-    """2.5 is held as 3 and delivered as 3."""
+def test_evaluation_and_snapping_round_alike(toy: Any) -> None:
+    """2.5 runs as 3 during the search and is snapped to 3."""
     model = toy.model(5)
     search = SpsaSearch(model, toy.loss(2.5), 1)
     search.loss(toy.image)
@@ -106,7 +106,7 @@ def test_a_reading_and_the_delivery_round_alike(toy: Any) -> None:
 
 
 def test_the_snapped_dilation_stays_within_the_bounds(toy: Any) -> None:
-    """The best lies at the bound of 4.6, and 5 beyond it."""
+    """The best is the bound of 4.6, and 5 lies outside."""
     model = toy.model(4, min_factor=4 / 4.6)
     search = SampledSearch(model, toy.loss(9.0), 6, [toy.image])
     toy.run(search, 6)
@@ -138,7 +138,7 @@ class TestSecondSearch:
         assert not regulator.log_factor.requires_grad
 
     def test_a_layer_that_was_loaded_snapped_stays(self, toy: Any) -> None:
-        """Whether its factor is frozen is in no state dict."""
+        """A state dict does not contain whether the factor is frozen."""
         source, model = toy.model(3, 5), toy.model(3, 5)
         source[0].set_factor(0.6)
         source[0].snap()
@@ -156,7 +156,7 @@ class TestSecondSearch:
             with pytest.raises(ValueError, match="all frozen or snapped, which leaves none to search"):
                 learn_toy(toy, kind, model)
 
-    def test_a_layer_that_is_let_go_again_is_learned(self, toy: Any) -> None:
+    def test_an_unfrozen_layer_is_learned_again(self, toy: Any) -> None:
         model = toy.model(3)
         learn_toy(toy, "sampled", model, best=8)
         assert model[0].effective_dilation == (8, 8)
@@ -174,7 +174,7 @@ class TestSecondSearch:
         assert SampledSearch(model, toy.loss(5.0), 9, [toy.image]).groups == [[model[0]]]
 
     def test_a_factor_that_was_frozen_after_an_abandoned_search_stays(self, toy: Any) -> None:
-        """By any of the layers that share it."""
+        """It may be frozen through any of the layers that share it."""
         model = toy.model(3, 5, 4)
         model[1].share_factor(model[0])
         SpsaSearch(model, toy.loss(5.0, 5.0), 9)
@@ -194,7 +194,7 @@ class TestSecondSearch:
 
 
 def learn_toy(toy: Any, kind: str, model: nn.Module, best: float = 7) -> Search:
-    """The factor losses are those of the factors that are learned."""
+    """Return the search after its end; it has one loss per learned factor."""
 
     def loss_fn(model: nn.Module, batch: Any) -> torch.Tensor:
         groups = learned_layers(model)
@@ -209,7 +209,7 @@ def learn_toy(toy: Any, kind: str, model: nn.Module, best: float = 7) -> Search:
 
 
 def test_the_parameter_stands_for_the_first_layer_s_dilation(toy: Any) -> None:
-    """For those who read it alone; of a layer that shares nothing, that is all there is to know."""
+    """For code that reads only the parameter, for example of a layer that shares its factor with no other."""
     model = toy.model(2, 3)
     model[1].share_factor(model[0])
     search = SampledSearch(model, lambda m, x: toy.loss(7.4)(m, x)[1].sum() + 0 * m(x).sum(), 3, [toy.image])

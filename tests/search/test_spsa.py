@@ -1,4 +1,4 @@
-"""Simultaneous perturbation."""
+"""Search by simultaneous perturbation."""
 
 import math
 from typing import Any
@@ -37,7 +37,7 @@ class TestSpsa:
         assert loss.item() == pytest.approx((above.item() + below.item()) / 2)
 
     def test_the_trajectory_is_that_of_the_last_forward_pass(self, cues: Any) -> None:
-        """The backward passes go through both in the other order."""
+        """The backward passes run both in reverse order."""
         model = cues.model(9)
         search = SpsaSearch(model, cues.loss, 10)
         loss = search.loss(cues.batches(1)[0])
@@ -75,7 +75,7 @@ class TestSpsa:
 
     @pytest.mark.parametrize(("best", "bound"), [(0.01, 1.0), (900.0, 12.0)])
     def test_stays_within_the_tighter_axis(self, toy: Any, best: float, bound: float) -> None:
-        """Of 12 x 24 px."""
+        """On a map of 12 x 24 px."""
         model = toy.model(6)
         search = SpsaSearch(model, toy.loss(best), 40, lr=0.5)
         toy.run(search, 20)
@@ -83,7 +83,7 @@ class TestSpsa:
         assert search._log_dilation[0].item() == pytest.approx(math.log(bound))
 
     def test_grows_again_while_it_is_larger_than_the_map(self, toy: Any) -> None:
-        """From 20, which its range therefore holds, on a map of 12 px: down first, and up again."""
+        """From 20, which extends its range, on a map of 12 px: the dilation falls first and grows again."""
         model = toy.model(20)
         best = [10.0]
         search = SpsaSearch(model, lambda m, x: toy.loss(best[0])(m, x), 60, lr=0.1)

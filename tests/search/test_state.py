@@ -1,4 +1,4 @@
-"""A search that is saved and continued."""
+"""A search is saved and continued."""
 
 import copy
 from pathlib import Path
@@ -73,7 +73,7 @@ class TestState:
 
     @KINDS
     def test_is_plain(self, cues: Any, kind: str, tmp_path: Path) -> None:
-        """In mid-search, where it has all that it can have."""
+        """During a search, when the state has all its parts."""
         model = cues.model(9)
         search = make(kind, model, cues.loss, cues.batches(1), steps=4)
         cues.run(search, model, cues.batches(2))
@@ -103,11 +103,11 @@ class TestState:
 
     @KINDS
     def test_goes_on_with_its_own_seed_steps_and_start(self, toy: Any, kind: str) -> None:
-        """Also from a start beyond the map, where the range is what the start has made it."""
+        """Also from a start larger than the map, which extends the range."""
 
         def loss_fn(model: nn.Module, batch: Any) -> Any:
             loss, factor_losses = toy.loss(90.0)(model, batch)
-            # The gradient search sees the loss alone.
+            # The gradient search gets the loss only.
             return loss if kind == "gradient" else (loss, factor_losses)
 
         whole, resumed = toy.model(20), toy.model(20)
@@ -172,7 +172,7 @@ class TestWrappedModels:
         assert states[1][1]["step_index"] == 6
 
     def test_parameters_that_are_exchanged_under_the_search(self, toy: Any) -> None:
-        """By a load that assigns, or by a sharding."""
+        """By `load_state_dict(assign=True)`, or by sharding."""
         model = nn.Sequential(toy.layer(3), nn.Conv2d(1, 1, 1))
         search = make("sampled", model, mean, [toy.image], steps=4)
         toy.run(search, 1)

@@ -1,4 +1,4 @@
-"""One of two processes that learn a receptive field together. Run with `kind`, `rank`, `store` and `out` given."""
+"""One of two processes that learn a receptive field together. Arguments: `kind`, `rank`, `store` and `out`."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from rfield.search import SampledSearch, SpsaSearch, factor_parameters, paramete
 
 
 def batches_of(rank: int, count: int) -> list[tuple[Tensor, Tensor]]:
-    """What each process sees: other noise, and cues at another distance."""
+    """Return the batches of each process: different noise, and a different best dilation."""
     generator = torch.Generator().manual_seed(rank)
     batches = []
     for _ in range(count):

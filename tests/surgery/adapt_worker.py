@@ -1,4 +1,4 @@
-"""One of two processes that train adapted models together. Run with `rank`, `store` and `out` given."""
+"""One of two processes that train adapted models together. Arguments: `rank`, `store` and `out`."""
 
 import runpy
 from pathlib import Path

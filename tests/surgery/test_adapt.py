@@ -1,4 +1,4 @@
-"""`adapt` and `regulate`: what they choose, what they share, what they refuse, and whom they get along with."""
+"""`adapt` and `regulate`: selecting, sharing, refusing, and other libraries."""
 
 import copy
 import warnings
@@ -163,10 +163,10 @@ class TestRefused:
         with pytest.raises(ValueError, match="nothing to adapt"):
             adapt(network(), lambda name, conv: False)
 
-    def test_unknown_name_has_near_ones(self) -> None:
+    def test_an_unknown_name_suggests_similar_ones(self) -> None:
         with pytest.raises(ValueError, match=r"'layer3.0.conv3' names no convolution .* layer3.0.conv"):
             adapt(network(), ["head", "layer3.0.conv3"])
-        # What has half of its letters in common is near, what has less is not.
+        # Names with half of their letters in common are suggested, others are not.
         with pytest.raises(ValueError, match=r"'0.conv9.weight' names no convolution .* is it .*layer3.0.conv"):
             adapt(network(), "0.conv9.weight")
         with pytest.raises(ValueError, match=r"'weight' names no convolution .*; nothing to adapt; name convolutions"):

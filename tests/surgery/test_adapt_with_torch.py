@@ -1,4 +1,4 @@
-"""Adapted models get along with what torch offers to train them: each case learns, and ends where it should."""
+"""Adapted models work with torch's training tools: each case learns, and ends at the right dilation."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -21,7 +21,7 @@ Batch = tuple[Tensor, Tensor]
 
 
 def batches(count: int, seed: int) -> list[Batch]:
-    """Smooth noise, and what lies 5 px beside each pixel."""
+    """Return smooth noise as the input, and the same noise shifted by 5 px as the target."""
     generator = torch.Generator().manual_seed(seed)
     images = [F.avg_pool2d(torch.randn(2, 3, 20, 20, generator=generator), 3, 1, 1) * 3 for _ in range(count)]
     return [(image, (image[:, 0].roll(-5, 2) > 0).long()) for image in images]
@@ -82,7 +82,7 @@ KINDS = pytest.mark.parametrize("kind", ["gradient", "spsa", "sampled"])
 
 @pytest.fixture(scope="module")
 def of_two_processes(tmp_path_factory: pytest.TempPathFactory, in_processes: Any) -> list[dict[tuple[str, str], Any]]:
-    """What each of two processes found, which train on a half of every batch."""
+    """Return the results of two processes, each of which trains on half of every batch."""
     folder = tmp_path_factory.mktemp("processes")
     own = [{"rank": rank, "store": str(folder / "store"), "out": str(folder / f"{rank}.pt")} for rank in range(2)]
     in_processes(Path(__file__).with_name("adapt_worker.py"), *own)
@@ -131,7 +131,7 @@ def test_fully_sharded_factor_stays_in_its_range() -> None:
     for _ in range(2):
         search.loss(batches(1, 0)[0]).backward()
         with torch.no_grad():
-            layer.log_factor.fill_(7.0)  # As far as an optimizer's step could go.
+            layer.log_factor.fill_(7.0)  # a large optimizer step
         search.step()
         assert layer.effective_dilation[0] == pytest.approx(1.0)
 
@@ -139,7 +139,7 @@ def test_fully_sharded_factor_stays_in_its_range() -> None:
 @KINDS
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing(kind: str, reentrant: bool) -> None:
-    """The forward runs again in the backward, at the dilations that it had run at."""
+    """The backward repeats the forward at the same dilations."""
 
     def checkpointed(model: nn.Module, batch: Any) -> Tensor:
         image = batch[0].clone().requires_grad_()

@@ -1,4 +1,4 @@
-"""`fuse`: what comes out is plain torch, computes the same, and fits the model as its own library builds it."""
+"""`fuse` returns plain torch modules that compute the same and fit the library's own model."""
 
 import copy
 import subprocess
@@ -28,7 +28,7 @@ def is_plain(model: nn.Module) -> bool:
 
 
 def moved(model: nn.Module) -> nn.Module:
-    """The model with factors moved, and batch norms that are not the identity; in eval mode."""
+    """Return the model in eval mode, with factors changed, and batch norms that are not the identity."""
     generator = torch.Generator().manual_seed(0)
     for module in model.modules():
         if isinstance(module, AdaptiveConv2d | ReceptiveFieldRegulator):
@@ -39,7 +39,7 @@ def moved(model: nn.Module) -> nn.Module:
 
 
 class Pyramid(nn.Module):
-    """Branches side by side, a parameter of its own, and one that nothing uses."""
+    """Parallel branches, a parameter of the module itself, and an unused one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ class TestAdaptiveConv:
         layer.dilation_override = (9.0, 9.0)
         assert rfield.fuse(layer).dilation == (3, 7)
 
-    def test_the_model_is_left_alone(self) -> None:
+    def test_the_model_does_not_change(self) -> None:
         model = nn.Sequential(dilated())
         rfield.adapt(model)
         plain = rfield.fuse(model)
@@ -117,7 +117,7 @@ class TestResize:
         image = torch.randn(2, 4, *size, dtype=dtype, generator=torch.Generator().manual_seed(1))
         plain = rfield.fuse(model)
         if getattr(part, "padding_mode", "") == "reflect" and min(size) == 1:
-            for each in (model, plain):  # torch reflects no map of one pixel
+            for each in (model, plain):  # torch cannot reflect a map of one pixel
                 with pytest.raises(RuntimeError, match=r"adding size should be less than"):
                     each(image)
             return
@@ -138,23 +138,23 @@ class TestResize:
         image = MAP.contiguous(memory_format=memory_format)
         torch.testing.assert_close(rfield.fuse(model)(image), model(image), rtol=0, atol=1e-5)
         with torch.autocast("cpu", torch.bfloat16):
-            # A bfloat16 near 1 has neighbours 2^-8 = 0.004 away; of a sum and of an interpolation.
+            # Neighbouring bfloat16 numbers near 1 differ by 2^-8 = 0.004; a sum and an interpolation each round once.
             torch.testing.assert_close(rfield.fuse(model)(image), model(image), rtol=0, atol=0.01)
 
     def test_sizes_are_those_of_the_operator(self) -> None:
         for factor in [*(torch.rand(60).exp() * 2 - 1.9).tolist(), 0.5, 1.0, 2.0, 1 / 3, 5 / 7]:
             for size in (1, 2, 9, 41, 321):
                 assert traceable_resized_size(size, factor) == resized_size(size, factor)
-        # What rounding has added to 10 px is no pixel more; 1e-4 px is its limit.
+        # Rounding errors of up to 1e-4 px do not add a pixel to 10 px.
         assert [traceable_resized_size(11, factor) for factor in (1.0000099, 1.0000101, 0.99999)] == [11, 12, 11]
 
     def test_untraceable_part(self) -> None:
-        class Moody(nn.Conv2d):
+        class OwnFlag(nn.Conv2d):
             def forward(self, input: Tensor) -> Tensor:
                 return super().forward(input if input.mean() > 0 else -input)
 
-        model = nn.Sequential(ReceptiveFieldRegulator(Moody(4, 4, 3, padding=1), 1.4))
-        with pytest.raises(ValueError, match=r"^0: the forward of Moody cannot be traced \(.*mode='dilation'"):
+        model = nn.Sequential(ReceptiveFieldRegulator(OwnFlag(4, 4, 3, padding=1), 1.4))
+        with pytest.raises(ValueError, match=r"^0: the forward of OwnFlag cannot be traced \(.*mode='dilation'"):
             rfield.fuse(model)
 
     def test_training_goes_on(self) -> None:
@@ -301,7 +301,7 @@ class TestParsingNetwork:
         assert rfield.fuse(head).effective_dilation == (3.0, 2.0)
 
     @pytest.mark.parametrize("mode", ["resize", "dilation"])
-    def test_a_fused_head_tells_its_field(self, mode: Any) -> None:
+    def test_a_fused_head_knows_its_field(self, mode: Any) -> None:
         head = SinglePathHead(4, 3, HeadSpec(6, 8, rectangular=True))
         head.factor_layer.set_factor((2.5, 0.8))
         plain = rfield.fuse(head, mode)

@@ -1,4 +1,4 @@
-"""What `adapt`, `regulate`, `fuse` and the probes leave as it was: flags, hooks, buffers, precision, devices."""
+"""`adapt`, `regulate`, `fuse` and the probes do not change flags, hooks, buffers, precision or devices."""
 
 import copy
 from collections.abc import Callable
@@ -23,7 +23,7 @@ def dilated(**options: Any) -> nn.Conv2d:
 
 
 class Counted(nn.Module):
-    """A parametrization that changes at each run, in eval mode, too."""
+    """A parametrization that changes at each run, also in eval mode."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ def counted(conv: nn.Conv2d) -> nn.Conv2d:
 
 
 def mixed_model(conv: nn.Conv2d) -> nn.Sequential:
-    """Flags, gradients and precisions of each kind."""
+    """Return a model with all kinds of flags, gradients and precisions."""
     model = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), conv, nn.Sequential(nn.BatchNorm2d(4), nn.Dropout()))
     model[1].eval()
     model[3][1].eval()
@@ -153,7 +153,7 @@ def test_an_adapted_weight_norm_reads_its_older_keys() -> None:
     plain = fuse(model)
     plain.load_state_dict(older)
     assert torch.equal(plain[0].weight, layer.weight)
-    # As the part of a regulator, which leaves a graph.
+    # Inside a regulator, which becomes a graph module.
     regulated = nn.Sequential(parametrizations.weight_norm(dilated()))
     regulate(regulated, "0", factor=1.3)
     graph = fuse(regulated)
@@ -199,8 +199,8 @@ def test_hooks_of_a_regulated_part(register: str) -> None:
     assert sorted(calls[2:]) == ["beside", "inside", "part"]
 
 
-class Moody(nn.Module):
-    """Drops by its own flag, and keeps a buffer out of its state."""
+class OwnFlag(nn.Module):
+    """Applies dropout by its own flag, and has a buffer outside its state dict."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -213,7 +213,7 @@ class Moody(nn.Module):
 
 
 def test_a_fused_forward_is_that_of_eval_mode_and_keeps_what_is_not_saved() -> None:
-    model = nn.Sequential(ReceptiveFieldRegulator(Moody(), 1.3)).train()
+    model = nn.Sequential(ReceptiveFieldRegulator(OwnFlag(), 1.3)).train()
     plain = fuse(model)
     assert plain[0].training
     assert model[0].module.training

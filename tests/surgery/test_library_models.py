@@ -1,4 +1,4 @@
-"""Models of other libraries: adapted, learned, fused, and back in the model as its own library builds it."""
+"""Models of other libraries are adapted, trained, fused, and loaded into the library's own model."""
 
 import copy
 from collections.abc import Callable
@@ -97,7 +97,7 @@ def test_adapt_learn_fuse_load(name: str, kind: str) -> None:
     layers = rfield.adapt(model, select, share="parallel" if name.startswith("torchvision") else None)
     before = [layer.effective_dilation[0] for layer in layers]
     search = learn(model, kind)
-    # A sampled search may end where it began; what it has drawn is never that alone.
+    # A sampled search may end at its start, but it always draws other dilations, too.
     drawn = [max(dilations) for dilations in zip(*(each for _, each in search.trajectory), strict=True)]
     tried = drawn if kind == "sampled" else [values[0] for values in search.unsnapped]
     assert tried != before

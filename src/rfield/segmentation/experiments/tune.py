@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from rfield.layers.dilation import round_dilation
 from rfield.search import Verdict, judge, standard_errors
 from rfield.segmentation import plots
 from rfield.segmentation.config.train import TuneConfig, counted
@@ -90,7 +91,7 @@ def run_tune(config: TuneConfig, progress: Progress | None = None) -> str:
     }
     page = _page(config, answer, verdict)
     if config.verify:
-        answer["verified"], section = _verify(config, max(1, round(best)), present, progress)
+        answer["verified"], section = _verify(config, round_dilation(best), present, progress)
         page += section
     marked = {"best": best, "present": present}
     figure = plots.rf_curve({"held-out": losses}, "held-out loss", marked, (slope, offset), errors={"held-out": errors})
