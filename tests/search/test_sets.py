@@ -91,6 +91,35 @@ class TestCombinations:
         assert table.error(one, three) == pytest.approx(float(columns.std()) / math.sqrt(5), rel=1e-4)
         assert table.rates((1, None, 0)) == ((2.0,), None, (21.0,))
 
+    def test_sizes_of_too_many_combinations_hold_those_of_a_greedy_selection(self) -> None:
+        table, *_ = combinations(5, 5)
+        table.search(True, random.Random(0))
+        assert len(table.losses) < 1500
+        sizes = table.best_of_each_size()
+        assert list(sizes) == [1, 2, 3, 4, 5]
+        alone = {
+            (path, place): (None,) * path + (place,) + (None,) * (4 - path) for path in range(5) for place in range(5)
+        }
+        assert table.loss(sizes[1]) == min(table.loss(each) for each in alone.values())
+
+    def test_the_fewest_paths_within_one_standard_error(self) -> None:
+        table, *_ = combinations(2, 1)
+        table.losses = {(0, None): [1.0, 1.2, 1.1], (None, 0): [2.0, 2.0, 2.0], (0, 0): [0.9, 1.2, 1.15]}
+        assert table.fewest() == (0, None)  # 0.017 worse than both, with an error of 0.044
+        table.losses[0, 0] = [0.8, 1.0, 0.9]
+        assert table.fewest() == (0, 0)
+
+    def test_what_a_class_loses_without_a_path(self) -> None:
+        table, logits, target = combinations(2, 1)
+        costs = table.class_costs((0, 0))
+        for index in range(3):
+            own = target == index
+            whole, alone = (
+                float(F.cross_entropy(each[own], target[own])) for each in (logits[0][0] + logits[1][0], logits[0][0])
+            )
+            assert costs[index][1] == pytest.approx(alone - whole, rel=1e-4)
+        assert [row[1] for row in table.class_costs((0, None))] == [None] * 3
+
 
 class Branches(nn.Module):
     """Branches whose logits are known: class 0, which is right, wins by how near a branch runs to its best dilation."""
@@ -173,6 +202,23 @@ class TestSampledSearchOfASet:
         search = SampledSearch(model, Branches.loss, 20, [batch])
         search.loss(batch)
         assert [search._windows[index, 0] for index in range(2)] == shares(1.0, 28.0, 2)
+
+    def test_ends_with_the_fewest_branches_that_are_enough(self) -> None:
+        model = Branches(2.0, 5.0, None)
+        search = model.search(fewest=True)
+        Branches.run(search, 20)
+        assert search.left_out == [2]
+        last = search.set_readings[-1]
+        assert [rate and rate[0] for rate in last["chosen"]["rates"]] == [2, 5, None]
+        # Class 0 would lose by either branch, and there are no pixels of class 1.
+        assert all(cost > 0.1 for cost in last["class_costs"][0][:2])
+        assert last["class_costs"][0][2] is None
+        assert last["class_costs"][1] == [None, None, None]
+        resumed = Branches(2.0, 5.0, None).search(fewest=True)
+        resumed.load_state_dict(search.state_dict())
+        assert resumed.left_out == [2]
+        with pytest.raises(ValueError, match="fewest needs read_paths"):
+            SampledSearch(model, Branches.loss, 5, [torch.zeros(1)], fewest=True)
 
     def test_bad_input_is_named(self) -> None:
         alone = nn.Sequential(AdaptiveConv2d(1, 1, 3, padding=2, dilation=2))

@@ -1,8 +1,14 @@
 """Arithmetic on a receptive-field curve: the dilations to evaluate, and the dilation of the least loss."""
 
 import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
 
 from rfield.layers.dilation import round_dilation
+
+NO_HELD_OUT = "a sampled search reads its curve on held-out batches, but there is none"
 
 
 def dilation_grid(low: float, high: float, count: int, whole: bool) -> list[float]:
@@ -46,3 +52,25 @@ def curve_minimum(curve: dict[float, float]) -> float:
         return dilations[least]
     vertex = (x0 + x1) / 2 - left / (2 * curvature)
     return math.exp(min(max(vertex, x0), x2))
+
+
+def mean_curve(losses: Mapping[float, list[float]]) -> dict[float, float]:
+    """Return {dilation: mean loss} from the losses of all batches."""
+    return {dilation: sum(each) / len(each) for dilation, each in losses.items()}
+
+
+def check_held_out(held_out: Iterable[Any]) -> None:
+    """Raise ValueError for batches that are empty, where this can be known, or can be iterated over only once."""
+    if iter(held_out) is held_out:
+        raise ValueError(
+            f"held_out is a {type(held_out).__name__}, which can be gone through once, but every evaluation of the "
+            "curve goes through it: give a list of batches or a DataLoader"
+        )
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return  # another process may have some
+    try:
+        is_empty = len(held_out) == 0  # type: ignore[arg-type]
+    except TypeError:  # for example a DataLoader of an iterable data set
+        is_empty = not any(True for _ in held_out)
+    if is_empty:
+        raise ValueError(NO_HELD_OUT)

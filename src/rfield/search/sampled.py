@@ -14,7 +14,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from rfield.layers.dilation import integer_range
 from rfield.search.base import LossFunction, Search
 from rfield.search.certainty import Verdict, judge
-from rfield.search.curve import curve_minimum, dilation_grid
+from rfield.search.curve import NO_HELD_OUT, check_held_out, curve_minimum, dilation_grid, mean_curve
 from rfield.search.factors import (
     current_dilation,
     dilation_range,
@@ -65,10 +65,14 @@ class SampledSearch(Search):
         candidates: number of dilations at which the whole range is evaluated; a narrower window gets its share of them.
         read_paths: `read_paths(model, batch)` returns the logits of each branch, for models whose logits are the sum
             of parallel branches that hold all learned factors, in their order.
+        fewest: with `read_paths`, end with the fewest branches whose loss is within one standard error of the best
+            combination's, instead of with all.
 
     Attributes:
         sets: for each set of parallel branches the indices of its factors.
-        set_readings: with `read_paths`, all evaluations of combinations so far.
+        set_readings: with `read_paths`, all evaluations of combinations so far, see `Combinations.describe`; `chosen`
+            are the rates that were chosen, and `class_costs` tells which branch serves which class.
+        left_out: with `fewest`, the indices of the factors whose branches the model can do without, once it is `done`.
         readings: for each (factor, axis), all curves evaluated so far, as (step, {dilation: held-out loss}).
         losses: the same, with the list of the losses of all held-out batches, of all processes, in place of each loss.
 
@@ -87,13 +91,14 @@ class SampledSearch(Search):
         narrowings: Mapping[float, float] = NARROWINGS,
         candidates: int = 10,
         read_paths: ReadPaths | None = None,
+        fewest: bool = False,
     ) -> None:
         if any(not 0 < share <= 1 or reach < 1 for share, reach in narrowings.items()) or candidates < 1:
             raise ValueError(
                 "narrowings must be shares of the steps above 0 and up to 1, with a reach of at least 1, and "
                 f"candidates at least 1; got {dict(narrowings)} and {candidates}"
             )
-        _check_held_out(held_out)
+        check_held_out(held_out)
         super().__init__(model, loss_fn, steps, seed)
         self.held_out = held_out
         self.narrowings = {max(1, round(share * steps)): reach for share, reach in narrowings.items()}
@@ -110,7 +115,11 @@ class SampledSearch(Search):
                 "read_paths needs a model whose learned factors are those of one set of parallel branches (the members "
                 f"of one nn.ModuleList, one factor each), got {len(self.groups)} factors with the sets {self.sets}"
             )
+        if fewest and read_paths is None:
+            raise ValueError("fewest needs read_paths, since other branches are not evaluated apart")
         self.read_paths = read_paths
+        self.fewest = fewest
+        self.left_out: list[int] = []
         self.set_readings: list[dict[str, Any]] = []
         self._ranges: list[tuple[float, float]] = []
         self._windows: dict[tuple[int, int], tuple[float, float]] = {}
@@ -225,7 +234,7 @@ class SampledSearch(Search):
             losses = self._evaluate_each() if self.read_paths is None else self._evaluate_set(self.read_paths)
         reach = self.narrowings.get(self.step_index, 1.0)
         for (index, axis), batch_losses in losses.items():
-            self.readings[index, axis].append((self.step_index, _mean_curve(batch_losses)))
+            self.readings[index, axis].append((self.step_index, mean_curve(batch_losses)))
             self.losses[index, axis].append((self.step_index, batch_losses))
             low, high = self._ranges[index]
             best = self.groups[index][0].effective_dilation[axis]
@@ -244,29 +253,24 @@ class SampledSearch(Search):
 
     def _evaluate_set(self, read_paths: ReadPaths) -> dict[tuple[int, int], dict[float, list[float]]]:
         """Evaluate all combinations, set the factors to the best, and return the curves of each factor around it."""
-        axes = [range(group[0].log_factor.numel()) for group in self.groups]
         candidates: list[list[Rate]] = [
-            [*itertools.product(*(self._grid(index, axis) for axis in own))] for index, own in enumerate(axes)
+            [*itertools.product(*(self._grid(index, axis) for axis in range(group[0].log_factor.numel())))]
+            for index, group in enumerate(self.groups)
         ]
         table = read_combinations(self.model, self.groups, read_paths, self.held_out, candidates)
         draw = self._random("set")
-        if not self.set_readings:
-            table.search(True, draw)
+        table.search(True, draw)  # for the losses of fewer branches
         best = table.search(False, draw)
         if not math.isfinite(table.loss(best)):
             raise ValueError(f"step {self.step_index}: no combination of dilations has a finite loss")
-        self.set_readings.append(table.describe(self.step_index))
-        curves = {}
-        for index, (group, rate) in enumerate(zip(self.groups, table.rates(best), strict=True)):
-            assert rate is not None
-            set_effective_dilation(group, rate)
-            for axis in axes[index]:
-                curves[index, axis] = {
-                    other[axis]: table.losses_of((*best[:index], place, *best[index + 1 :]))
-                    for place, other in enumerate(candidates[index])
-                    if other[:axis] + other[axis + 1 :] == rate[:axis] + rate[axis + 1 :]
-                }
-        return curves
+        if self.fewest and self.step_index >= self.steps:
+            best = table.fewest()
+            self.left_out = [index for index, place in enumerate(best) if place is None]
+        self.set_readings.append(table.describe(self.step_index, best))
+        for group, rate in zip(self.groups, table.rates(best), strict=True):
+            if rate is not None:
+                set_effective_dilation(group, rate)
+        return {(index, axis): table.curve(best, index, axis) for index, axis in self.readings}
 
     def _wanted_range(self) -> tuple[float, float]:
         """Return the smallest dilation of the best combination, paths left out or not, and 1.5 times its largest."""
@@ -279,7 +283,7 @@ class SampledSearch(Search):
         before = self.groups[index][0].effective_dilation[axis]
         losses[index, axis] = self._evaluate_curve(index, axis)
         try:
-            best = curve_minimum(_mean_curve(losses[index, axis]))
+            best = curve_minimum(mean_curve(losses[index, axis]))
         except ValueError as error:
             side = ("height", "width")[axis]
             name = self._layer_names(self.groups[index])
@@ -364,7 +368,7 @@ class SampledSearch(Search):
         reshard(self.model)
         losses = gather_rows(torch.cat(rows))
         if not len(losses):
-            raise ValueError(_NO_HELD_OUT)
+            raise ValueError(NO_HELD_OUT)
         return dict(zip(dilations, losses.T.tolist(), strict=True))
 
     def _state(self) -> dict[str, Any]:
@@ -374,6 +378,7 @@ class SampledSearch(Search):
             "readings": self.readings,
             "losses": self.losses,
             "set_readings": self.set_readings,
+            "left_out": self.left_out,
             "ranges": self._ranges,
             "windows": self._windows,
             "average": self._ema,
@@ -385,34 +390,10 @@ class SampledSearch(Search):
         self.readings = state["readings"]
         self.losses = state["losses"]
         self.set_readings = state["set_readings"]
+        self.left_out = state["left_out"]
         self._ranges = state["ranges"]
         self._windows = state["windows"]
         weights = dict(self._named_weights())
         if unknown := [name for name in state["average"] if name not in weights]:
             raise ValueError(f"the state averages weights that the model does not have: {', '.join(unknown[:3])}")
         self._ema = {name: average.to(weights[name].device) for name, average in state["average"].items()}
-
-
-_NO_HELD_OUT = "a sampled search reads its curve on held-out batches, but there is none"
-
-
-def _mean_curve(losses: Mapping[float, list[float]]) -> dict[float, float]:
-    """Return {dilation: mean loss} from the losses of all batches."""
-    return {dilation: sum(each) / len(each) for dilation, each in losses.items()}
-
-
-def _check_held_out(held_out: Iterable[Any]) -> None:
-    """Raise ValueError for batches that are empty, where this can be known, or can be iterated over only once."""
-    if iter(held_out) is held_out:
-        raise ValueError(
-            f"held_out is a {type(held_out).__name__}, which can be gone through once, but every evaluation of the "
-            "curve goes through it: give a list of batches or a DataLoader"
-        )
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return  # another process may have some
-    try:
-        is_empty = len(held_out) == 0  # type: ignore[arg-type]
-    except TypeError:  # for example a DataLoader of an iterable data set
-        is_empty = not any(True for _ in held_out)
-    if is_empty:
-        raise ValueError(_NO_HELD_OUT)

@@ -117,7 +117,7 @@ class Combinations:
         # Classes first: that is several times as fast.
         self._logits = [[each.float().t().contiguous() for each in own] for own in logits]
         self._at_target = [[each.float().gather(1, target[:, None])[:, 0] for each in own] for own in logits]
-        self._weight, self._image = weight, image
+        self._target, self._weight, self._image = target, weight, image
         self._count = torch.bincount(image).clamp(min=1)
         self.losses: dict[Choice, list[float]] = {}
 
@@ -136,17 +136,21 @@ class Combinations:
         return self.losses[combination]
 
     def _score(self, combination: Choice) -> list[float]:
-        chosen = [(path, place) for path, place in enumerate(combination) if place is not None]
-        (path, place), *others = chosen
-        total, at_target = self._logits[path][place].clone(), self._at_target[path][place].clone()
-        for path, place in others:
-            total += self._logits[path][place]
-            at_target += self._at_target[path][place]
-        losses = (total.logsumexp(0) - at_target) * self._weight
+        losses = self._pixel_losses(combination) * self._weight
         sums = losses.new_zeros(len(self._count)).index_add_(0, self._image, losses)
         row = (sums / self._count).double().cpu()
         gathered: list[float] = gather_rows(row[:, None])[:, 0].tolist()
         return gathered
+
+    def _pixel_losses(self, combination: Choice) -> Tensor:
+        """Return the cross-entropy of each pixel, Tensor[P]; without any path that of equal probabilities."""
+        total = torch.zeros_like(self._logits[0][0])
+        at_target = torch.zeros_like(self._at_target[0][0])
+        for path, place in enumerate(combination):
+            if place is not None:
+                total += self._logits[path][place]
+                at_target += self._at_target[path][place]
+        return total.logsumexp(0) - at_target
 
     def search(self, allow_absent: bool, draw: random.Random) -> Choice:
         """Return the best combination: of all, or of those that coordinate descent from several starts meets."""
@@ -155,7 +159,9 @@ class Combinations:
         ]
         if math.prod(len(own) for own in options) <= _EXHAUSTIVE:
             return min(itertools.product(*options), key=self.loss)
-        starts = [tuple(len(own) // 2 for own in self.candidates)]
+        starts: list[Choice] = [tuple(len(own) // 2 for own in self.candidates)]
+        if allow_absent:
+            starts.append(self._select_forward(options))
         starts += [tuple(draw.randrange(len(own)) for own in self.candidates) for _ in range(_STARTS - 1)]
         return min((self._descend(start, options) for start in starts), key=self.loss)
 
@@ -168,6 +174,22 @@ class Combinations:
             if best == before:
                 return best
 
+    def _select_forward(self, options: Sequence[Sequence[int | None]]) -> Choice:
+        """Return the result of a greedy selection: the best path alone, with it the best second one, and so on."""
+        chosen: Choice = (None,) * len(options)
+        for _ in options:
+            chosen = min(
+                (
+                    (*chosen[:path], place, *chosen[path + 1 :])
+                    for path, own in enumerate(options)
+                    if chosen[path] is None
+                    for place in own
+                    if place is not None
+                ),
+                key=self.loss,
+            )
+        return chosen
+
     def best_of_each_size(self) -> dict[int, Choice]:
         """Return for each number of paths the best combination that has been scored."""
         found: dict[int, Choice] = {}
@@ -176,6 +198,37 @@ class Combinations:
             if size not in found or self.loss(combination) < self.loss(found[size]):
                 found[size] = combination
         return dict(sorted(found.items()))
+
+    def fewest(self) -> Choice:
+        """Return the combination of the fewest paths that is within one standard error of the best that was scored."""
+        sizes = self.best_of_each_size().values()
+        best = min(sizes, key=self.loss)
+        enough = (each for each in sizes if self.loss(each) - self.loss(best) <= self.error(each, best))
+        return next(enough, best)
+
+    def class_costs(self, combination: Choice) -> list[list[float | None]]:
+        """Return by how much the loss of each class's pixels grows if a path is left out: how much the path serves it.
+
+        Returns:
+            For each class a list with one number a path; None for paths that are left out already, and for classes
+            without pixels.
+        """
+        classes = len(self._logits[0][0])
+        whole = self._class_losses(combination, classes)
+        costs: list[list[float | None]] = [[None] * len(combination) for _ in range(classes)]
+        for path, place in enumerate(combination):
+            if place is not None:
+                without = self._class_losses((*combination[:path], None, *combination[path + 1 :]), classes)
+                for index, cost in enumerate((without - whole).tolist()):
+                    costs[index][path] = cost if math.isfinite(cost) else None
+        return costs
+
+    def _class_losses(self, combination: Choice, classes: int) -> Tensor:
+        """Return the mean loss of each class's pixels, Tensor[K] in float64; NaN for a class without pixels."""
+        sums, counts = torch.zeros(2, classes, dtype=torch.float64)
+        sums.index_add_(0, self._target, self._pixel_losses(combination).double())
+        counts.index_add_(0, self._target, torch.ones(len(self._target), dtype=torch.float64))
+        return sums / counts
 
     def rates(self, combination: Choice) -> tuple[Rate | None, ...]:
         """Return the dilations of a combination."""
@@ -188,31 +241,46 @@ class Combinations:
         columns = torch.tensor([self.losses[one], self.losses[other]], dtype=torch.float64)
         return float((columns[0] - columns[1]).std()) / math.sqrt(columns.shape[1])
 
-    def describe(self, step: int, count: int = 10) -> dict[str, Any]:
-        """Return the best combinations, and the best of each number of paths, in plain types.
+    def curve(self, combination: Choice, path: int, axis: int) -> dict[float, list[float]]:
+        """Return {dilation: loss of each image} of one path and axis, all else as in a combination."""
+        own = self.candidates[path]
+        place = combination[path]
+        fixed = own[place or 0]
+        return {
+            rate[axis]: self.losses_of((*combination[:path], at, *combination[path + 1 :]))
+            for at, rate in enumerate(own)
+            if rate[:axis] + rate[axis + 1 :] == fixed[:axis] + fixed[axis + 1 :]
+        }
+
+    def describe(self, step: int, chosen: Choice, count: int = 10) -> dict[str, Any]:
+        """Return the chosen combination, the best ones, and the best of each number of paths, in plain types.
 
         Args:
             step: of the search.
-            count: how many combinations.
+            chosen: the combination that was chosen.
+            count: how many of the best.
 
         Returns:
-            {"step": step, "best": [...], "sizes": [...]}; each entry has the `rates` (a list a path, None for a path
-            that is left out), the mean `loss` and the `error` of its difference to the best one's loss.
+            The step, `chosen` (an entry), `best` and `sizes` (lists of entries), and `class_costs`. An entry has the
+            `rates` (a list a path, None for a path that is left out), the mean `loss`, and the `error` of its
+            difference to the best one's loss (NaN for one image).
         """
         ranked = sorted(self.losses, key=self.loss)
+        best, sizes = ranked[:count], [*self.best_of_each_size().values()]
         entry = {
             combination: {
                 "rates": [None if rate is None else list(rate) for rate in self.rates(combination)],
                 "loss": self.loss(combination),
                 "error": self.error(combination, ranked[0]),
             }
-            for combination in (*ranked[:count], *self.best_of_each_size().values())
+            for combination in (chosen, *best, *sizes)
         }
-        sizes = self.best_of_each_size().values()
         return {
             "step": step,
-            "best": [entry[each] for each in ranked[:count]],
+            "chosen": entry[chosen],
+            "best": [entry[each] for each in best],
             "sizes": [entry[each] for each in sizes],
+            "class_costs": self.class_costs(chosen),
         }
 
 
