@@ -218,7 +218,7 @@ class TestSampledSearchOfASet:
         resumed.load_state_dict(search.state_dict())
         assert resumed.left_out == [2]
         with pytest.raises(ValueError, match="fewest needs read_paths"):
-            SampledSearch(model, Branches.loss, 5, [torch.zeros(1)], fewest=True)
+            SampledSearch(Branches(1.0), Branches.loss, 5, [torch.zeros(1)], fewest=True)
 
     def test_bad_input_is_named(self) -> None:
         alone = nn.Sequential(AdaptiveConv2d(1, 1, 3, padding=2, dilation=2))

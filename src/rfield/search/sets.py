@@ -150,7 +150,8 @@ class Combinations:
             if place is not None:
                 total += self._logits[path][place]
                 at_target += self._at_target[path][place]
-        return total.logsumexp(0) - at_target
+        losses: Tensor = total.logsumexp(0) - at_target
+        return losses
 
     def search(self, allow_absent: bool, draw: random.Random) -> Choice:
         """Return the best combination: of all, or of those that coordinate descent from several starts meets."""
@@ -225,7 +226,7 @@ class Combinations:
 
     def _class_losses(self, combination: Choice, classes: int) -> Tensor:
         """Return the mean loss of each class's pixels, Tensor[K] in float64; NaN for a class without pixels."""
-        sums, counts = torch.zeros(2, classes, dtype=torch.float64)
+        sums, counts = torch.zeros(classes, dtype=torch.float64), torch.zeros(classes, dtype=torch.float64)
         sums.index_add_(0, self._target, self._pixel_losses(combination).double())
         counts.index_add_(0, self._target, torch.ones(len(self._target), dtype=torch.float64))
         return sums / counts
