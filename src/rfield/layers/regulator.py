@@ -14,7 +14,7 @@ from rfield.ops.values import read_values
 
 
 class ReceptiveFieldRegulator(LearnedFactor):
-    """Make the receptive field of any fully convolutional module a learned number (Wei et al., CVPR 2017, Sec. 3).
+    """A module whose receptive field is a learned number (Wei et al., CVPR 2017, Sec. 3).
 
     The input is inflated by `factor`, the module runs on the inflated map, and its output is interpolated back. A
     larger factor means a smaller receptive field: the module's kernels cover `1 / factor` times as many px of the image

@@ -16,7 +16,7 @@ _STEPS_BEFORE_WARNING = 10
 
 
 class GradientSearch(Search):
-    """Learn the factors by their exact gradient, which the optimizer applies (Wei et al., CVPR 2017).
+    """Search by the exact gradient of the factors, which the optimizer applies (Wei et al., CVPR 2017).
 
     A factor with a loss of its own needs one more backward pass. A warning names each factor that no optimizer updates,
     for example because `adapt` was called after the optimizer was made.
