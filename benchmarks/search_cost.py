@@ -11,7 +11,6 @@ thread each, all at once: for long runs, where a machine would not stay the same
 """
 
 import argparse
-import dataclasses
 import json
 import multiprocessing
 import os
@@ -56,7 +55,7 @@ def _run(config: TrainConfig) -> tuple[float, float, float]:
     torch.set_num_threads(1)
     begun = time.process_time()
     with tempfile.TemporaryDirectory() as folder:
-        metrics = train(dataclasses.replace(config, out=f"{folder}/run"))
+        metrics = train(config.replace(out=f"{folder}/run"))
     return metrics["train_seconds"], time.process_time() - begun, metrics.get("search", {}).get("seconds", 0.0)
 
 
@@ -79,8 +78,7 @@ def main() -> None:
         # Every second round backwards, so that a machine that slows down favours none.
         order = kinds[:: (-1) ** number]
         configs = [
-            dataclasses.replace(
-                SETTINGS[arguments.setting],
+            SETTINGS[arguments.setting].replace(
                 dilation=arguments.dilation,
                 search=kind,
                 precision="bf16-mixed",

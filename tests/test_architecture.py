@@ -39,7 +39,8 @@ PACKAGES: dict[str, set[str]] = {
     "segmentation.inspection": {
         *("torch", "torchvision", "PIL", "timm", "segmentation_models_pytorch", "transformers", "huggingface_hub"),
     },
-    "segmentation.cli": {"jsonargparse", "docstring_parser"},
+    "segmentation.parser": {"jsonargparse"},
+    "segmentation.cli": set(),
 }
 LEVEL = {package: level for level, package in enumerate(PACKAGES)}
 LIBRARY = {package for package in PACKAGES if not package.startswith("segmentation")}

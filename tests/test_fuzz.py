@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from rfield.segmentation import cli
+from rfield.segmentation import parser
 
 SCRIPT = Path(__file__).parents[1] / "studies/fuzz/fuzz.py"
 
@@ -22,10 +22,10 @@ def fuzz() -> Iterator[ModuleType]:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules["fuzz"] = module  # dataclasses look there
-    parser = cli._parser
+    make_parser = parser.make_parser
     spec.loader.exec_module(module)
     yield module
-    cli._parser = parser
+    parser.make_parser = make_parser
     del sys.modules["fuzz"]
 
 

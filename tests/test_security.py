@@ -21,7 +21,8 @@ import yaml
 from safetensors.torch import save
 
 from rfield.segmentation.cli import parse
-from rfield.segmentation.config.train import TrainConfig, parse_groups
+from rfield.segmentation.config.train import TrainConfig
+from rfield.segmentation.config.values import parse_groups
 from rfield.segmentation.data import FolderDataset, check_data, load_dataset
 from rfield.segmentation.data.images import palette_of
 from rfield.segmentation.export.hub import _scores
@@ -129,7 +130,7 @@ class TestPickles:
             (tmp_path / f"{name}.npy").write_bytes(kept)
 
     def test_a_study(self, tmp_path: Path, marker: Path) -> None:
-        from rfield.segmentation.config.train import SweepConfig
+        from rfield.segmentation.config.experiments import SweepConfig
         from rfield.segmentation.experiments.trials import _open_study
 
         (tmp_path / "study.journal").write_bytes(pickled(marker, "plain") + b"\n")

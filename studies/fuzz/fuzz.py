@@ -40,8 +40,9 @@ import yaml
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.torch import save
 
-from rfield.segmentation import cli
-from rfield.segmentation.config.train import TrainConfig, parse_groups
+from rfield.segmentation import cli, parser
+from rfield.segmentation.config.train import TrainConfig
+from rfield.segmentation.config.values import parse_groups
 from rfield.segmentation.data import FolderDataset, SyntheticCues, check_data, faces, load_dataset
 from rfield.segmentation.data.class_groups import class_groups
 from rfield.segmentation.data.paths import lies_in
@@ -389,7 +390,8 @@ def texts(folder: Path) -> dict[str, Parser]:
     dataset = SyntheticCues("val")
     root = folder / "lists"
     config, data, run = folder / "train.yaml", folder / "data.yaml", folder / "run.yaml"
-    cli._parser = functools.cache(cli._parser)
+    made = parser.make_parser(cli.COMMANDS, "train")
+    parser.make_parser = lambda commands, command: made
 
     def groups(content: bytes) -> None:
         class_groups(parse_groups(content.decode(errors="surrogateescape")), 2, dataset)
@@ -431,7 +433,7 @@ def texts(folder: Path) -> dict[str, Parser]:
         "config of the command line": Parser(command, train, config, mutate=edit_yaml),
         "config of a run": Parser(
             lambda content: load_config(run),
-            [yaml.safe_dump(plain).encode(), yaml.safe_dump(TrainConfig("a", "b").plain()).encode()],
+            [yaml.safe_dump(plain).encode(), yaml.safe_dump(TrainConfig(data="a", out="b").plain()).encode()],
             run,
             mutate=edit_yaml,
         ),

@@ -62,14 +62,14 @@ def start(config: TrainConfig) -> int:
     if process:
         return process
     status = 0
-    log = os.open(f"{config.out}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    log = os.open(f"{config.run.out}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
     # The pictures of a finished run take as long as its training, and are drawn from what is compared.
     fit.plot_results = lambda *arguments: None
     try:
         train(config)
-        Path(f"{config.out}.modules").write_text("\n".join(sys.modules))
+        Path(f"{config.run.out}.modules").write_text("\n".join(sys.modules))
     except KeyboardInterrupt as error:
         status = 128 + getattr(error, "signum", signal.SIGINT)
     except BaseException:
@@ -196,9 +196,9 @@ def main() -> None:
             for attempt in ("cold", "whole"):  # The first one fills the cache of features.
                 config, moment = config_of(kind, root / "data.yaml", root / f"{attempt}-{kind}"), time.monotonic()
                 if finish(start(config)) != 0:
-                    raise SystemExit(Path(f"{config.out}.log").read_text())
-                preload(Path(f"{config.out}.modules"))
-            whole[kind] = {"seconds": time.monotonic() - moment, "contents": contents(Path(config.out))}
+                    raise SystemExit(Path(f"{config.run.out}.log").read_text())
+                preload(Path(f"{config.run.out}.modules"))
+            whole[kind] = {"seconds": time.monotonic() - moment, "contents": contents(Path(config.run.out))}
         found = [
             kill_runs(signum, count, root, rng, whole)
             for signum, count in ((signal.SIGKILL, args.kills), (signal.SIGTERM, args.terminations))

@@ -23,7 +23,7 @@ import psutil
 from lightning.pytorch.callbacks import Callback
 from matplotlib.figure import Figure
 
-from rfield.segmentation.config.train import TrainConfig
+from rfield.segmentation.config.train import OptimOptions, RunOptions, TrainConfig
 from rfield.segmentation.plots import style
 from rfield.segmentation.training import fit as fit_module
 from rfield.segmentation.training import train
@@ -55,8 +55,10 @@ def measure(epochs: int, workers: int, scratch: Path) -> list[list[float]]:
     samples = scratch / f"samples-{workers}.txt"
     make_trainer = fit_module.make_trainer
 
-    def with_sampler(config: TrainConfig, out: Path, callbacks: list[Callback]) -> L.Trainer:
-        return make_trainer(config, out, [*callbacks, Sampler(samples)])
+    def with_sampler(
+        out: Path, optim: OptimOptions, run: RunOptions, callbacks: list[Callback], log_paths: bool
+    ) -> L.Trainer:
+        return make_trainer(out, optim, run, [*callbacks, Sampler(samples)], log_paths)
 
     fit_module.make_trainer = with_sampler  # type: ignore[attr-defined]
     config = TrainConfig(

@@ -107,9 +107,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     adapted, shared = load_run(arguments.adapted), load_run(arguments.shared)
-    config, start = adapted.config, adapted.config.dilation
-    dataset = load_dataset(config.data, config.val_split)
-    network = build_network(config, len(adapted.class_names), config.weights).eval()
+    config, start = adapted.config, adapted.config.model.dilation
+    dataset = load_dataset(config.data.data, config.data.val_split)
+    network = build_network(config, len(adapted.class_names), config.model.weights).eval()
     cached = cache_features(network, dataset, mirrored=False)
     batches = []
     for first in range(0, IMAGES, 4):

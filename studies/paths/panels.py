@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=4)
     arguments = parser.parse_args()
     runs = [load_run(arguments.unguided), load_run(arguments.guided)]
-    dataset = load_dataset(runs[0].config.data, runs[0].config.val_split)
+    dataset = load_dataset(runs[0].config.data.data, runs[0].config.data.val_split)
     transform = evaluation_transform()
     found = []
     for index in range(len(dataset)):

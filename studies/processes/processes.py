@@ -75,7 +75,7 @@ def _fork(config: TrainConfig, rank: int, processes: int, port: int) -> int:
     if process:
         return process
     status = 0
-    log = os.open(f"{config.out}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    log = os.open(f"{config.run.out}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
     if processes > 1:
@@ -99,11 +99,11 @@ def _fork(config: TrainConfig, rank: int, processes: int, port: int) -> int:
 def finish(config: TrainConfig, pids: list[int]) -> None:
     statuses = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
     if any(statuses):
-        raise SystemExit(f"{config.out} ended with {statuses}:\n{Path(f'{config.out}.log').read_text()}")
+        raise SystemExit(f"{config.run.out} ended with {statuses}:\n{Path(f'{config.run.out}.log').read_text()}")
 
 
 def contents(config: TrainConfig) -> dict[str, Any]:
-    out = Path(config.out)
+    out = Path(config.run.out)
     metrics = json.loads((out / "metrics.json").read_text())
     log = max((out / "logs/csv").glob("*/metrics.csv"), key=lambda path: path.stat().st_mtime)
     with log.open(newline="") as file:
@@ -154,9 +154,9 @@ def compare(kind: str, root: Path) -> dict[str, Any]:
 
 def wait_for_checkpoint(config: TrainConfig) -> None:
     limit = time.monotonic() + 600
-    while not (Path(config.out) / "checkpoints/last.ckpt").exists():
+    while not (Path(config.run.out) / "checkpoints/last.ckpt").exists():
         if time.monotonic() > limit:
-            raise SystemExit(f"{config.out} has no checkpoint")
+            raise SystemExit(f"{config.run.out} has no checkpoint")
         time.sleep(0.01)
     time.sleep(0.3)
 
@@ -171,7 +171,7 @@ def kill_one(root: Path, processes: int) -> dict[str, Any]:
     moment = time.monotonic()
     statuses = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
     seconds = time.monotonic() - moment
-    saved = torch.load(Path(config.out) / "checkpoints/last.ckpt", weights_only=True)["global_step"]
+    saved = torch.load(Path(config.run.out) / "checkpoints/last.ckpt", weights_only=True)["global_step"]
     for each in (config, whole):
         finish(each, start(each, processes))
     return {
@@ -187,11 +187,11 @@ def kill_one(root: Path, processes: int) -> dict[str, Any]:
 
 def kill_under_torchrun(root: Path, processes: int) -> dict[str, Any]:
     config = config_of("spsa", root, f"torchrun-{processes}", epochs=10)
-    path = Path(f"{config.out}.yaml")
+    path = Path(f"{config.run.out}.yaml")
     path.write_text(yaml.safe_dump(config.plain()))
     run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "-m"]
     command = [*run, "rfield", "train", "--config", str(path), "--resume"]
-    with Path(f"{config.out}.log").open("wb") as log:
+    with Path(f"{config.run.out}.log").open("wb") as log:
         parent = subprocess.Popen(command, stdout=log, stderr=log)
         wait_for_checkpoint(config)
         children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()

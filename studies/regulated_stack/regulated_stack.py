@@ -107,8 +107,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     arguments = parser.parse_args()
-    config = TrainConfig("configs/data/msrc21.yaml", "", weights=WEIGHTS, freeze_backbone=True, canvas=CANVAS)
-    sets = [load_dataset(config.data, split) for split in ("train", "val")]
+    config = TrainConfig(data="configs/data/msrc21.yaml", out="", weights=WEIGHTS, freeze_backbone=True, canvas=CANVAS)
+    sets = [load_dataset(config.data.data, split) for split in ("train", "val")]
     network = build_network(config.resolved(), sets[0].num_classes, WEIGHTS).eval()
     data = (cache_features(network, sets[0]), sets[1], cache_features(network, sets[1], mirrored=False))
     runs = json.loads(arguments.out.read_text()) if arguments.out.exists() else []

@@ -12,7 +12,8 @@ import torch
 import yaml
 
 from rfield.segmentation.cli import main
-from rfield.segmentation.config.train import SweepConfig, TrainConfig
+from rfield.segmentation.config.experiments import SweepConfig
+from rfield.segmentation.config.train import TrainConfig
 from rfield.segmentation.data import load_dataset, match_classes
 from rfield.segmentation.experiments.trials import Point, run_trials
 from rfield.segmentation.export.onnx import export_run
@@ -130,10 +131,10 @@ def test_a_run_is_not_resumed_with_other_classes(make_data: MakeData, tmp_path: 
     config = TrainConfig(
         data=make_data(), out=str(tmp_path / "trained"), model="small_cnn", head_channels=4, search="none", epochs=1
     )
-    config.crop_size, config.workers, config.batch_size = (17, 17), 0, 3
+    config.data.crop_size, config.run.workers, config.optim.batch_size = (17, 17), 0, 3
     train(config)
     (tmp_path / "data/classes.txt").write_text("\n".join(names))
-    config.resume = True
+    config.run.resume = True
     with pytest.raises(ValueError, match=r"trained was trained on 3 classes, .*(right, background|top)"):
         train(config)
 

@@ -10,17 +10,12 @@ import pytest
 import yaml
 
 from rfield.segmentation.cli import COMMANDS, main, parse
+from rfield.segmentation.config.experiments import DemoConfig, ReproduceConfig, SweepConfig, TuneConfig
 from rfield.segmentation.config.export import EvaluateConfig, PredictConfig
-from rfield.segmentation.config.train import (
-    DemoConfig,
-    ReproduceConfig,
-    SweepConfig,
-    TrainConfig,
-    TuneConfig,
-)
+from rfield.segmentation.config.options import Config
+from rfield.segmentation.config.train import TrainConfig
 from rfield.segmentation.console import print_scores
 
-DECIDED = {field.name for field in dataclasses.fields(SweepConfig) if field.metadata.get("fixed")}
 TRAIN = ["train", "--data", "synthetic", "--out", "runs/x"]
 
 
@@ -85,7 +80,7 @@ def test_the_issue_s_experiments() -> None:
     )
     swept = SweepConfig(**shared, out="runs/sweep", freeze_backbone=True, epochs=10, dilations=(2, 6, 14), seeds=(0, 1))
     assert parse(shlex.split(words)) == ("sweep", swept)
-    assert (swept.search, swept.jobs, swept.storage) == ("none", 1, None)
+    assert (swept.train.search.search, swept.grid.jobs, swept.grid.storage) == ("none", 1, None)
     run = swept.run_config("runs/sweep/d06-seed1", 6, 1, "none")
     expected = TrainConfig(
         **shared,
@@ -101,14 +96,18 @@ def test_the_issue_s_experiments() -> None:
 
     command, tuned = parse(shlex.split(f"tune {msrc} --model largefov_vgg16 --head-channels 128 --out runs/tune"))
     assert (command, tuned) == ("tune", TuneConfig(**shared, out="runs/tune"))
-    assert (tuned.freeze_backbone, tuned.search, tuned.epochs, tuned.seeds) == (True, "sampled", 10, (0, 1, 2))
+    shared_by_all = tuned.train
+    assert (shared_by_all.model.freeze_backbone, shared_by_all.search.search) == (True, "sampled")
+    assert (shared_by_all.optim.epochs, tuned.grid.seeds) == (10, (0, 1, 2))
     _, tuned = parse(shlex.split(f"tune {msrc} --out runs/tune --verify --seeds 3 --dilations 2,4"))
-    assert (tuned.verify, tuned.seeds, tuned.dilations) == (True, (3,), (2, 4))
+    assert (tuned.grid.verify, tuned.grid.seeds, tuned.grid.dilations) == (True, (3,), (2, 4))
 
     command, reproduced = parse(shlex.split(f"reproduce {msrc} --head-channels 128 --out runs/paper"))
     assert (command, reproduced) == ("reproduce", ReproduceConfig(**shared, out="runs/paper"))
-    assert (reproduced.freeze_backbone, reproduced.dilations) == (True, (2, 4, 6, 8, 10, 12, 14, 18, 24))
-    assert not parse(shlex.split(f"reproduce {msrc} --out x --no-freeze-backbone"))[1].freeze_backbone
+    assert reproduced.train.model.freeze_backbone
+    assert reproduced.grid.dilations == (2, 4, 6, 8, 10, 12, 14, 18, 24)
+    whole = parse(shlex.split(f"reproduce {msrc} --out x --no-freeze-backbone"))[1]
+    assert not whole.train.model.freeze_backbone
 
 
 @pytest.mark.parametrize("text", ["2,6,14", "[2, 6, 14]", '"2,6,14"'])
@@ -116,8 +115,10 @@ def test_lists_in_a_config(tmp_path: Path, text: str) -> None:
     file = tmp_path / "config.yaml"
     file.write_text(f"data: synthetic\nout: x\ndilations: {text}\nseeds: 3\n")
     config = parse(["sweep", "--config", str(file)])[1]
-    assert (config.dilations, config.seeds) == ((2, 6, 14), (3,))
-    file.write_text(yaml.safe_dump({key: value for key, value in config.plain().items() if key not in DECIDED}))
+    assert (config.grid.dilations, config.grid.seeds) == ((2, 6, 14), (3,))
+    file.write_text(
+        yaml.safe_dump({key: value for key, value in config.plain().items() if key not in SweepConfig.fixed})
+    )
     assert parse(["sweep", "--config", str(file)])[1] == config
 
 
@@ -130,10 +131,11 @@ def test_flags_and_config_override_each_other_in_their_order(tmp_path: Path) -> 
     file.write_text("epochs: 3\nseed: 5\ncrop_size: [65, 33]\nflip: false\nfreeze_backbone: true\n")
     flags, given = ["--epochs", "7", "--flip", "--no-freeze-backbone"], ["--config", str(file)]
     after = train_config(*given, *flags)
-    assert (after.epochs, after.seed, after.crop_size) == (7, 5, (65, 33))
-    assert (after.flip, after.freeze_backbone) == (True, False)
+    assert (after.optim.epochs, after.run.seed, after.data.crop_size) == (7, 5, (65, 33))
+    assert (after.data.flip, after.model.freeze_backbone) == (True, False)
     before = train_config(*flags, *given)
-    assert (before.epochs, before.seed, before.flip, before.freeze_backbone) == (3, 5, False, True)
+    assert (before.optim.epochs, before.run.seed) == (3, 5)
+    assert (before.data.flip, before.model.freeze_backbone) == (False, True)
 
 
 def test_required_values_may_come_from_the_config(tmp_path: Path) -> None:
@@ -154,9 +156,9 @@ def test_sizes(tmp_path: Path, text: str, size: tuple[int, int]) -> None:
     file = tmp_path / "config.yaml"
     file.write_text(f"crop_size: {text}\ncanvas: {text}\n")
     config = train_config("--config", str(file))
-    assert (config.crop_size, config.canvas) == (size, size)
+    assert (config.data.crop_size, config.model.canvas) == (size, size)
     if "[" not in text:
-        assert train_config("--crop-size", text).crop_size == size
+        assert train_config("--crop-size", text).data.crop_size == size
 
 
 def test_null_stands_for_the_default(tmp_path: Path) -> None:
@@ -166,11 +168,11 @@ def test_null_stands_for_the_default(tmp_path: Path) -> None:
 
 
 def test_switches() -> None:
-    assert train_config().flip
-    assert not train_config("--no-flip").flip
-    assert train_config("--no-flip", "--flip").flip
-    assert train_config("--freeze-backbone", "--resume").resume
-    assert train_config("--scale-range", "0.75,1.25").scale_range == (0.75, 1.25)
+    assert train_config().data.flip
+    assert not train_config("--no-flip").data.flip
+    assert train_config("--no-flip", "--flip").data.flip
+    assert train_config("--freeze-backbone", "--resume").run.resume
+    assert train_config("--scale-range", "0.75,1.25").data.scale_range == (0.75, 1.25)
 
 
 @pytest.mark.slow
@@ -180,10 +182,16 @@ def test_every_field_has_a_flag_and_a_text(capsys: pytest.CaptureFixture[str]) -
             main([command, "--help"])
         assert exit_.value.code == 0
         shown = capsys.readouterr().out
-        for field in COMMANDS[command][0].__dataclass_fields__.values():
-            flag = re.search(rf"--{field.name.replace('_', '-')}[\s,\]]", shown)
-            decided = field.metadata.get("fixed", False)
-            assert (flag is not None or field.metadata.get("positional", False)) != decided, (command, field.name)
+        config_class = COMMANDS[command][0]
+        composed = issubclass(config_class, Config)
+        groups = config_class.groups() if composed else {"": config_class}
+        for title, group in groups.items():
+            assert title == "" or f"\n{title}:\n" in shown
+            for field in dataclasses.fields(group):
+                flag = re.search(rf"--{field.name.replace('_', '-')}[\s,\]]", shown)
+                positional = not composed and field.default is dataclasses.MISSING and not field.kw_only
+                fixed = composed and field.name in config_class.fixed
+                assert (flag is not None or positional) != fixed, (command, field.name)
 
 
 @pytest.mark.parametrize(
@@ -203,7 +211,7 @@ def test_every_field_has_a_flag_and_a_text(capsys: pytest.CaptureFixture[str]) -
         ("train --data synthetic --out x --crop-size big", "such as 520x640, got 'big'"),
         ("train --data synthetic --out x --scale-range 3", "such as 0.5,2, got '?3"),
         ("train --config nowhere.yaml", r"nowhere\.yaml"),
-        ("train --data synthetic --out x --batch-size 3 --devices 2", "cannot be dealt evenly"),
+        ("train --data synthetic --out x --batch-size 3 --devices 2", "cannot be divided evenly"),
         ("train --data voc:nowhere --out x", "nowhere is not a folder"),
         ("train --data nowhere.yaml --out x", r"no data config nowhere\.yaml"),
         ("train --data nonsense --out x", "data 'nonsense' is not understood"),

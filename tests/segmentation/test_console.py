@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from rfield.segmentation.cli import COMMANDS, main
-from rfield.segmentation.config.train import DemoConfig
+from rfield.segmentation.config.experiments import DemoConfig
 from rfield.segmentation.console import print_scores, show_progress
 from rfield.segmentation.experiments import trials
 from rfield.segmentation.training.callbacks import BarProgress, LineProgress

@@ -3,35 +3,19 @@
 Torch and the rest are imported inside the commands, so that `rfield --help` answers at once.
 """
 
-import argparse
-import dataclasses
-import difflib
-import functools
 import os
-import re
 import signal
 import sys
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import docstring_parser
-from jsonargparse import ActionYesNo, ArgumentParser, DefaultHelpFormatter, get_loader, set_loader
-
-from rfield import __version__
 from rfield.segmentation.config.data import CheckDataConfig, ConvertConfig
+from rfield.segmentation.config.experiments import DemoConfig, ReproduceConfig, SweepConfig, TuneConfig
 from rfield.segmentation.config.export import EvaluateConfig, ExportConfig, FuseConfig, PredictConfig, PushConfig
 from rfield.segmentation.config.inspect import InspectConfig
-from rfield.segmentation.config.train import (
-    DemoConfig,
-    ReproduceConfig,
-    SweepConfig,
-    TrainConfig,
-    TuneConfig,
-    counted,
-)
+from rfield.segmentation.config.train import TrainConfig, counted
 from rfield.segmentation.console import escape_what_cannot_be_shown, print_layers, print_scores, show_progress
-from rfield.segmentation.files.untrusted import check_yaml
+from rfield.segmentation.parser import parse as parse_words
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -49,7 +33,7 @@ def main(argv: list[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         if os.environ.get("RFIELD_DEBUG"):
             raise
-        print(f"rfield {command}: {_one_line(_words_of(error))}", file=sys.stderr)
+        print(f"rfield {command}: {' '.join(_words_of(error).split())}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -63,29 +47,16 @@ def _words_of(error: ValueError | OSError) -> str:
 
 
 def parse(argv: list[str] | None = None) -> tuple[str, Any]:
-    """A command's name and its config, from the command line's words."""
-    words = sys.argv[1:] if argv is None else argv
-    parser, commands = _parser()
-    try:
-        arguments = parser.parse_args(words)
-        command = arguments.subcommand
-        values = {name: value for name, value in arguments[command].items() if name != "config"}
-        return command, COMMANDS[command][0](**values)
-    except (_MistakeError, ValueError, argparse.ArgumentTypeError) as error:
-        name = words[0] if words and words[0] in commands else None
-        page = "rfield" if name is None else f"rfield {name}"
-        message = _plain_message(str(error))
-        hint = _did_you_mean(message, words, parser, commands)
-        print(f"{page}: {message}{hint} (see {page} --help)", file=sys.stderr)
-        sys.exit(2)
+    """Return a command's name and its config, from the command line's words."""
+    return parse_words(COMMANDS, sys.argv[1:] if argv is None else argv)
 
 
 def train(config: TrainConfig) -> None:
-    """Train a parsing network whose receptive field is fixed or learned."""
+    """Train a semantic segmentation network whose receptive field is fixed or learned."""
     from rfield.segmentation.training import train as run
 
-    if config.resume and not Path(config.out).exists():
-        print(f"note: there is no run {config.out} to resume; it starts anew", file=sys.stderr)
+    if config.run.resume and not Path(config.run.out).exists():
+        print(f"note: there is no run {config.run.out} to resume; it starts anew", file=sys.stderr)
     with show_progress("preparing") as progress:
         metrics = run(config, progress)
     if not metrics:
@@ -93,7 +64,7 @@ def train(config: TrainConfig) -> None:
     print_scores(metrics)
     print(
         f"\neffective dilation {metrics['effective_dilation']:.3g}, receptive field "
-        f"{metrics['receptive_field_px']:.4g} px, {metrics['train_seconds']:.0f} s; the run is in {config.out}"
+        f"{metrics['receptive_field_px']:.4g} px, {metrics['train_seconds']:.0f} s; the run is in {config.run.out}"
     )
     search = metrics.get("search")
     if search is not None:
@@ -116,9 +87,9 @@ def evaluate(config: EvaluateConfig) -> None:
         _evaluate_onnx(config)
         return
     run = load_run(config.run, config.checkpoint)
-    if not (config.data or run.config.data):
+    if not (config.data or run.config.data.data):
         raise ValueError(f"{config.run} does not say what it was trained on: give --data")
-    data = config.data or run.config.data
+    data = config.data or run.config.data.data
     dataset = match_classes(load_dataset(data, config.split), run.class_names, config.ignore_class_names)
     about = {"data": data, "split": config.split, "checkpoint": config.checkpoint, "files": dataset.fingerprint()}
     path = scores_path(config.json, run.folder / f"evaluation-{config.split}.json", about)
@@ -181,7 +152,7 @@ def export(config: ExportConfig) -> None:
     if config.int8:
         from rfield.segmentation.export.int8 import export_int8
 
-        images = load_dataset(str(config.data), run.config.train_split)
+        images = load_dataset(str(config.data), run.config.data.train_split)
         dataset = load_dataset(str(config.data), config.split)
         with show_progress("quantising") as progress:
             made, before, after = export_int8(
@@ -305,155 +276,6 @@ COMMANDS: dict[str, tuple[Any, Any]] = {
     "inspect": (InspectConfig, inspect),
     "check-data": (CheckDataConfig, check_data),
 }
-
-
-_load_yaml = get_loader("yaml")
-
-
-def _checked_yaml(text: str) -> Any:
-    """A config of a stranger neither overflows the parser's stack nor grows without bound."""
-    try:
-        check_yaml(text)
-        return _load_yaml(text)
-    except Exception as error:  # A value that does not fit its tag raises a dozen different types.
-        raise ValueError(f"not valid YAML: {error}") from error
-
-
-set_loader("yaml", _checked_yaml, exceptions=(ValueError,))
-
-
-_NUMBERS = {"int": "whole number", "float": "number"}
-
-
-class _MistakeError(Exception):
-    """A command line that cannot be understood."""
-
-
-class _Help(DefaultHelpFormatter):
-    """Help without Python's words for types, and without a default where the text says what none means."""
-
-    def _get_type_str(self, action: argparse.Action) -> str | None:
-        text = (super()._get_type_str(action) or "").replace(" | null", "")
-        chosen = re.fullmatch(r"(?:Optional\[)?Literal\[(.*?)\]+", text)
-        if chosen:
-            return None if action.choices or action.metavar else f"one of {chosen[1].replace(chr(39), '')}"
-        return ({"": None, "str": None, "bool": None} | _NUMBERS).get(text, text)
-
-    def _get_help_string(self, action: argparse.Action) -> str:
-        text, place = super()._get_help_string(action), "default: %(default)s"
-        if isinstance(action, ActionYesNo):
-            return text.replace(place, f"default: {'yes' if action.default else 'no'}")
-        if action.default is None:
-            return text.replace(f", {place}", "").replace(f" ({place})", "")
-        return text
-
-
-class _Parser(ArgumentParser):
-    """Leaves the answer to a mistake to `parse`, which gives one line instead of the whole usage."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(formatter_class=_Help, **options)
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise _MistakeError(message) from ex
-
-
-def _plain_message(message: str) -> str:
-    """The parser's message in one line, without Python's words for types."""
-    message = _one_line(message)
-    for name in COMMANDS:
-        message = message.replace(f" {name}.", " ")
-    key = r'^Parser key "([\w.]+)": '
-    message = re.sub(
-        rf"{key}Does not validate against any .* Subtypes: \[(.*?)(?:, NoneType)?\] Errors: .* Given value: (.*)$",
-        r"\1: expected \2, got \3",
-        message,
-    )
-    message = re.sub(rf"{key}Expected an? (.*?)\. Got value: ", r"\1: expected \2, got ", message)
-    message = re.sub(r"^Parser key \"config\": File does not exist: '(.*)'", r"there is no config file \1", message)
-    message = re.sub(r'^expected "subcommand" .* not provided\.$', f"give a command: {', '.join(COMMANDS)}", message)
-    message = re.sub(r"<class '(\w+)'>", r"\1", message)
-    message = re.sub(r"expected (int|float)\b", lambda found: f"expected a {_NUMBERS[found[1]]}", message)
-    return re.sub(r"(?:typing\.)?Literal\[(.*?)\]", r"one of \1", message.replace(", NoneType", ""))
-
-
-def _did_you_mean(message: str, words: Sequence[str], parser: ArgumentParser, commands: dict[str, Any]) -> str:
-    """The command, flags or key that a mistyped one is most like, as the end of a message."""
-    if words and words[0] in commands:
-        known = list(commands[words[0]]._option_string_actions)
-        given = [word.partition("=")[0] for word in words[1:] if re.match("--?[A-Za-z]", word)]
-        given += re.findall(r"does not accept option '([\w-]+)'", message)
-        wanted = [f"--{name.lstrip('-').lower().replace('_', '-')}" for name in given if name not in known]
-    else:
-        known = [*commands, *parser._option_string_actions]
-        wanted = [words[0].lower().replace("_", "-")] if words else []
-    near = [match for name in wanted for match in difflib.get_close_matches(name, known, n=1)]
-    return f"; did you mean {' and '.join(near)}?" if near else ""
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
-
-
-def _parser() -> tuple[ArgumentParser, dict[str, ArgumentParser]]:
-    """The parser of the whole command line, and that of each command."""
-    parser = _Parser(
-        prog="rfield", allow_abbrev=False, description="Image-parsing networks that learn how far they should see."
-    )
-    parser.add_argument("--version", action="version", version=f"rfield {__version__}")
-    subcommands = parser.add_subcommands()
-    commands: dict[str, ArgumentParser] = {}
-    for name, (config_class, run) in COMMANDS.items():
-        command = commands[name] = _Parser(allow_abbrev=False, description=run.__doc__)
-        command.add_argument("--config", action="config", help="A .yaml file with any of these values.")
-        _add_fields(command, config_class)
-        subcommands.add_subcommand(name, command, help=run.__doc__)
-    return parser, commands
-
-
-@functools.cache  # Who parses many command lines in one process waits for this most.
-def _texts(config_class: Any) -> dict[str, str | None]:
-    """The docstring of each field."""
-    texts: dict[str, str | None] = {}
-    for base in reversed(config_class.__mro__[:-1]):
-        texts |= {param.arg_name: param.description for param in docstring_parser.parse_from_object(base).params}
-    return texts
-
-
-def _add_fields(parser: ArgumentParser, config_class: Any) -> None:
-    """One flag for each field; its help is the field's docstring."""
-    texts = _texts(config_class)
-    for field in dataclasses.fields(config_class):
-        if field.metadata.get("fixed"):
-            continue
-        parse = field.metadata.get("parse")
-        options: dict[str, Any] = {"help": texts[field.name], "type": _Parsed(parse) if parse else field.type}
-        required = field.default is dataclasses.MISSING
-        if not required:
-            options["default"] = field.default
-        if field.metadata.get("positional"):
-            parser.add_argument(field.name, **options)
-            continue
-        if field.type is bool:
-            options |= {"action": ActionYesNo(yes_prefix="", no_prefix="no-")}
-            del options["type"]
-        parser.add_argument(f"--{field.name.replace('_', '-')}", required=required, **options)
-
-
-class _Parsed:
-    """A parse function with its errors in the form whose text argparse shows, and a name for the help."""
-
-    def __init__(self, parse: Callable[[Any], Any]) -> None:
-        self.parse = parse
-
-    def __call__(self, value: Any) -> Any:
-        try:
-            return self.parse(value)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from error
-
-    def __repr__(self) -> str:
-        return self.parse.__name__.removeprefix("parse_").replace("_", " ")
 
 
 def _evaluate_onnx(config: EvaluateConfig) -> None:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from rfield.layers import LearnedFactor, ReceptiveFieldRegulator
-from rfield.segmentation.config.train import TrainConfig, counted, parse_size
+from rfield.segmentation.config.train import TrainConfig, counted
+from rfield.segmentation.config.values import Size
 from rfield.segmentation.files.checkpoints import find_checkpoint, read_checkpoint
 from rfield.segmentation.files.untrusted import read_json, read_weights, read_yaml
 from rfield.segmentation.models import ParsingNetwork, build_model
@@ -58,23 +59,24 @@ def build_network(
     >>> build_network(config, num_classes=4).head.effective_dilation
     (4.0, 4.0)
     """
+    canvas = config.model.canvas
     network = build_model(
-        config.model,
+        config.model.model,
         num_classes,
         weights=None if weights == "random" else weights,
-        output_stride=config.output_stride,
-        min_size=config.canvas,
-        decoder=config.decoder,
-        dilation=config.dilation,
-        head_channels=config.head_channels,
-        dropout=config.dropout or 0.0,
-        regulate=config.search != "none",
-        mechanism=config.mechanism or "regulator",
-        paths=config.paths,
-        rates=config.aspp or (),
-        rectangular=config.rectangular,
+        output_stride=config.model.output_stride,
+        min_size=None if canvas is None else (canvas[0], canvas[1]),  # Checkpoints hold plain tuples.
+        decoder=config.model.decoder,
+        dilation=config.model.dilation,
+        head_channels=config.model.head_channels,
+        dropout=config.model.dropout or 0.0,
+        regulate=config.search.search != "none",
+        mechanism=config.search.mechanism or "regulator",
+        paths=config.model.paths,
+        rates=tuple(config.model.aspp or ()),
+        rectangular=config.search.rectangular,
         class_groups=class_groups,
-        gradient_weight=config.path_weight if config.path_guidance == "gradient" else 1.0,
+        gradient_weight=config.search.path_weight if config.search.path_guidance == "gradient" else 1.0,
     )
     return _set_up(network, config)
 
@@ -83,9 +85,9 @@ def _set_up(network: ParsingNetwork, config: TrainConfig) -> ParsingNetwork:
     """Apply what a config says of learned layers; return the network in channels-last memory format."""
     for module in network.modules():
         if isinstance(module, LearnedFactor):
-            module.set_factor(config.factor)
+            module.set_factor(config.search.factor)
         if isinstance(module, ReceptiveFieldRegulator):
-            module.memory_budget = round(config.memory_budget * 2**30)
+            module.memory_budget = round(config.search.memory_budget * 2**30)
     return network.to(memory_format=torch.channels_last)
 
 
@@ -170,7 +172,7 @@ def read_classes(notes: Any, path: Path) -> tuple[tuple[str, ...], list[tuple[in
     try:
         names = tuple(notes["class_names"])
         palette = [(red, green, blue) for red, green, blue in notes["palette"]]
-        size = parse_size(notes["size"]) if notes.get("size") else None
+        size = Size(notes["size"]) if notes.get("size") else None
         if not names or not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
             raise ValueError("class_names must be texts, none of them twice")
         if len(palette) < len(names):
@@ -193,8 +195,10 @@ def load_config(path: Path) -> TrainConfig:
         config = TrainConfig(**values)
     except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{path} is not a run's config: {error}") from error
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if field.type in _KINDS and not isinstance(value, _KINDS[field.type]):
-            raise ValueError(f"{path} is not a run's config: {field.name} is {value!r}")
+    flat = config.flat()
+    for group in config.groups().values():
+        for field in dataclasses.fields(group):  # type: ignore[arg-type]
+            value = flat[field.name]
+            if field.type in _KINDS and not isinstance(value, _KINDS[field.type]):
+                raise ValueError(f"{path} is not a run's config: {field.name} is {value!r}")
     return config

@@ -23,12 +23,13 @@ def test_the_parser_understands(path: Path) -> None:
     written = yaml.safe_load(path.read_text())
     assert not [value for value in written.values() if isinstance(value, dict)]
     for key in ("data", "out", "model"):
-        assert getattr(config, key) == written[key]
+        assert config.flat()[key] == written[key]
 
 
 def test_the_paper_s_setting() -> None:
     _, config = parse(["train", "--config", str(next(path for path in CONFIGS if path.stem == "voc2012_largefov"))])
     assert isinstance(config, TrainConfig)
     config = config.resolved()
-    assert (config.crop_size, config.batch_size, config.dilation, config.head_channels) == ((321, 321), 20, 12, 1024)
-    assert (config.optimizer, config.lr, config.weights, config.train_split) == ("sgd", 1e-3, "imagenet", "train_aug")
+    data, model, optim = config.data, config.model, config.optim
+    assert (data.crop_size, optim.batch_size, model.dilation, model.head_channels) == ((321, 321), 20, 12, 1024)
+    assert (optim.optimizer, optim.lr, model.weights, data.train_split) == ("sgd", 1e-3, "imagenet", "train_aug")

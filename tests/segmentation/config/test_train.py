@@ -6,19 +6,13 @@ import pytest
 import yaml
 from docstring_parser import parse_from_object
 
-from rfield.segmentation.config.export import EvaluateConfig, PredictConfig
-from rfield.segmentation.config.train import (
-    DemoConfig,
-    ReproduceConfig,
-    SweepConfig,
-    TrainConfig,
-    TuneConfig,
-    differences,
-    parse_class_weights,
-    parse_ints,
-    parse_range,
-    parse_size,
-)
+from rfield.segmentation.config.data import CheckDataConfig, ConvertConfig
+from rfield.segmentation.config.experiments import DemoConfig, ReproduceConfig, SweepConfig, TuneConfig
+from rfield.segmentation.config.export import EvaluateConfig, ExportConfig, FuseConfig, PredictConfig, PushConfig
+from rfield.segmentation.config.inspect import InspectConfig
+from rfield.segmentation.config.options import Config
+from rfield.segmentation.config.train import TrainConfig, differences
+from rfield.segmentation.config.values import Integers, Names, Range, Size, parse_class_weights
 from rfield.segmentation.runs import load_config
 
 
@@ -28,24 +22,24 @@ def config_of(**values: Any) -> TrainConfig:
 
 @pytest.mark.parametrize("value", ["520x640", "520X640", [520, 640], (520, 640), ["520", "640"]])
 def test_sizes(value: Any) -> None:
-    assert parse_size(value) == (520, 640)
+    assert Size(value) == (520, 640)
 
 
 @pytest.mark.parametrize("value", ["", "x", "520x", "520x640x3", "0x5", [1, 2, 3], [], None, 5.5, "-5", "a", 0])
 def test_wrong_sizes_say_what_a_size_is(value: Any) -> None:
     with pytest.raises(ValueError, match="a size is HEIGHTxWIDTH in px, such as 520x640, got"):
-        parse_size(value)
+        Size(value)
 
 
 @pytest.mark.parametrize("value", ["1", "a,b", "1,2,3", [1], 5, None, ""])
 def test_wrong_ranges_say_what_a_range_is(value: Any) -> None:
     with pytest.raises(ValueError, match=r"a range is LOW,HIGH, such as 0\.5,2, got"):
-        parse_range(value)
+        Range(value)
 
 
 @pytest.mark.parametrize("value", ["2,6", [2, 6], (2, 6), ["2", "6"], " 2, 6"])
 def test_lists(value: Any) -> None:
-    assert parse_ints(value) == (2, 6)
+    assert Integers(value) == (2, 6)
 
 
 @pytest.mark.parametrize("value", ["", "2,", "2;6", "2,2", [], [1, 1], 2.5, [2.5], "2.5", None, {"a": 1}, [None]])
@@ -53,7 +47,7 @@ def test_wrong_lists_say_what_a_list_is(value: Any) -> None:
     with pytest.raises(
         ValueError, match="a list is whole numbers with commas, none of them twice, such as 2,6,14, got"
     ):
-        parse_ints(value)
+        Integers(value)
 
 
 @pytest.mark.parametrize(
@@ -69,7 +63,7 @@ def test_wrong_lists_say_what_a_list_is(value: Any) -> None:
 )
 def test_class_weights(value: Any, weights: Any) -> None:
     assert parse_class_weights(value) == weights
-    assert config_of(class_weights=value).class_weights == weights
+    assert config_of(class_weights=value).optim.class_weights == weights
 
 
 @pytest.mark.parametrize("value", ["", "even", "1,", "1,-2", [], [float("nan")], "inf", 3, ["a"], {"a": 1}])
@@ -79,13 +73,13 @@ def test_wrong_class_weights_say_what_they_are(value: Any) -> None:
 
 
 def test_a_decoder_needs_the_whole_backbone() -> None:
-    assert config_of(decoder=True).decoder
+    assert config_of(decoder=True).model.decoder
     with pytest.raises(ValueError, match="decoder needs the backbone's finer map, but freeze_backbone keeps its"):
         config_of(decoder=True, freeze_backbone=True)
 
 
 def test_label_smoothing_goes_with_cross_entropy() -> None:
-    assert config_of(label_smoothing=0.1).label_smoothing == 0.1
+    assert config_of(label_smoothing=0.1).optim.label_smoothing == 0.1
     with pytest.raises(ValueError, match="label_smoothing goes with the loss cross_entropy, not dice"):
         config_of(label_smoothing=0.1, loss="dice")
 
@@ -120,25 +114,25 @@ def test_values_out_of_range_are_named(key: str, value: Any) -> None:
 
 
 def test_a_batch_is_dealt_evenly() -> None:
-    assert config_of(batch_size=6, devices=3).devices == 3
-    with pytest.raises(ValueError, match="batch_size 8 cannot be dealt evenly to 3 devices"):
+    assert config_of(batch_size=6, devices=3).run.devices == 3
+    with pytest.raises(ValueError, match="batch_size 8 cannot be divided evenly among 3 devices"):
         config_of(batch_size=8, devices=3)
 
 
 def test_defaults_follow_the_kind_of_run() -> None:
     whole, frozen = config_of().resolved(), config_of(freeze_backbone=True).resolved()
-    assert (whole.optimizer, whole.lr) == ("sgd", 1e-3)
-    assert frozen.optimizer == "adamw"
-    assert config_of(freeze_backbone=True, optimizer="sgd").resolved().lr == whole.lr
+    assert (whole.optim.optimizer, whole.optim.lr) == ("sgd", 1e-3)
+    assert frozen.optim.optimizer == "adamw"
+    assert config_of(freeze_backbone=True, optimizer="sgd").resolved().optim.lr == whole.optim.lr
     for config in (whole, frozen):
-        assert None not in (config.lr, config.factor_lr, config.val_every)
+        assert None not in (config.optim.lr, config.search.factor_lr, config.run.val_every)
         assert config.resolved() == config
 
 
 def test_given_values_stay() -> None:
     given = {"optimizer": "adamw", "lr": 0.5, "factor_lr": 0.25, "val_every": 7}
     resolved = config_of(**given).resolved()
-    assert {name: getattr(resolved, name) for name in given} == given
+    assert given.items() <= resolved.flat().items()
 
 
 @pytest.mark.parametrize(
@@ -163,18 +157,56 @@ def test_a_damaged_run_config_is_named(tmp_path: Path, text: str) -> None:
         load_config(tmp_path / "config.yaml")
 
 
-@pytest.mark.parametrize(
-    "config_class",
-    [TrainConfig, EvaluateConfig, PredictConfig, DemoConfig, SweepConfig, TuneConfig, ReproduceConfig],
-)
+CONFIGS = [TrainConfig, SweepConfig, TuneConfig, ReproduceConfig, DemoConfig, EvaluateConfig, PredictConfig, FuseConfig]
+CONFIGS += [ExportConfig, PushConfig, ConvertConfig, InspectConfig, CheckDataConfig]
+
+
+@pytest.mark.parametrize("config_class", CONFIGS)
 def test_every_field_is_documented(config_class: Any) -> None:
-    documented = {
-        param.arg_name: param.description
-        for base in config_class.__mro__[:-1]
-        for param in parse_from_object(base).params
-        if param.description
-    }
-    assert {field.name for field in dataclasses.fields(config_class)} <= documented.keys()
+    groups = config_class.groups().values() if issubclass(config_class, Config) else [config_class]
+    names = [field.name for group in groups for field in dataclasses.fields(group)]
+    assert len(set(names)) == len(names), "flat names are unique"
+    for group in groups:
+        documented = {
+            param.arg_name: param.description
+            for base in group.__mro__[:-1]
+            for param in parse_from_object(base).params
+            if param.description
+        }
+        assert {field.name for field in dataclasses.fields(group)} <= documented.keys()
+    if issubclass(config_class, Config):
+        assert {*config_class.fixed, *config_class.defaults} <= {*names}
+
+
+def test_an_experiment_holds_the_config_that_its_runs_share() -> None:
+    config = TuneConfig(data="synthetic", out="runs/tune", lr=0.5, seeds=4, storage="db://ann:secret@host/runs")
+    assert config.train == config_of(
+        out="runs/tune",
+        lr=0.5,
+        search="sampled",
+        search_share=1.0,
+        search_narrowing=False,
+        freeze_backbone=True,
+        epochs=10,
+    )
+    assert (config.grid.seeds, config.grid.present_dilation) == ((4,), None)
+    assert config.replace(verify=True).grid.verify
+    assert config.replace(verify=False) == config
+    plain = config.plain()
+    assert plain.items() >= {"lr": 0.5, "seeds": [4], "storage": "db://ann:***@host/runs"}.items()
+    assert "resume" not in plain
+
+
+def test_options_that_are_missing_or_unknown_are_named() -> None:
+    with pytest.raises(TypeError, match="there is no option epoch, size"):
+        config_of(epoch=3, size=4)
+    with pytest.raises(TypeError, match="'out'"):
+        TrainConfig(data="synthetic")
+
+
+@pytest.mark.parametrize("value", ["train,val", ["train", "val"], " train, val"])
+def test_names(value: Any) -> None:
+    assert Names(value) == ("train", "val")
 
 
 def test_differences() -> None:

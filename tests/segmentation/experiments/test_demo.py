@@ -7,7 +7,8 @@ import pytest
 
 from rfield.receptive_field.theoretical import receptive_field_px
 from rfield.segmentation.cli import main
-from rfield.segmentation.config.train import DemoConfig, TrainConfig
+from rfield.segmentation.config.experiments import DemoConfig
+from rfield.segmentation.config.train import TrainConfig
 from rfield.segmentation.data import SyntheticCues
 from rfield.segmentation.experiments import demo as demo_module
 from rfield.segmentation.experiments import run_demo
@@ -49,7 +50,7 @@ def test_the_demo_leaves_an_ordinary_run_with_pictures(demo: tuple[Path, str]) -
     out, _ = demo
     for name in ("factor.png", "panel.png", "learned_field.png"):
         assert (out / name).stat().st_size > 10_000
-    assert load_config(out / "config.yaml").data == "synthetic"
+    assert load_config(out / "config.yaml").data.data == "synthetic"
     main(["evaluate", str(out), "--split", "test"])
     assert (out / "evaluation-test.json").is_file()
 

@@ -1,7 +1,6 @@
 """Every dilation and seed exactly once, whatever happens on the way."""
 
 import csv
-import dataclasses
 import json
 import multiprocessing
 import signal
@@ -18,7 +17,8 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
 from rfield.segmentation.cli import main
-from rfield.segmentation.config.train import SweepConfig, TrainConfig
+from rfield.segmentation.config.experiments import SweepConfig
+from rfield.segmentation.config.train import TrainConfig
 from rfield.segmentation.experiments import run_sweep, trials
 from rfield.segmentation.experiments.trials import Point
 from rfield.segmentation.training import Interrupted, read_factor_csv, train
@@ -44,7 +44,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
 
     def watched(config: TrainConfig) -> dict[str, Any]:
-        names.append(Path(config.out).name)
+        names.append(Path(config.run.out).name)
         return train(config)
 
     monkeypatch.setattr(trials, "train", watched)
@@ -52,17 +52,17 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def study_of(config: SweepConfig) -> optuna.Study:
-    storage = JournalStorage(JournalFileBackend(f"{config.out}/study.journal"))
+    storage = JournalStorage(JournalFileBackend(f"{config.train.run.out}/study.journal"))
     return optuna.load_study(study_name="sweep", storage=storage)
 
 
 def results_of(config: SweepConfig) -> dict[str, Any]:
-    results: dict[str, Any] = json.loads((Path(config.out) / "results.json").read_text())
+    results: dict[str, Any] = json.loads((Path(config.train.run.out) / "results.json").read_text())
     return results
 
 
 def metrics_of(config: SweepConfig, name: str) -> dict[str, Any]:
-    metrics: dict[str, Any] = json.loads((Path(config.out) / name / "metrics.json").read_text())
+    metrics: dict[str, Any] = json.loads((Path(config.train.run.out) / name / "metrics.json").read_text())
     return metrics
 
 
@@ -71,16 +71,15 @@ def names_in(study: optuna.Study, state: TrialState) -> list[str]:
 
 
 def write_yaml(config: SweepConfig) -> str:
-    path = Path(config.out).with_suffix(".yaml")
-    decided = {field.name for field in dataclasses.fields(config) if field.metadata.get("fixed")}
-    path.write_text(yaml.safe_dump({key: value for key, value in config.plain().items() if key not in decided}))
+    path = Path(config.train.run.out).with_suffix(".yaml")
+    path.write_text(yaml.safe_dump({key: value for key, value in config.plain().items() if key not in config.fixed}))
     return str(path)
 
 
 def test_every_dilation_and_seed_once(make: Make, trained: list[str]) -> None:
     config = make()
     text = run_sweep(config)
-    out = Path(config.out)
+    out = Path(config.train.run.out)
     assert sorted(trained) == NAMES
     study = study_of(config)
     assert names_in(study, TrialState.COMPLETE) == NAMES
@@ -122,7 +121,7 @@ def test_every_dilation_and_seed_once(make: Make, trained: list[str]) -> None:
     assert trained == []
     run_sweep(make(dilations=(2, 3, 5), seeds=(0,)))
     assert trained == ["d03-seed0"]
-    alone = train(dataclasses.replace(config.run_config(f"{out}-alone", 3, 0, "none"), resume=False))
+    alone = train(config.run_config(f"{out}-alone", 3, 0, "none").replace(resume=False))
     assert alone["miou"] == metrics_of(config, "d03-seed0")["miou"]
 
 
@@ -134,7 +133,7 @@ from rfield.segmentation.training import ParsingModule
 real = ParsingModule.training_step
 
 def training_step(self, batch, batch_index):
-    if self.config.dilation == 5 and self.global_step == 4:
+    if self.config.model.dilation == 5 and self.global_step == 4:
         os.kill(os.getpid(), signal.SIGKILL)
     return real(self, batch, batch_index)
 
@@ -149,7 +148,7 @@ def test_a_killed_trial_is_run_again_and_no_other(make: Make, forked: Any, train
     study = study_of(config)
     assert names_in(study, TrialState.COMPLETE) == ["d02-seed0"]
     assert names_in(study, TrialState.RUNNING) == ["d05-seed0"]
-    before = (Path(config.out) / "d02-seed0/metrics.json").stat()
+    before = (Path(config.train.run.out) / "d02-seed0/metrics.json").stat()
 
     run_sweep(config)
     assert sorted(trained) == ["d03-seed0", "d05-seed0"]
@@ -157,9 +156,9 @@ def test_a_killed_trial_is_run_again_and_no_other(make: Make, forked: Any, train
     assert names_in(study, TrialState.COMPLETE) == ["d02-seed0", "d03-seed0", "d05-seed0"]
     assert names_in(study, TrialState.FAIL) == ["d05-seed0"]
     assert len(study.trials) == 4
-    assert (Path(config.out) / "d02-seed0/metrics.json").stat() == before
-    assert len(read_factor_csv(Path(config.out) / "d05-seed0/factor.csv")["step"]) == 6
-    log = (Path(config.out) / "d05-seed0/train.log").read_text()
+    assert (Path(config.train.run.out) / "d02-seed0/metrics.json").stat() == before
+    assert len(read_factor_csv(Path(config.train.run.out) / "d05-seed0/factor.csv")["step"]) == 6
+    log = (Path(config.train.run.out) / "d05-seed0/train.log").read_text()
     assert [line.split(":")[0] for line in log.splitlines()] == ["epoch 1/2", "epoch 2/2"], "resumed from epoch 1"
 
 
@@ -183,7 +182,7 @@ def test_an_interrupted_trial_is_run_again(
     config = make(seeds=(0,))
 
     def failing(config: TrainConfig) -> dict[str, Any]:
-        if config.dilation == 5:
+        if config.model.dilation == 5:
             raise error("no")
         return train(config)
 
@@ -212,8 +211,8 @@ def test_two_workers_share_a_journal(make: Make, capfd: pytest.CaptureFixture[st
     assert names_in(study, TrialState.COMPLETE) == NAMES
     for name in NAMES:
         assert shown.count(f"{name}: training") == 1
-    assert not list((Path(config.out) / "locks").iterdir())
-    one = make(jobs=1, out=f"{config.out}-one", seeds=(0,), dilations=(5,))
+    assert not list((Path(config.train.run.out) / "locks").iterdir())
+    one = make(jobs=1, out=f"{config.train.run.out}-one", seeds=(0,), dilations=(5,))
     run_sweep(one)
     assert metrics_of(one, "d05-seed0")["miou"] == metrics_of(config, "d05-seed0")["miou"]
 
@@ -222,7 +221,7 @@ def test_two_workers_share_a_journal(make: Make, capfd: pytest.CaptureFixture[st
 @pytest.mark.usefixtures("_forked_workers")
 def test_a_worker_s_failure_is_one_line(make: Make, capsys: pytest.CaptureFixture[str]) -> None:
     config = make(jobs=2)
-    other = dataclasses.replace(config.run_config(f"{config.out}/d05-seed1", 5, 1, "none"), epochs=1, resume=False)
+    other = config.run_config(f"{config.train.run.out}/d05-seed1", 5, 1, "none").replace(epochs=1, resume=False)
     train(other)
     with pytest.raises(SystemExit):
         main(["sweep", "--config", write_yaml(config)])
@@ -243,20 +242,20 @@ def test_a_database_is_shared_by_machines_with_folders_of_their_own(
     run_sweep(two)
     assert len(trained) == 2
     assert results_of(one)["runs"] == results_of(two)["runs"]
-    assert not (Path(one.out) / "study.journal").exists()
+    assert not (Path(one.train.run.out) / "study.journal").exists()
 
     # What a machine is at belongs to it: the other one neither waits for it nor takes it over.
     study = optuna.load_study(study_name="sweep", storage=RDBStorage(url))
     point = {"dilation": 7, "seed": 0, "search": "none"}
     study.enqueue_trial(point, user_attrs={"point": point})
     busy = study.ask()
-    text = run_sweep(make(storage=url, seeds=(0,), dilations=(2, 7), out=two.out))
+    text = run_sweep(make(storage=url, seeds=(0,), dilations=(2, 7), out=two.train.run.out))
     assert "not finished, another process has them: d07-seed0" in text
     assert len(trained) == 2
     assert results_of(two)["unfinished"] == ["d07-seed0"]
     assert [run["name"] for run in results_of(two)["runs"]] == ["d02-seed0", "d05-seed0"]
     study.tell(busy, state=TrialState.FAIL)
-    run_sweep(make(storage=url, seeds=(0,), dilations=(2, 7), out=two.out))
+    run_sweep(make(storage=url, seeds=(0,), dilations=(2, 7), out=two.train.run.out))
     assert trained[2:] == ["d07-seed0"]
 
 
@@ -265,7 +264,7 @@ def test_a_silent_worker_s_trial_is_taken_up(
 ) -> None:
     url = f"sqlite:///{tmp_path}/sweep.db"
     one, two = (make(storage=url, seeds=(0,), out=str(tmp_path / machine / "sweep")) for machine in ("one", "two"))
-    Path(one.out).parent.mkdir()
+    Path(one.train.run.out).parent.mkdir()
     assert forked(KILLED, "sweep", "--config", write_yaml(one)).returncode == -signal.SIGKILL
     study = optuna.load_study(study_name="sweep", storage=RDBStorage(url))
     assert names_in(study, TrialState.RUNNING) == ["d05-seed0"]
@@ -286,8 +285,8 @@ def test_a_worker_that_was_only_slow_is_not_in_the_way(
     names = []
 
     def slow(own: TrainConfig) -> dict[str, Any]:
-        names.append(Path(own.out).name)
-        study = optuna.load_study(study_name="sweep", storage=RDBStorage(str(config.storage)))
+        names.append(Path(own.run.out).name)
+        study = optuna.load_study(study_name="sweep", storage=RDBStorage(str(config.grid.storage)))
         study.tell(0, state=TrialState.FAIL)  # as another does that has not heard of it for long
         return train(own)
 
@@ -322,7 +321,7 @@ def test_starts_are_compared_in_the_same_folder(make: Make, trained: list[str]) 
     assert [(row["search"], row["dilation"]) for row in rows] == [("none", 2), ("sampled", 2), ("sampled", 5)]
     assert rows[1]["effective_dilation"] == pytest.approx(rows[2]["effective_dilation"])
     assert text.count("| sampled | ") == 2
-    assert (Path(make().out) / "d05-seed0-sampled/curve.png").stat().st_size > 10_000
+    assert (Path(make().train.run.out) / "d05-seed0-sampled/curve.png").stat().st_size > 10_000
 
 
 def test_other_settings_are_refused(make: Make) -> None:

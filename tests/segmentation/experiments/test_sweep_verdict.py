@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from rfield.segmentation.config.train import SweepConfig
+from rfield.segmentation.config.experiments import SweepConfig
 from rfield.segmentation.experiments.sweep import judge_grid
 from rfield.segmentation.experiments.trials import Point, Trial
 

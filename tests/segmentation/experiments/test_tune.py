@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from rfield.search import Verdict, standard_errors
-from rfield.segmentation.config.train import TuneConfig
+from rfield.segmentation.config.experiments import TuneConfig
 from rfield.segmentation.experiments import run_tune
 from rfield.segmentation.experiments.tune import _headline, common_curve, curve_at
 

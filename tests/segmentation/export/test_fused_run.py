@@ -56,7 +56,7 @@ def assert_same(run: Path, plain: Path, close: bool = True) -> None:
     """Both folders' networks compute the same, and the second has nothing learned in it."""
     before, after = load_run(run), load_run(plain)
     assert not [module for module in after.network.modules() if isinstance(module, LearnedFactor)]
-    assert after.config.search == "none"
+    assert after.config.search.search == "none"
     assert (after.class_names, after.palette) == (before.class_names, before.palette)
     with torch.no_grad():
         same = torch.allclose(before.network(IMAGE), after.network(IMAGE), rtol=0, atol=1e-5)
@@ -93,7 +93,7 @@ def test_a_search_that_has_ended(
     assert_same(run, plain)
     assert json.loads((plain / "fused.json").read_text())["fused"]["dilations"] == expected
     if not expected:
-        assert load_run(plain).config.dilation == 7
+        assert load_run(plain).config.model.dilation == 7
         network = build_network(load_run(plain).config, 4)
         assert dilations(network)["head.layers.fc6"] == (7, 7)
 

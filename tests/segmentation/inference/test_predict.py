@@ -1,6 +1,5 @@
 """Scoring and labelling with networks that need no training for it."""
 
-import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -392,6 +391,6 @@ def test_faces_are_scored_by_their_parts_too(tmp_path: Path, size: tuple[int, in
 def test_output_stride() -> None:
     config = TrainConfig(data="synthetic", out="x", model="efficientnet_lite0", head_channels=4)
     assert build_network(config, 2).stride == 8
-    assert build_network(dataclasses.replace(config, output_stride=16), 2).stride == 16
+    assert build_network(config.replace(output_stride=16), 2).stride == 16
     with pytest.raises(ValueError, match="largefov_vgg16 has an output_stride of 8, got 16; leave it out"):
-        build_network(dataclasses.replace(config, model="largefov_vgg16", output_stride=16), 2)
+        build_network(config.replace(model="largefov_vgg16", output_stride=16), 2)

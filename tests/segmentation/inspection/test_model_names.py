@@ -90,7 +90,7 @@ def test_folders_of_transformers_and_of_rfield(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mechanism", ["regulator", "dilation"])
 def test_a_run_knows_where_it_started(mechanism: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = TrainConfig("synthetic", str(tmp_path), model="small_cnn", dilation=9, mechanism=mechanism)
+    config = TrainConfig(data="synthetic", out=str(tmp_path), model="small_cnn", dilation=9, mechanism=mechanism)
     network = build_network(config, num_classes=2)
     for module in network.modules():
         if isinstance(module, LearnedFactor):

@@ -1,6 +1,5 @@
 """timm's networks against timm itself, and their place on the grid against gradients."""
 
-import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -277,8 +276,8 @@ def test_the_model_of_a_run(tmp_path: Path) -> None:
     network = build_network(config, 3)
     assert isinstance(network.backbone, TimmBackbone)
     assert network.stride == 8
-    assert build_network(dataclasses.replace(config, output_stride=None), 3).stride == 16
+    assert build_network(config.replace(output_stride=None), 3).stride == 16
     with pytest.raises(ValueError, match="timm has no network 'resnet10x'; did you mean resnet10t"):
-        build_network(dataclasses.replace(config, model="timm:resnet10x"), 3)
+        build_network(config.replace(model="timm:resnet10x"), 3)
     with pytest.raises(ValueError, match=r"'resnet10t' is not known; the known ones are .*, small_cnn and timm:NAME"):
         find_model("resnet10t")

@@ -97,7 +97,7 @@ def test_the_memory_of_the_inflated_map_is_bounded(tiny: dict[str, Any], monkeyp
         train(config)
     assert len([each for each in told if "over the budget" in str(each.message)]) == 1
     assert min(bytes_taken) < 30_000 < 40_000 < max(bytes_taken) <= 50_000
-    found = [m for m in load_run(config.out).network.modules() if isinstance(m, ReceptiveFieldRegulator)]
+    found = [m for m in load_run(config.run.out).network.modules() if isinstance(m, ReceptiveFieldRegulator)]
     assert [m.memory_budget for m in found] == [50_000]
 
 

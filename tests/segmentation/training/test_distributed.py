@@ -1,6 +1,5 @@
 """One run in several processes, as torchrun would start them."""
 
-import dataclasses
 import json
 import multiprocessing
 import runpy
@@ -19,11 +18,12 @@ from rfield.segmentation.config.train import TrainConfig
 from rfield.segmentation.training import read_factor_csv, train
 from rfield.segmentation.training.distributed import (
     _SumOverProcesses,
+    init_distributed,
     is_first,
-    join,
     launcher,
     machines,
     share_statistics,
+    world_size,
 )
 
 Make = Callable[..., TrainConfig]
@@ -50,7 +50,7 @@ def start(config: TrainConfig, code: str = "", *options: str) -> tuple[list[int 
     Returns:
         Their statuses, and what they have written to stdout and stderr.
     """
-    files = [Path(f"{config.out}.{suffix}") for suffix in ("yaml", "out", "err")]
+    files = [Path(f"{config.run.out}.{suffix}") for suffix in ("yaml", "out", "err")]
     files[0].write_text(yaml.safe_dump(config.plain()))
     for file in files[1:]:
         file.write_text("")
@@ -59,8 +59,8 @@ def start(config: TrainConfig, code: str = "", *options: str) -> tuple[list[int 
         port = free.getsockname()[1]
     processes = []
     for rank in range(2):
-        script = Path(f"{config.out}-{rank}.py")
-        script.write_text(PROCESS.format(rank=rank, port=port, out=config.out, code=code, options=options))
+        script = Path(f"{config.run.out}-{rank}.py")
+        script.write_text(PROCESS.format(rank=rank, port=port, out=config.run.out, code=code, options=options))
         processes.append(SERVER.Process(target=runpy.run_path, args=(str(script),)))
         processes[-1].start()
     for process in processes:
@@ -69,12 +69,12 @@ def start(config: TrainConfig, code: str = "", *options: str) -> tuple[list[int 
 
 
 def checkpoint_of(config: TrainConfig) -> dict[str, Any]:
-    checkpoint: dict[str, Any] = torch.load(Path(config.out) / "checkpoints/last.ckpt", weights_only=True)
+    checkpoint: dict[str, Any] = torch.load(Path(config.run.out) / "checkpoints/last.ckpt", weights_only=True)
     return checkpoint
 
 
 def metrics_of(config: TrainConfig) -> dict[str, Any]:
-    metrics: dict[str, Any] = json.loads((Path(config.out) / "metrics.json").read_text())
+    metrics: dict[str, Any] = json.loads((Path(config.run.out) / "metrics.json").read_text())
     return metrics
 
 
@@ -113,14 +113,15 @@ def test_two_processes_learn_what_one_does(make: Make, data: str) -> None:
     assert statuses == [0, 0], errors
     assert said.count("mIoU") == 1, "the first process alone reports"
 
-    one, two = (read_factor_csv(Path(config.out) / "factor.csv") for config in (alone, both))
+    one, two = (read_factor_csv(Path(config.run.out) / "factor.csv") for config in (alone, both))
     for column in ("step", "effective_dilation", "loss"):
         assert two[column] == pytest.approx(one[column], rel=1e-4), column
     expected = checkpoint_of(alone)["state_dict"]
     for name, weight in checkpoint_of(both)["state_dict"].items():
         torch.testing.assert_close(weight, expected[name], rtol=1e-4, atol=1e-6, msg=name)
     assert metrics_of(both)["miou"] == pytest.approx(metrics_of(alone)["miou"], abs=1e-3)
-    best = [torch.load(Path(c.out) / "checkpoints/best.ckpt", weights_only=True)["global_step"] for c in (alone, both)]
+    files = [Path(config.run.out) / "checkpoints/best.ckpt" for config in (alone, both)]
+    best = [torch.load(file, weights_only=True)["global_step"] for file in files]
     assert best[0] == best[1]
 
 
@@ -134,8 +135,8 @@ def test_balanced_classes_are_those_of_all_pixels(make: Make, data: str) -> None
     train(alone)
     statuses, _, errors = start(both)
     assert statuses == [0, 0], errors
-    train(dataclasses.replace(plain, class_weights=None))
-    one, two, other = (read_factor_csv(Path(config.out) / "factor.csv")["loss"] for config in (alone, both, plain))
+    train(plain.replace(class_weights=None))
+    one, two, other = (read_factor_csv(Path(config.run.out) / "factor.csv")["loss"] for config in (alone, both, plain))
     assert two == pytest.approx(one, rel=1e-5)
     assert other[-1] != pytest.approx(one[-1], rel=1e-3)
     expected = checkpoint_of(alone)["state_dict"]
@@ -187,11 +188,11 @@ def test_a_bad_file_is_refused_or_skipped_by_all(make: Make, tmp_path: Path, ski
         assert statuses == [2, 2]
         assert errors.count("rfield train: ") == 1, "the first process says it, the others go"
         assert "3.png" in errors
-        assert not Path(config.out).exists()
+        assert not Path(config.run.out).exists()
 
 
 def test_what_a_launcher_says(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert (machines(), join(make())) == (1, make())
+    assert (machines(), world_size(1), world_size(3)) == (1, 1, 3)
     srun = {
         "NTASKS": 4,
         "NTASKS_PER_NODE": 2,
@@ -206,9 +207,9 @@ def test_what_a_launcher_says(make: Make, monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.setenv(f"SLURM_{name}", str(value))
     assert machines() == 2
     with pytest.raises(ValueError, match="devices is 2, but 4 processes were started: leave devices out"):
-        join(make(devices=2))
-    with pytest.raises(ValueError, match="batch_size 2 cannot be dealt evenly to 4 devices"):
-        join(make())
+        world_size(2)
+    with pytest.raises(ValueError, match="batch_size 2 cannot be divided evenly among 4 devices"):
+        make().replace(devices=world_size(1))
 
 
 @pytest.fixture(scope="module")
@@ -289,14 +290,15 @@ def test_images_are_dealt_to_processes(met: list[dict[str, Any]]) -> None:
 
 
 @pytest.mark.parametrize(("processes", "here", "found"), [(1, 1, 1), (4, 2, 2), (4, 4, 1), (6, 2, 3)])
-def test_what_torchrun_says(make: Make, processes: int, here: int, found: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_torchrun_says(processes: int, here: int, found: int, monkeypatch: pytest.MonkeyPatch) -> None:
     names = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": here, "RANK": 1, "LOCAL_RANK": 1, "GROUP_RANK": 0}
     for name, value in {**names, "TORCHELASTIC_RUN_ID": "here", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1}.items():
         monkeypatch.setenv(name, str(value))
     assert machines() == found
     if processes == 1:
         assert launcher() is None
-        assert join(make()) == make()
+        assert world_size(1) == 1
+        init_distributed(1)
         return
     environment = launcher()
     assert environment is not None
@@ -307,11 +309,11 @@ def test_what_torchrun_says(make: Make, processes: int, here: int, found: int, m
     joined: list[Any] = []
     monkeypatch.setattr("torch.distributed.init_process_group", lambda *args, **values: joined.append((args, values)))
     monkeypatch.setattr("torch.cuda.device_count", lambda: here - 1)
-    config = make(batch_size=12)
     with pytest.raises(ValueError, match=f"{here} processes on this machine need as many GPUs, but it has {here - 1}"):
-        join(config)
+        init_distributed(processes)
     monkeypatch.setattr("torch.cuda.device_count", lambda: here)
-    assert join(config) == dataclasses.replace(config, devices=processes)
+    assert world_size(1) == processes
+    init_distributed(processes)
     ((backend,), values), *others = joined
     assert (backend, values["rank"], values["world_size"], others) == ("nccl", 1, processes, [])
 

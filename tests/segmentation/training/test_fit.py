@@ -25,17 +25,17 @@ Make = Callable[..., TrainConfig]
 
 
 def rows_of(config: TrainConfig) -> list[list[str]]:
-    with (Path(config.out) / "factor.csv").open(newline="") as file:
+    with (Path(config.run.out) / "factor.csv").open(newline="") as file:
         return list(csv.reader(file))
 
 
 def checkpoint_of(config: TrainConfig, name: str = "last") -> dict[str, Any]:
-    checkpoint: dict[str, Any] = torch.load(Path(config.out) / f"checkpoints/{name}.ckpt", weights_only=True)
+    checkpoint: dict[str, Any] = torch.load(Path(config.run.out) / f"checkpoints/{name}.ckpt", weights_only=True)
     return checkpoint
 
 
 def metrics_of(config: TrainConfig) -> dict[str, Any]:
-    metrics: dict[str, Any] = json.loads((Path(config.out) / "metrics.json").read_text())
+    metrics: dict[str, Any] = json.loads((Path(config.run.out) / "metrics.json").read_text())
     assert metrics.pop("train_seconds") > 0
     assert metrics.get("search", {"seconds": 0}).pop("seconds") >= 0
     return metrics
@@ -52,7 +52,7 @@ def test_a_run_folder(make: Make, frozen: bool, capsys: pytest.CaptureFixture[st
     assert "rf_px" in shown.out
     assert shown.err == ""
 
-    out = Path(config.out)
+    out = Path(config.run.out)
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics == returned
     assert {"miou", "per_class", "pixel_accuracy", "factor", "effective_dilation", "receptive_field_px"} < set(metrics)
@@ -96,18 +96,18 @@ def test_evaluate_gives_the_run_s_own_score_bit_for_bit(make: Make, frozen: bool
     config = make(freeze_backbone=frozen)
     train(config)
     metrics = metrics_of(config)
-    main(["evaluate", config.out])
-    scores = json.loads((Path(config.out) / "evaluation-val.json").read_text())
+    main(["evaluate", config.run.out])
+    scores = json.loads((Path(config.run.out) / "evaluation-val.json").read_text())
     for key in ("miou", "per_class", "pixel_accuracy"):
         assert scores[key] == metrics[key]
-    assert (scores["data"], scores["split"]) == (config.data, "val")
+    assert (scores["data"], scores["split"]) == (config.data.data, "val")
 
-    shutil.rmtree(str(config.cache), ignore_errors=True)
-    again = Path(config.out) / "new" / "again.json"
-    main(["evaluate", config.out, "--json", str(again), "--data", config.data])
+    shutil.rmtree(str(config.run.cache), ignore_errors=True)
+    again = Path(config.run.out) / "new" / "again.json"
+    main(["evaluate", config.run.out, "--json", str(again), "--data", config.data.data])
     assert json.loads(again.read_text()) == scores
-    main(["evaluate", config.out, "--checkpoint", "best", "--split", "test"])
-    assert (Path(config.out) / "evaluation-test.json").is_file()
+    main(["evaluate", config.run.out, "--checkpoint", "best", "--split", "test"])
+    assert (Path(config.run.out) / "evaluation-test.json").is_file()
 
 
 def test_a_step_limit_ends_inside_an_epoch(make: Make) -> None:
@@ -123,7 +123,7 @@ def test_a_step_limit_ends_inside_an_epoch(make: Make) -> None:
 def test_the_last_epoch_ends_with_a_validation(make: Make, epochs: int, val_every: int, scored: int) -> None:
     config = make(epochs=epochs, val_every=val_every)
     miou = train(config)["miou"]
-    (log,) = Path(config.out).rglob("logs/csv/*/metrics.csv")
+    (log,) = Path(config.run.out).rglob("logs/csv/*/metrics.csv")
     with log.open(newline="") as file:
         scores = [float(row["miou"]) for row in csv.DictReader(file) if row["miou"]]
     assert len(scores) == scored
@@ -199,14 +199,16 @@ def test_the_recorded_gradients_are_the_loss_s_derivative(make: Make, loss_resol
         factor=1.1, max_steps=1, dropout=0.0, loss_resolution=loss_resolution, crop_size=(33, 41), lr=1e-3
     ).resolved()
     train(config)
-    (row,) = list(csv.DictReader((Path(config.out) / "factor.csv").open(newline="")))
+    (row,) = list(csv.DictReader((Path(config.run.out) / "factor.csv").open(newline="")))
 
-    torch.manual_seed(config.seed)
+    torch.manual_seed(config.run.seed)
     network = build_network(config, 4).double()
-    dataset = load_dataset(config.data, "train")
-    transform = training_transform(config.crop_size, config.scale_range, config.flip, config.colour_jitter)
-    samples = AugmentedDataset(dataset, transform, config.seed)
-    keys = list(EpochSampler(samples, seed=config.seed))[:2]
+    dataset = load_dataset(config.data.data, "train")
+    transform = training_transform(
+        config.data.crop_size, config.data.scale_range, config.data.flip, config.data.colour_jitter
+    )
+    samples = AugmentedDataset(dataset, transform, config.run.seed)
+    keys = list(EpochSampler(samples, seed=config.run.seed))[:2]
     images, masks = (torch.stack(part) for part in zip(*(samples[key] for key in keys), strict=True))
 
     def loss(factor: float) -> float:
@@ -230,7 +232,7 @@ def test_the_recorded_gradients_are_the_loss_s_derivative(make: Make, loss_resol
 def test_frozen_runs_learn_at_sizes_off_the_stride(make: Make, values: dict[str, Any]) -> None:
     config = make(freeze_backbone=True, lr=3e-3, head_lr_scale=1.0, epochs=8, dropout=0.0, **values)
     train(config)
-    losses = read_factor_csv(Path(config.out) / "factor.csv")["loss"]
+    losses = read_factor_csv(Path(config.run.out) / "factor.csv")["loss"]
     assert losses[-3:].mean() < losses[:3].mean()
     backbone = build_network(config, 4).backbone.state_dict().keys()
     assert {f"network.backbone.{key}" for key in backbone} <= checkpoint_of(config)["state_dict"].keys()
@@ -239,7 +241,7 @@ def test_frozen_runs_learn_at_sizes_off_the_stride(make: Make, values: dict[str,
 def test_the_frozen_backbone_stays(make: Make) -> None:
     config = make(freeze_backbone=True, epochs=1)
     train(config)
-    torch.manual_seed(config.seed)
+    torch.manual_seed(config.run.seed)
     for key, weight in build_network(config.resolved(), 4).backbone.state_dict().items():
         assert torch.equal(checkpoint_of(config)["state_dict"][f"network.backbone.{key}"], weight)
 
@@ -248,7 +250,7 @@ def test_a_frozen_canvas_too_small_leaves_no_run(make: Make) -> None:
     config = make(freeze_backbone=True, canvas=(35, 41))
     with pytest.raises(ValueError, match="train_00000 is 36x41 px, larger than the canvas of 35x41"):
         train(config)
-    assert not Path(config.out).exists()
+    assert not Path(config.run.out).exists()
 
 
 def test_mixed_precision(make: Make) -> None:

@@ -77,7 +77,7 @@ def test_runs_with_a_decoder(tiny: dict[str, Any], values: dict[str, Any]) -> No
     metrics = train(TrainConfig(**tiny | values | {"decoder": True}))
     run = load_run(tiny["out"])
     assert run.network.decoder is not None
-    dataset = load_dataset(run.config.data, run.config.val_split)
+    dataset = load_dataset(run.config.data.data, run.config.data.val_split)
     assert evaluate(run.network, dataset)["miou"] == metrics["miou"]
     assert math.isfinite(metrics["receptive_field_px"])
 
@@ -86,7 +86,7 @@ def test_the_decoder_learns_with_the_head_s_rate(tiny: dict[str, Any]) -> None:
     config = TrainConfig(**tiny | {"decoder": True, "max_steps": 1, "search": "none", "weight_decay": 0.0}).resolved()
     train(config)
     saved = torch.load(Path(tiny["out"]) / "checkpoints/last.ckpt", weights_only=True)
-    torch.manual_seed(config.seed)
+    torch.manual_seed(config.run.seed)
     start = build_network(config, 4).state_dict()
     moved = {key: (saved["state_dict"][f"network.{key}"] - value).abs().max() for key, value in start.items()}
     assert all(moved[key] > 0 for key in moved if key.endswith("weight"))
@@ -130,13 +130,13 @@ def test_the_default_weights_of_efficientnet_lite0(
     values = {"model": "efficientnet_lite0", "search": "none", "output_stride": 16, "max_steps": 1, "epochs": 1}
     train(TrainConfig(**tiny | values))
     assert "random weights" not in capsys.readouterr().err
-    assert load_config(Path(tiny["out"]) / "config.yaml").weights == "imagenet"
+    assert load_config(Path(tiny["out"]) / "config.yaml").model.weights == "imagenet"
     monkeypatch.setattr("rfield.segmentation.training.fit.default_weights", lambda model: None)
     for name, weights, told in (("none", None, True), ("random", "random", False)):
         train(TrainConfig(**tiny | values | {"out": str(Path(tiny["out"]) / name), "weights": weights}))
         note = "note: efficientnet_lite0 starts from random weights"
         assert (note in capsys.readouterr().err) is told
-        assert load_config(Path(tiny["out"]) / name / "config.yaml").weights == weights
+        assert load_config(Path(tiny["out"]) / name / "config.yaml").model.weights == weights
 
 
 @pytest.mark.shared
@@ -161,4 +161,4 @@ def test_the_issue_s_command_on_camvid(
     words[words.index("--out") + 1] = str(tmp_path / "run")
     main([*words, "--max-steps", "2", "--batch-size", "1", "--crop-size", "65"])
     assert "mIoU" in capsys.readouterr().out
-    assert load_config(tmp_path / "run" / "config.yaml").weights == "imagenet"
+    assert load_config(tmp_path / "run" / "config.yaml").model.weights == "imagenet"

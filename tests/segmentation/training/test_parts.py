@@ -49,17 +49,19 @@ def module_of(**values: Any) -> ParsingModule:
     ],
 )
 def test_a_trainer_is_as_its_config_says(make: Make, values: dict[str, Any], tmp_path: Path) -> None:
-    config = make(**values).resolved()
+    config, log_paths = make(**values).resolved(), "paths" in values
     with quiet_lightning():
-        trainer = make_trainer(config, tmp_path, [stop := StopOnSignal(tmp_path / "last.ckpt")])
-    assert trainer.gradient_clip_val == (config.clip_norm or None)
-    assert (trainer.max_epochs, trainer.max_steps) == (config.epochs, config.max_steps or -1)
-    assert (trainer.check_val_every_n_epoch, trainer.log_every_n_steps) == (config.val_every, 10)
-    assert (trainer.precision, trainer.num_devices, trainer.num_nodes) == (config.precision, 1, 1)
+        trainer = make_trainer(
+            tmp_path, config.optim, config.run, [stop := StopOnSignal(tmp_path / "last.ckpt")], log_paths
+        )
+    assert trainer.gradient_clip_val == (config.optim.clip_norm or None)
+    assert (trainer.max_epochs, trainer.max_steps) == (config.optim.epochs, config.optim.max_steps or -1)
+    assert (trainer.check_val_every_n_epoch, trainer.log_every_n_steps) == (config.run.val_every, 10)
+    assert (trainer.precision, trainer.num_devices, trainer.num_nodes) == (config.run.precision, 1, 1)
     assert [type(logger) for logger in trainer.loggers] == [TensorBoardLogger, CSVLogger]
     assert {Path(logger.save_dir or "") for logger in trainer.loggers} == {tmp_path / "logs"}
     kinds = [type(callback) for callback in trainer.callbacks]
-    assert (PathLog in kinds) == (config.paths > 1 or config.rectangular)
+    assert (PathLog in kinds) == log_paths
     assert {FactorLog, PinnedFactor, LastValidation, LineProgress} <= set(kinds)
     # The logs show a step as it ran, the stop saves it with the search's part.
     place = kinds.index(SearchStep)
@@ -197,14 +199,14 @@ def test_a_curve_s_end_and_a_factor_that_waits_are_no_bounds() -> None:
 @pytest.mark.parametrize(("count", "shown"), [(1, 1), (200, 200), (201, 101), (1000, 200), (1001, 167)])
 def test_a_search_s_way_has_at_most_200_points(make: Make, count: int, shown: int) -> None:
     search = {"steps": count, "done": False, "trajectory": [(step, [float(step), 2.0]) for step in range(count)]}
-    described = describe_search(make(search="spsa"), {"search": search, "seconds": 1.5})
+    described = describe_search("spsa", {"search": search, "seconds": 1.5})
     assert (described["kind"], described["steps"], described["seconds"]) == ("spsa", count, 1.5)
     assert len(described["trajectory"]) == len(described["trajectories"]) == shown
     assert described["trajectory"][0] == [0, 0.0]
     assert described["trajectories"][-1] == [*described["trajectory"][-1], 2.0]
     assert "unsnapped_dilation" not in described
     one = {**search, "done": True, "unsnapped": [[4.5], [2.0, 3.0]], "trajectory": [(1, [4.0])]}
-    described = describe_search(make(search="gradient"), {"search": one, "seconds": 1.5})
+    described = describe_search("gradient", {"search": one, "seconds": 1.5})
     assert described["unsnapped_dilation"] == [4.5, 2.0, 3.0]
     assert "trajectories" not in described
 
@@ -243,11 +245,12 @@ def test_a_loss_that_says_what_counts_is_read_as_it_is(
     monkeypatch.setattr(fit_module, "ParsingModule", module)
     with pytest.raises(InterruptedError):
         train(make(**values))
-    _, config, names, _, groups, weights, reading_weights = given
+    _, config, names, held_out, groups, weights, reading_weights = given
+    assert (len(held_out) > 0) == (values["search"] == "sampled")
     assert (len(names), groups) == (4, None)
     assert (reading_weights is not None) == read
     assert (weights is not None) == ("class_weights" in values)
-    assert config.epochs == 3
+    assert config.optim.epochs == 3
 
 
 def test_preparing_computes_what_a_frozen_run_needs_and_writes_no_run(make: Make) -> None:
@@ -255,7 +258,7 @@ def test_preparing_computes_what_a_frozen_run_needs_and_writes_no_run(make: Make
     done: list[int] = []
     prepare(frozen, lambda count, total: done.append(total))
     assert done, "the features of both splits"
-    assert not Path(frozen.out).exists()
+    assert not Path(frozen.run.out).exists()
     done.clear()
     prepare(make(search="none"), lambda count, total: done.append(total))
     assert not done

@@ -1,7 +1,6 @@
 """Runs that are the same: repeated, resumed after any end, in two processes; and runs that are no continuation."""
 
 import csv
-import dataclasses
 import json
 import os
 import signal
@@ -35,17 +34,17 @@ def _restored_signals() -> Iterator[None]:
 
 
 def rows_of(config: TrainConfig) -> list[list[str]]:
-    with (Path(config.out) / "factor.csv").open(newline="") as file:
+    with (Path(config.run.out) / "factor.csv").open(newline="") as file:
         return list(csv.reader(file))
 
 
 def checkpoint_of(config: TrainConfig, name: str = "last") -> dict[str, Any]:
-    checkpoint: dict[str, Any] = torch.load(Path(config.out) / f"checkpoints/{name}.ckpt", weights_only=True)
+    checkpoint: dict[str, Any] = torch.load(Path(config.run.out) / f"checkpoints/{name}.ckpt", weights_only=True)
     return checkpoint
 
 
 def metrics_of(config: TrainConfig) -> dict[str, Any]:
-    metrics: dict[str, Any] = json.loads((Path(config.out) / "metrics.json").read_text())
+    metrics: dict[str, Any] = json.loads((Path(config.run.out) / "metrics.json").read_text())
     assert metrics.pop("train_seconds") > 0
     assert metrics.get("search", {"seconds": 0}).pop("seconds") >= 0
     return metrics
@@ -77,8 +76,8 @@ def stop_at(patch: pytest.MonkeyPatch, step: int, error: type[BaseException]) ->
 def test_the_written_config_gives_the_same_run(make: Make) -> None:
     config = make(epochs=1, freeze_backbone=True)
     train(config)
-    other = dataclasses.replace(config, out=f"{config.out}-again")
-    main(["train", "--config", f"{config.out}/config.yaml", "--out", other.out])
+    other = config.replace(out=f"{config.run.out}-again")
+    main(["train", "--config", f"{config.run.out}/config.yaml", "--out", other.run.out])
     assert_same_run(config, other)
 
 
@@ -103,11 +102,11 @@ def test_an_interrupted_run_goes_on_exactly(
         stop_at(patch, STEPS_AN_EPOCH + 2, error)
         with pytest.raises(error):
             train(cut)
-    assert not (Path(cut.out) / "metrics.json").exists()
+    assert not (Path(cut.run.out) / "metrics.json").exists()
     # What a kill in the midst of writing leaves: steps of the unfinished epoch, and half a row.
-    with (Path(cut.out) / "factor.csv").open("a") as file:
+    with (Path(cut.run.out) / "factor.csv").open("a") as file:
         file.write("4,1,3,39,0,0,1\n5,1,3,39,0,0,1\n1,1,3")
-    train(dataclasses.replace(cut, resume=True))
+    train(cut.replace(resume=True))
     assert_same_run(whole, cut)
 
 
@@ -131,7 +130,7 @@ main(sys.argv[1:])
 def test_a_killed_run_goes_on_exactly(make: Make, forked: Forked) -> None:
     whole, cut = make("whole", dropout=0.5), make("cut", dropout=0.5, workers=1)
     train(whole)
-    config = Path(cut.out).with_suffix(".yaml")
+    config = Path(cut.run.out).with_suffix(".yaml")
     config.write_text(yaml.safe_dump(cut.plain()))
     assert forked(KILLED, "train", "--config", str(config)).returncode == -signal.SIGKILL
     main(["train", "--config", str(config), "--resume"])
@@ -145,7 +144,7 @@ def test_a_run_that_never_ended_an_epoch_begins_anew(make: Make, monkeypatch: py
         stop_at(patch, 1, RuntimeError)
         with pytest.raises(RuntimeError):
             train(cut)
-    train(dataclasses.replace(cut, resume=True))
+    train(cut.replace(resume=True))
     assert_same_run(whole, cut)
 
 
@@ -153,7 +152,7 @@ def test_resuming_a_finished_run_just_finishes(make: Make) -> None:
     for config in (make("a", epochs=1), make("b", max_steps=STEPS_AN_EPOCH + 1)):
         first = train(config)
         rows = rows_of(config)
-        again = train(dataclasses.replace(config, resume=True))
+        again = train(config.replace(resume=True))
         assert rows_of(config) == rows
         for metrics in (first, again):
             metrics.pop("train_seconds")
@@ -163,31 +162,33 @@ def test_resuming_a_finished_run_just_finishes(make: Make) -> None:
 
 def test_resuming_where_there_is_no_run_begins_one(make: Make) -> None:
     config = make(epochs=1)
-    train(dataclasses.replace(config, resume=True))
+    train(config.replace(resume=True))
     assert len(rows_of(config)) == 1 + STEPS_AN_EPOCH
 
 
 def test_other_settings_are_no_continuation(make: Make) -> None:
     config = make(epochs=1)
     train(config)
-    changed = dataclasses.replace(config, resume=True, seed=1, crop_size=(17, 17), workers=1, cache=None)
+    changed = config.replace(resume=True, seed=1, crop_size=(17, 17), workers=1, cache=None)
     message = r"other settings: crop_size: \[33, 33\] -> \[17, 17\]; seed: 0 -> 1$"
     with pytest.raises(ValueError, match=message):
         train(changed)
-    assert load_config(Path(config.out) / "config.yaml") == config.resolved()
+    assert load_config(Path(config.run.out) / "config.yaml") == config.resolved()
 
 
 def test_a_run_is_never_overwritten(make: Make, capsys: pytest.CaptureFixture[str]) -> None:
     config = make(epochs=1)
     train(config)
-    before = {path: path.read_bytes() for path in Path(config.out).rglob("*") if path.is_file()}
+    before = {path: path.read_bytes() for path in Path(config.run.out).rglob("*") if path.is_file()}
     capsys.readouterr()
     with pytest.raises(SystemExit) as exit_:
-        main(["train", "--config", f"{config.out}/config.yaml"])
+        main(["train", "--config", f"{config.run.out}/config.yaml"])
     assert exit_.value.code == 2
     error = capsys.readouterr().err
-    assert error == f"rfield train: {config.out} holds a run already: give --resume to continue it, or another --out\n"
-    assert {path: path.read_bytes() for path in Path(config.out).rglob("*") if path.is_file()} == before
+    assert (
+        error == f"rfield train: {config.run.out} holds a run already: give --resume to continue it, or another --out\n"
+    )
+    assert {path: path.read_bytes() for path in Path(config.run.out).rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.parametrize("damage", ["cut", "garbage", "other"])
@@ -196,7 +197,7 @@ def test_a_damaged_checkpoint_is_answered_with_one_line(
 ) -> None:
     config = make(epochs=1)
     train(config)
-    path = Path(config.out) / "checkpoints/last.ckpt"
+    path = Path(config.run.out) / "checkpoints/last.ckpt"
     if damage == "cut":
         os.truncate(path, path.stat().st_size // 2)
     elif damage == "garbage":
@@ -205,7 +206,7 @@ def test_a_damaged_checkpoint_is_answered_with_one_line(
         saved = torch.load(path, weights_only=True)
         torch.save({**saved, "state_dict": {"network.head.nonsense": torch.zeros(1)}}, path)
     capsys.readouterr()
-    for words in (["evaluate", config.out], ["train", "--config", f"{config.out}/config.yaml", "--resume"]):
+    for words in (["evaluate", config.run.out], ["train", "--config", f"{config.run.out}/config.yaml", "--resume"]):
         with pytest.raises(SystemExit) as exit_:
             main(words)
         assert exit_.value.code == 2
@@ -234,7 +235,7 @@ def test_two_processes_are_one_run(make: Make, forked: Forked) -> None:
     }
     alone, both = make("alone", **values), make("both", devices=2, **values)
     train(alone)
-    config = Path(both.out).with_suffix(".yaml")
+    config = Path(both.run.out).with_suffix(".yaml")
     config.write_text(yaml.safe_dump(both.plain()))
     code = "import runpy; runpy.run_module('rfield', run_name='__main__', alter_sys=True)"
     done = forked(code, "train", "--config", str(config))
@@ -242,7 +243,7 @@ def test_two_processes_are_one_run(make: Make, forked: Forked) -> None:
     assert "Traceback" not in done.stderr
     assert done.stdout.count("mIoU") == 1, "the first process alone reports"
     assert len(rows_of(both)) == 1 + 2 * STEPS_AN_EPOCH
-    torch.manual_seed(alone.seed)
+    torch.manual_seed(alone.run.seed)
     start = build_network(alone.resolved(), 4).state_dict()
     ends = [checkpoint_of(config)["state_dict"] for config in (alone, both)]
     for key in (key for key, weight in start.items() if weight.dim() == 4):

@@ -34,7 +34,7 @@ def test_a_best_checkpoint_of_mid_search_scores_what_was_validated(
     make: Make, values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = make(epochs=2, val_every=1, search_share=1.0, **values)
-    out, kept, validated = Path(config.out), [], []
+    out, kept, validated = Path(config.run.out), [], []
     real_save, real_end = WholeCheckpoints.save_checkpoint, ParsingModule.on_validation_epoch_end
 
     def save_checkpoint(self: WholeCheckpoints, checkpoint: Any, path: Any, storage_options: Any = None) -> None:
@@ -59,10 +59,10 @@ def test_a_best_checkpoint_of_mid_search_scores_what_was_validated(
     layers = [module for module in run.network.modules() if isinstance(module, LearnedFactor)]
     confusion, realised = validated[0]
     assert [layer.realised_dilation for layer in layers] == realised
-    scores = evaluate_run(run, load_dataset(config.data, "val"))
+    scores = evaluate_run(run, load_dataset(config.data.data, "val"))
     assert scores["miou"] == pytest.approx(float(logged), abs=1e-7)
     assert confusion.sum() > 0
     # Of the last epoch, where the search has ended, the same holds for the other checkpoint.
-    last = evaluate_run(load_run(out, "last"), load_dataset(config.data, "val"))
+    last = evaluate_run(load_run(out, "last"), load_dataset(config.data.data, "val"))
     assert last["miou"] == json.loads((out / "metrics.json").read_text())["miou"]
     assert all(layer.snapped for layer in load_run(out, "last").network.modules() if isinstance(layer, LearnedFactor))

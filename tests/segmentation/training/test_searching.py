@@ -31,7 +31,7 @@ def test_paths_are_learned_and_recorded(make: Make, search: str, rectangular: bo
     metrics = train(config)
     assert [path["class_group"] for path in metrics["paths"]] == [["neither"], ["red right", "both"]]
     assert [path["class_group_name"] for path in metrics["paths"]] == ["near", "far"]
-    with (Path(config.out) / "paths.csv").open(newline="") as file:
+    with (Path(config.run.out) / "paths.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     series = {(row["path"], row["axis"]) for row in rows}
     assert series == {(path, axis) for path in "12" for axis in (("height", "width") if rectangular else ("height",))}
@@ -49,10 +49,10 @@ def test_paths_are_learned_and_recorded(make: Make, search: str, rectangular: bo
     ways = [[row["factor"] for row in rows if (row["path"], row["axis"]) == each] for each in sorted(series)]
     assert all(len(set(way)) > 2 for way in ways)
     assert all(ways.count(way) == 1 for way in ways)
-    assert (Path(config.out) / "paths.png").is_file()
+    assert (Path(config.run.out) / "paths.png").is_file()
     if search == "sampled":
         assert len(metrics["search"]["factors"]) == len(series)
-    again = load_run(config.out).network
+    again = load_run(config.run.out).network
     for path, described in zip(again.head.paths, metrics["paths"], strict=True):
         assert path.effective_dilation[0] == pytest.approx(described["effective_dilation"], rel=1e-6)
 
@@ -118,7 +118,7 @@ def test_a_sampled_search_holds_images_out_and_gives_them_back(make: Make, monke
     config = make(search="sampled", search_share=0.6, dilation=5)
     metrics = train(config)
     assert [len(images) for images in seen] == [4, 4, 6], "a third is held out"
-    dilations = read_factor_csv(Path(config.out) / "factor.csv")["effective_dilation"]
+    dilations = read_factor_csv(Path(config.run.out) / "factor.csv")["effective_dilation"]
     assert dilations[5:].tolist() == pytest.approx([metrics["effective_dilation"]] * 4)
     assert metrics["search"]["kind"] == "sampled"
     curve = dict(metrics["search"]["curve"])

@@ -1,7 +1,6 @@
 """Trainings that end early: by a signal, by a loss that is no number, by a full disk."""
 
 import csv
-import dataclasses
 import json
 import multiprocessing
 import os
@@ -38,7 +37,7 @@ def make(make: Make) -> Make:
 
 def results(config: TrainConfig) -> tuple[Any, ...]:
     """Everything that a run says, but for the time it took."""
-    out = Path(config.out)
+    out = Path(config.run.out)
     metrics = json.loads((out / "metrics.json").read_text())
     del metrics["train_seconds"]
     metrics.get("search", {"seconds": 0}).pop("seconds")
@@ -53,7 +52,7 @@ def results(config: TrainConfig) -> tuple[Any, ...]:
 def logged(config: TrainConfig) -> dict[int, float]:
     """The scores in a run's logs, by the step that these count; a resumed run goes on in another file."""
     scores = {}
-    for log in sorted((Path(config.out) / "logs/csv").glob("*/metrics.csv")):
+    for log in sorted((Path(config.run.out) / "logs/csv").glob("*/metrics.csv")):
         with log.open(newline="") as file:
             scores |= {int(row["step"]): float(row["miou"]) for row in csv.DictReader(file) if row.get("miou")}
     return scores
@@ -101,9 +100,9 @@ def test_a_signal_saves_the_step_and_the_run_goes_on_exactly(
             train(cut)
     assert stopped.value.signum == signum
     assert handlers == [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
-    assert not (Path(cut.out) / "metrics.json").exists()
-    assert load_run(cut.out).network is not None
-    train(dataclasses.replace(cut, resume=True))
+    assert not (Path(cut.run.out) / "metrics.json").exists()
+    assert load_run(cut.run.out).network is not None
+    train(cut.replace(resume=True))
     assert logged(cut) == logged(whole)
     assert results(cut) == results(whole)
 
@@ -128,7 +127,7 @@ def test_a_signal_at_a_step_limit_and_a_second_one(make: Make, monkeypatch: pyte
         with pytest.raises(Interrupted, match="4 steps are saved"):
             train(cut)
     assert logged(cut) == logged(whole) != {}, "what ends the run comes first"
-    train(dataclasses.replace(cut, resume=True))
+    train(cut.replace(resume=True))
     assert results(cut) == results(whole)
     assert logged(cut) == logged(whole)
 
@@ -194,7 +193,7 @@ def test_the_command_ends_with_one_line(
     make: Make, forked: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = make()
-    path = Path(config.out).with_suffix(".yaml")
+    path = Path(config.run.out).with_suffix(".yaml")
     path.write_text(yaml.safe_dump(config.plain()))
     done = forked(STOPPED, "train", "--config", str(path))
     assert done.returncode == 143
@@ -214,7 +213,7 @@ def test_a_loss_that_is_no_number_ends_the_run(
     whole, bad = make("whole"), make("bad")
     train(whole)
     capsys.readouterr()
-    path = Path(bad.out).with_suffix(".yaml")
+    path = Path(bad.run.out).with_suffix(".yaml")
     path.write_text(yaml.safe_dump(bad.plain()))
     with monkeypatch.context() as patch:
         before_step(patch, step, lambda module: value)
@@ -224,12 +223,12 @@ def test_a_loss_that_is_no_number_ends_the_run(
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert f"step {step}: the loss is {value}, with factor " in error
-    assert f"The state before this step is in {bad.out}/checkpoints/last.ckpt" in error
+    assert f"The state before this step is in {bad.run.out}/checkpoints/last.ckpt" in error
     # What it says of the files is what it trained on.
     seen = sorted(name for name in error.replace(",", " ").replace(".", " ").split() if name.startswith("train_0"))
     assert len(set(seen)) == 2
     # Where the cause is gone, the run goes on as if nothing had been.
-    train(dataclasses.replace(bad, resume=True))
+    train(bad.replace(resume=True))
     assert results(bad) == results(whole)
     assert list(logged(bad)) == [2, 5, 8]
     assert logged(bad) == logged(whole)
@@ -248,7 +247,7 @@ def test_the_files_of_a_bad_batch_are_its_own(make: Make, monkeypatch: pytest.Mo
         train(config)
     # Also where the run has been resumed inside the epoch.
     with pytest.raises(ValueError, match=r"on train_00004\. The state before"):
-        train(dataclasses.replace(config, resume=True))
+        train(config.replace(resume=True))
 
 
 def test_a_gradient_that_is_no_number_does_not_reach_the_weights(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,7 +263,7 @@ def test_a_gradient_that_is_no_number_does_not_reach_the_weights(make: Make, mon
     config = make()
     with pytest.raises(ValueError, match=r"step 5: the gradient of the loss [\d.]+ is not finite.*The state before"):
         train(config)
-    assert all(weight.isfinite().all() for weight in load_run(config.out).network.parameters())
+    assert all(weight.isfinite().all() for weight in load_run(config.run.out).network.parameters())
 
 
 @pytest.mark.parametrize("step", [2, 5])
@@ -279,7 +278,7 @@ def test_weights_that_are_no_numbers_are_not_saved(make: Make, step: int, monkey
     with pytest.raises(ValueError, match=f"The weights were no numbers before it.*{kept}"):
         train(config)
     if step == 5:
-        assert torch.load(Path(config.out) / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 3
+        assert torch.load(Path(config.run.out) / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 3
 
 
 def test_a_torn_last_checkpoint_and_the_one_before(
@@ -291,12 +290,12 @@ def test_a_torn_last_checkpoint_and_the_one_before(
         before_step(patch, 8, lambda module: os.kill(os.getpid(), signal.SIGTERM))
         with pytest.raises(Interrupted):
             train(cut)
-    last = Path(cut.out) / "checkpoints/last.ckpt"
+    last = Path(cut.run.out) / "checkpoints/last.ckpt"
     os.truncate(last, last.stat().st_size - 100)
     capsys.readouterr()
-    load_run(cut.out)
+    load_run(cut.run.out)
     assert "last.ckpt cannot be used" in capsys.readouterr().err
-    train(dataclasses.replace(cut, resume=True))
+    train(cut.replace(resume=True))
     assert capsys.readouterr().err.count("the checkpoint before it is used") == 1
     assert results(cut) == results(whole)
 
@@ -319,12 +318,12 @@ def test_a_full_disk_is_one_line_and_costs_no_checkpoint(
     train(whole)
 
     def fill(module: ParsingModule) -> None:
-        place = Path(cut.out) / name
+        place = Path(cut.run.out) / name
         if place.exists():
             place.rename(place.with_name("aside"))
         place.symlink_to("/dev/full")
 
-    path = Path(cut.out).with_suffix(".yaml")
+    path = Path(cut.run.out).with_suffix(".yaml")
     path.write_text(yaml.safe_dump(cut.plain()))
     capsys.readouterr()
     with monkeypatch.context() as patch:
@@ -335,7 +334,7 @@ def test_a_full_disk_is_one_line_and_costs_no_checkpoint(
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert words in error
-    if (Path(cut.out) / "aside").exists():
-        (Path(cut.out) / "aside").replace(Path(cut.out) / name)
-    train(dataclasses.replace(cut, resume=True))
+    if (Path(cut.run.out) / "aside").exists():
+        (Path(cut.run.out) / "aside").replace(Path(cut.run.out) / name)
+    train(cut.replace(resume=True))
     assert results(cut) == results(whole)

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rfield.search.factors import mean_over_processes
-from rfield.segmentation.config.train import TrainConfig
 from rfield.segmentation.data import SkippingDataset, SyntheticCues
 from rfield.segmentation.training.bad_samples import share_skipped
 from rfield.segmentation.training.distributed import (
@@ -109,11 +108,12 @@ def meet(rank: int) -> dict[str, Any]:
 
     samples: Any = [(torch.tensor([float(index)]), torch.tensor([index])) for index in range(5)]
     met["held out"] = [mask.tolist() for _, mask in HeldOut(samples, [4, 2, 0])]
-    config = TrainConfig(data="synthetic", out="x", batch_size=4, workers=0, devices=2, seed=3)
     for count in (1, 2, 5):
-        loaders = Loaders(samples, samples[:count], config, (0, 0), frozenset())
+        loaders = Loaders(samples, samples[:count], batch_size=2, workers=0, seed=3)
         met[f"scored of {count}"] = [mask.item() for _, mask in loaders.val_dataloader()]
-    loader = Loaders(samples, samples, config, (2, 1), frozenset([1])).train_dataloader()
+    loader = Loaders(
+        samples, samples, batch_size=2, workers=0, seed=3, position=(2, 1), held_out=frozenset([1])
+    ).train_dataloader()
     sampler: Any = loader.sampler
     met["dealt"] = loader.batch_size, sampler.epoch, sampler.seen, sorted(sampler.held_out), list(sampler), sampler.seed
     return met

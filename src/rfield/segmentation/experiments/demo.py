@@ -7,7 +7,8 @@ import torch
 
 from rfield.receptive_field.theoretical import receptive_field_px
 from rfield.segmentation import plots
-from rfield.segmentation.config.train import DemoConfig, TrainConfig
+from rfield.segmentation.config.experiments import DemoConfig
+from rfield.segmentation.config.train import TrainConfig
 from rfield.segmentation.conventions import Progress
 from rfield.segmentation.data import SyntheticCues, evaluation_transform
 from rfield.segmentation.inference.predict import predict_logits
@@ -31,7 +32,7 @@ def run_demo(config: DemoConfig, progress: Progress | None = None) -> str:
     out = Path(config.out)
     if (out / "config.yaml").is_file():
         earlier = load_config(out / "config.yaml")
-        if (earlier.data, earlier.model) != ("synthetic", "small_cnn"):
+        if (earlier.data.data, earlier.model.model) != ("synthetic", "small_cnn"):
             raise FileExistsError(f"{out} holds a run that is no demo: give another --out")
         clear_run_folder(out)
     try:

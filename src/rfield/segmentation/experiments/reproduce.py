@@ -11,7 +11,8 @@ import torch
 
 from rfield.search import curve_minimum
 from rfield.segmentation import plots
-from rfield.segmentation.config.train import ReproduceConfig, Search, counted
+from rfield.segmentation.config.experiments import ReproduceConfig
+from rfield.segmentation.config.train import Search, counted
 from rfield.segmentation.conventions import Progress
 from rfield.segmentation.data import evaluation_transform, load_dataset
 from rfield.segmentation.experiments.tables import (
@@ -55,9 +56,11 @@ def run_reproduce(config: ReproduceConfig, progress: Progress | None = None) -> 
     Raises:
         ValueError, OSError: as in `finish_trials`.
     """
-    out = Path(config.out)
-    fixed = [Point("none", d, seed) for d in sorted({*config.dilations, *PAPER_ENDS_PX}) for seed in config.seeds]
-    learned = [Point(kind, d, seed) for kind in _SEARCHES for d in PAPER_ENDS_PX for seed in config.seeds]
+    out = Path(config.train.run.out)
+    fixed = [
+        Point("none", d, seed) for d in sorted({*config.grid.dilations, *PAPER_ENDS_PX}) for seed in config.grid.seeds
+    ]
+    learned = [Point(kind, d, seed) for kind in _SEARCHES for d in PAPER_ENDS_PX for seed in config.grid.seeds]
     trials = finish_trials(config, [*fixed, *learned], progress)
     rows = summarise(trials)
     grid = [row for row in rows if row.search == "none"]
@@ -88,7 +91,7 @@ def run_reproduce(config: ReproduceConfig, progress: Progress | None = None) -> 
     curve = curve_of([trial for trial in trials if trial.point.search == "none"])
     marked = {"best": best.dilation}
     plots.save(plots.rf_curve(curve, "mIoU", marked, (slope, offset)), out / "grid.png")
-    seed = config.seeds[0]
+    seed = config.grid.seeds[0]
     paths: dict[str, dict[str, tuple[npt.ArrayLike, npt.ArrayLike]]] = {}
     for kind in _SEARCHES:
         for dilation, field in starts.items():
@@ -118,8 +121,8 @@ def _dilation_before_snap(metrics: dict[str, Any]) -> float:
 
 def _save_panel(config: ReproduceConfig, pictured: dict[str, Point], path: Path) -> None:
     """Evenly spaced validation images, their ground truth, and what the runs make of them."""
-    dataset = load_dataset(config.data, config.val_split)
-    count = min(config.images, len(dataset))
+    dataset = load_dataset(config.train.data.data, config.train.data.val_split)
+    count = min(config.grid.images, len(dataset))
     samples = [dataset[index] for index in np.linspace(0, len(dataset) - 1, count).round().astype(int).tolist()]
     columns: dict[str, Sequence[npt.NDArray[np.uint8]]] = {
         "image": [image.permute(1, 2, 0).numpy() for image, _ in samples],
@@ -127,9 +130,9 @@ def _save_panel(config: ReproduceConfig, pictured: dict[str, Point], path: Path)
     }
     transform = evaluation_transform()
     for title, point in pictured.items():
-        run = load_run(Path(config.out) / point.name)
+        run = load_run(Path(config.train.run.out) / point.name)
         network = run.network.to(compute_device())
-        logits = (predict_logits(network, transform(image), config.freeze_backbone) for image, _ in samples)
+        logits = (predict_logits(network, transform(image), config.train.model.freeze_backbone) for image, _ in samples)
         columns[title] = [each.argmax(0).to(torch.uint8).cpu().numpy() for each in logits]
     palette = np.array(dataset.palette, dtype=np.uint8)
     plots.save(plots.panel(columns, palette, dataset.class_names), path)
@@ -159,12 +162,12 @@ def _report(
             table.append((f"{start:.4g}", _SHOWN[kind], end, f"{row.receptive_field_px:.4g}", score(row), paper))
     table.append(("-", "best by hand", "-", f"{best.receptive_field_px:.4g}", score(best), f"{PAPER_BEST_PX}"))
     header = ("start RF [px]", "search", "end RF [px]", "snapped [px]", "mIoU", "the paper's RF [px]")
-    trained = "the head alone, on frozen features" if config.freeze_backbone else "backbone and head"
-    seeds = ", ".join(str(seed) for seed in config.seeds)
+    trained = "the head alone, on frozen features" if config.train.model.freeze_backbone else "backbone and head"
+    seeds = ", ".join(str(seed) for seed in config.grid.seeds)
     return f"""# The experiments of Wei et al., CVPR 2017
 
-{config.model} on {config.data}; {counted(config.epochs, "epoch")}, {trained};
-head of {config.head_channels} channels; seeds {seeds}.
+{config.train.model.model} on {config.train.data.data}; {counted(config.train.optim.epochs, "epoch")}, {trained};
+head of {config.train.model.head_channels} channels; seeds {seeds}.
 The paper trained backbone and head on PASCAL VOC, so its numbers are for another setting; its receptive fields are
 nominal, 212 px + 16 px a dilation. Figures are means over the seeds; a spread is the standard deviation over them.
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from rfield.search import Verdict, judge, standard_errors
 from rfield.search.certainty import LEAST_IMAGES
 from rfield.segmentation import plots
-from rfield.segmentation.config.train import SweepConfig, counted
+from rfield.segmentation.config.experiments import SweepConfig
+from rfield.segmentation.config.train import counted
 from rfield.segmentation.conventions import Progress
 from rfield.segmentation.experiments.tables import (
     curve_of,
@@ -44,8 +45,12 @@ def run_sweep(config: SweepConfig, progress: Progress | None = None) -> str:
     Raises:
         ValueError, OSError: as in `run_trials`.
     """
-    out = Path(config.out)
-    points = [Point(config.search, dilation, seed) for dilation in config.dilations for seed in config.seeds]
+    out = Path(config.train.run.out)
+    points = [
+        Point(config.train.search.search, dilation, seed)
+        for dilation in config.grid.dilations
+        for seed in config.grid.seeds
+    ]
     trials, unfinished = run_trials(config, points, progress)
     rows = summarise(trials)
     table = sweep_table(rows)
@@ -96,12 +101,12 @@ def judge_grid(config: SweepConfig, trials: Sequence[Trial]) -> tuple[Verdict | 
     if not seeds:
         return Verdict("not reliable", "the dilations have no seed in common"), {}
     losses = {float(dilation): [1 - each[seed] for seed in seeds] for dilation, each in scores.items()}
-    own = own_dilation(config.model)
+    own = own_dilation(config.train.model.model)
     present = min(scores, key=lambda dilation: (abs(math.log(dilation / own)), dilation))
     verdict = judge(
         [[losses]],
         present,
-        random_backbone=has_random_backbone(config),
+        random_backbone=has_random_backbone(config.train.model),
         least_images=_LEAST_SEEDS,
         unit="common seed",
     )

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from rfield.receptive_field.theoretical import receptive_field_px
-from rfield.segmentation.config.train import Search, SweepConfig
+from rfield.segmentation.config.experiments import SweepConfig
+from rfield.segmentation.config.train import Search
 from rfield.segmentation.experiments.trials import Trial
 from rfield.segmentation.files import atomic
 from rfield.segmentation.models import find_model

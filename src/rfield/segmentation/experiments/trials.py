@@ -24,7 +24,8 @@ from optuna.storages._heartbeat import BaseHeartbeat
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
-from rfield.segmentation.config.train import Search, SweepConfig, TrainConfig, differences, without_password
+from rfield.segmentation.config.experiments import SweepConfig, without_password
+from rfield.segmentation.config.train import Search, TrainConfig, differences
 from rfield.segmentation.console import escape_what_cannot_be_shown
 from rfield.segmentation.conventions import Progress
 from rfield.segmentation.data import class_difference, load_dataset
@@ -103,13 +104,13 @@ def run_trials(
         raise ValueError(
             "the workers of a sweep are no parts of one run: start each alone, not with torchrun or srun -n"
         )
-    out = Path(config.out)
+    out = Path(config.train.run.out)
     if any(not (out / point.name / "metrics.json").is_file() for point in points):
         # Frozen random backbones differ from seed to seed, pretrained ones do not.
-        for seed in sorted({point.seed for point in points})[: 1 if config.weights else None]:
-            prepare(config.run_config(config.out, points[0].dilation, seed, points[0].search), progress)
+        for seed in sorted({point.seed for point in points})[: 1 if config.train.model.weights else None]:
+            prepare(config.run_config(config.train.run.out, points[0].dilation, seed, points[0].search), progress)
     study = _open_study(config)
-    names = load_dataset(config.data, config.val_split).class_names
+    names = load_dataset(config.train.data.data, config.train.data.val_split).class_names
     known = tuple(study.user_attrs.get("class_names", names))
     if known != names:
         raise ValueError(f"{class_difference(f'the trials in {out} have', known, names)}: give another --out")
@@ -119,7 +120,7 @@ def run_trials(
     _fail_dead(study, config)
     _enqueue(study, points)
     waiting = len(study.get_trials(deepcopy=False, states=(TrialState.WAITING,)))
-    jobs = min(config.jobs, max(waiting, len(_watched(study))))
+    jobs = min(config.grid.jobs, max(waiting, len(_watched(study))))
     if jobs == 1:
         _work(config)
     elif jobs > 1:
@@ -154,28 +155,28 @@ def finish_run(config: TrainConfig) -> dict[str, Any]:
     Raises:
         ValueError: if the folder holds a run with other settings.
     """
-    out = Path(config.out)
+    out = Path(config.run.out)
     if not (out / "metrics.json").is_file():
         out.mkdir(parents=True, exist_ok=True)
         with (out / "train.log").open("a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
             fcntl.flock(log, fcntl.LOCK_EX)  # A process that was silent too long may still be at it.
             if not (out / "metrics.json").is_file():
                 try:
-                    return train(dataclasses.replace(config, resume=True))
+                    return train(config.replace(resume=True))
                 except Interrupted as error:
                     raise Interrupted(error.signum, error.done, "call again to go on from there") from error
-    chosen = () if config.canvas else ("canvas",)
+    chosen = () if config.model.canvas else ("canvas",)
     changed = differences(load_config(out / "config.yaml").plain(), config.resolved().plain(), (*_OWN[3:], *chosen))
     if changed:
         raise ValueError(f"{out} holds a run with other settings ({'; '.join(changed)}): give another --out")
-    check_classes(out, load_dataset(config.data, config.val_split))
+    check_classes(out, load_dataset(config.data.data, config.data.val_split))
     metrics: dict[str, Any] = read_json(out / "metrics.json")
     return metrics
 
 
 def _open_study(config: SweepConfig) -> optuna.Study:
     """The study of a folder; checks that what it holds was trained with the same settings."""
-    out = Path(config.out)
+    out = Path(config.train.run.out)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = None
     for attempt in range(3):
@@ -191,7 +192,7 @@ def _open_study(config: SweepConfig) -> optuna.Study:
         except Exception as error:  # Every database and its driver has errors of its own.
             # Of processes that make a database's tables at once, one succeeds.
             if attempt == 2 or type(error).__name__ not in ("IntegrityError", "OperationalError", "ProgrammingError"):
-                place = out / "study.journal" if config.storage is None else without_password(config.storage)
+                place = out / "study.journal" if config.grid.storage is None else without_password(config.grid.storage)
                 raise ValueError(f"storage {place} cannot be used: {error}") from error
             time.sleep(1)
     assert study is not None
@@ -205,12 +206,12 @@ def _open_study(config: SweepConfig) -> optuna.Study:
 
 
 def _open_storage(config: SweepConfig) -> BaseStorage:
-    if config.storage is None:
-        Path(config.out).mkdir(parents=True, exist_ok=True)
-        return JournalStorage(JournalFileBackend(f"{config.out}/study.journal"))
+    if config.grid.storage is None:
+        Path(config.train.run.out).mkdir(parents=True, exist_ok=True)
+        return JournalStorage(JournalFileBackend(f"{config.train.run.out}/study.journal"))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
-        return RDBStorage(config.storage, heartbeat_interval=_HEARTBEAT, grace_period=_SILENCE)
+        return RDBStorage(config.grid.storage, heartbeat_interval=_HEARTBEAT, grace_period=_SILENCE)
 
 
 def _enqueue(study: optuna.Study, points: Sequence[Point]) -> None:
@@ -271,13 +272,13 @@ def _work(config: SweepConfig) -> None:
 
 def _run(study: optuna.Study, trial: optuna.Trial, config: SweepConfig) -> None:
     point = Point(**trial.user_attrs["point"])
-    folder = Path(config.out) / point.name
-    with _owned(Path(config.out), trial.number), _beating(study, trial, config):
+    folder = Path(config.train.run.out) / point.name
+    with _owned(Path(config.train.run.out), trial.number), _beating(study, trial, config):
         print(f"{point.name}: training, see {folder}/train.log", flush=True)
         try:
             metrics = finish_run(config.run_config(str(folder), point.dilation, point.seed, point.search))
             if metrics["miou"] is None:
-                raise ValueError(f"the split {config.val_split} has no labelled pixel to score")
+                raise ValueError(f"the split {config.train.data.val_split} has no labelled pixel to score")
         except BaseException as error:
             with contextlib.suppress(UpdateFinishedTrialError):
                 trial.set_user_attr("error", str(error))
@@ -296,7 +297,7 @@ def _run(study: optuna.Study, trial: optuna.Trial, config: SweepConfig) -> None:
 def _beating(study: optuna.Study, trial: optuna.Trial, config: SweepConfig) -> Iterator[None]:
     """Has this process say that it is alive while it is at a trial, where the storage is a database."""
     storage = study._storage
-    if config.storage is None or not isinstance(storage, BaseHeartbeat):
+    if config.grid.storage is None or not isinstance(storage, BaseHeartbeat):
         yield
         return
     storage.record_heartbeat(trial._trial_id)
@@ -388,14 +389,14 @@ def _fail_dead(study: optuna.Study, config: SweepConfig) -> None:
         # Not those that were begun in another folder, nor those that are being run.
         with (
             contextlib.suppress(FileNotFoundError, BlockingIOError),
-            (Path(config.out) / "locks" / f"trial-{trial.number}.lock").open("rb") as file,
+            (Path(config.train.run.out) / "locks" / f"trial-{trial.number}.lock").open("rb") as file,
         ):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
             continue
-        if config.storage and "beats" not in trial.user_attrs and (trial.datetime_start or long_ago) < long_ago:
+        if config.grid.storage and "beats" not in trial.user_attrs and (trial.datetime_start or long_ago) < long_ago:
             study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)  # It died before it said anything.
-    if config.storage is None:
+    if config.grid.storage is None:
         return
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)

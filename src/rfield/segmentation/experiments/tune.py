@@ -1,4 +1,4 @@
-"""What receptive field should a network have? One page of answer."""
+"""Find the receptive field that a network should have, and write one page about it."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -10,21 +10,22 @@ import numpy as np
 from rfield.layers.dilation import round_dilation
 from rfield.search import Verdict, judge, standard_errors
 from rfield.segmentation import plots
-from rfield.segmentation.config.train import TuneConfig, counted
+from rfield.segmentation.config.experiments import TuneConfig
+from rfield.segmentation.config.train import counted
 from rfield.segmentation.conventions import Progress
 from rfield.segmentation.experiments.tables import deviation, field_of, markdown, own_dilation, summarise, sweep_table
-from rfield.segmentation.experiments.trials import Point, finish_trials
+from rfield.segmentation.experiments.trials import Point, Trial, finish_trials
 from rfield.segmentation.files.atomic import write_json, write_text
 from rfield.segmentation.training.search_report import has_random_backbone
 
 
 def run_tune(config: TuneConfig, progress: Progress | None = None) -> str:
-    """Reads the whole receptive-field curve of a network and recommends a dilation; writes the answer into `out`.
+    """Read the whole receptive-field curve of a network, recommend a dilation, and write the answer into `out`.
 
-    For each seed one network is trained at dilations drawn at random, so that it works at all of them, and its loss
-    on held-out training images is read at each (`SampledSearch`). The answer is the least of the mean curve, and how
-    sure it is (`rfield.search.judge`); where it is not reliable, nothing is recommended. It is `answer.md`,
-    `answer.json` and `curve.png`; the runs are beside them, and a further call only adds what is missing.
+    For each seed, one network is trained at randomly drawn dilations, so that it works at all of them, and its loss
+    on held-out training images is read at each (`SampledSearch`). The answer is the minimum of the mean curve, and how
+    sure it is (`rfield.search.judge`); if it is not reliable, nothing is recommended. The files are `answer.md`,
+    `answer.json` and `curve.png`; the runs are beside them, and another call only adds what is missing.
 
     Args:
         config: what to tune.
@@ -36,33 +37,67 @@ def run_tune(config: TuneConfig, progress: Progress | None = None) -> str:
     Raises:
         ValueError, OSError: as in `finish_trials`.
     """
-    out = Path(config.out)
-    own = own_dilation(config.model)
-    present = config.present_dilation or own
-    # Where a sampled search starts makes no difference: another present dilation needs no other runs.
-    searches = finish_trials(config, [Point("sampled", own, seed) for seed in config.seeds], progress)
+    out = Path(config.train.run.out)
+    own = own_dilation(config.train.model.model)
+    # The start of a sampled search makes no difference: another present dilation needs no other runs.
+    searches = finish_trials(config, [Point("sampled", own, seed) for seed in config.grid.seeds], progress)
+    present = config.grid.present_dilation or own
+    verdict, errors = _judge_searches(config, searches, present)
+    answer = _answer(config, searches, verdict, errors, present)
+    best = answer["best_dilation"]
+    page = _page(config, answer, verdict)
+    if config.grid.verify:
+        answer["verified"], section = _verify(config, round_dilation(best), present, progress)
+        page += section
+    losses = common_curve([dict(trial.metrics["search"]["curve"]) for trial in searches])
+    marked = {"best": best, "present": present}
+    figure = plots.rf_curve(
+        {"held-out": losses}, "held-out loss", marked, field_of(config), errors={"held-out": errors}
+    )
+    plots.save(figure, out / "curve.png")
+    write_json(out / "answer.json", answer)
+    write_text(out / "answer.md", page)
+    return page + f"\nthis page, answer.json and curve.png are in {out}"
+
+
+def _judge_searches(
+    config: TuneConfig, searches: Sequence[Trial], present: int
+) -> tuple[Verdict, dict[float, float | None]]:
+    """Return how sure the best dilation is, and the standard error of each dilation's difference to it."""
     found = [trial.metrics["search"] for trial in searches]
-    curves = [dict(search["curve"]) for search in found]
     readings = [dict(search["losses"]) for search in found]
     images = [search["held_out"] for search in found]
-    losses = common_curve(curves)
-    means = {dilation: float(np.mean(values)) for dilation, values in losses.items()}
-    chance = float(np.mean([search["class_share_loss"] for search in found]))
     verdict = judge(
         [[reading] for reading in readings],
         present,
-        chance=chance,
+        chance=_mean_chance(searches),
         steps=min(search["steps"] for search in found),
-        random_backbone=has_random_backbone(config),
+        random_backbone=has_random_backbone(config.train.model),
         images=images,
     )
+    errors = standard_errors(readings, images)
+    return verdict, {dilation: None if np.isnan(error) else error for dilation, error in errors.items()}
+
+
+def _mean_chance(searches: Sequence[Trial]) -> float:
+    return float(np.mean([trial.metrics["search"]["class_share_loss"] for trial in searches]))
+
+
+def _answer(
+    config: TuneConfig,
+    searches: Sequence[Trial],
+    verdict: Verdict,
+    errors: Mapping[float, float | None],
+    present: int,
+) -> dict[str, Any]:
+    """Return the content of `answer.json`."""
     best = verdict.dilation
     assert best is not None  # A search without a finite loss ends in an error.
-    errors = {d: None if np.isnan(error) else error for d, error in standard_errors(readings, images).items()}
+    curves = [dict(trial.metrics["search"]["curve"]) for trial in searches]
     slope, offset = field_of(config)
     gains = [curve_at(curve, present) - curve_at(curve, best) for curve in curves]
     relative = [gain / curve_at(curve, present) for gain, curve in zip(gains, curves, strict=True)]
-    answer: dict[str, Any] = {
+    return {
         "verdict": verdict.plain(),
         "recommended_dilation": None if verdict.kind == "not reliable" else best,
         "best_dilation": best,
@@ -79,30 +114,20 @@ def run_tune(config: TuneConfig, progress: Progress | None = None) -> str:
             {
                 "dilation": dilation,
                 "receptive_field_px": slope * dilation + offset,
-                "loss": means[dilation],
+                "loss": float(np.mean(values)),
                 "spread": deviation(values),
                 "standard_error": errors[dilation],
             }
-            for dilation, values in losses.items()
+            for dilation, values in common_curve(curves).items()
         ],
-        "class_share_loss": chance,
+        "class_share_loss": _mean_chance(searches),
         "seconds": sum(trial.metrics["train_seconds"] for trial in searches),
         "config": config.plain(),
     }
-    page = _page(config, answer, verdict)
-    if config.verify:
-        answer["verified"], section = _verify(config, round_dilation(best), present, progress)
-        page += section
-    marked = {"best": best, "present": present}
-    figure = plots.rf_curve({"held-out": losses}, "held-out loss", marked, (slope, offset), errors={"held-out": errors})
-    plots.save(figure, out / "curve.png")
-    write_json(out / "answer.json", answer)
-    write_text(out / "answer.md", page)
-    return page + f"\nthis page, answer.json and curve.png are in {out}"
 
 
 def common_curve(curves: Sequence[Mapping[float, float]]) -> dict[float, list[float]]:
-    """Several curves at all dilations of any, one value a curve; interpolated where a curve has none.
+    """Return the values of several curves at the dilations of all, interpolated where a curve has none.
 
     >>> common_curve([{1.0: 3.0, 4.0: 1.0}, {1.0: 5.0, 2.0: 3.0, 4.0: 2.0}])
     {1.0: [3.0, 5.0], 2.0: [2.0, 3.0], 4.0: [1.0, 2.0]}
@@ -112,7 +137,7 @@ def common_curve(curves: Sequence[Mapping[float, float]]) -> dict[float, list[fl
 
 
 def curve_at(curve: Mapping[float, float], dilation: float) -> float:
-    """A curve's value, linear in the logarithm of the dilation between its points, constant beyond its ends."""
+    """Return a curve's value, linear in the logarithm of the dilation between its points, constant beyond its ends."""
     if dilation in curve:
         return curve[dilation]
     places = sorted(curve)
@@ -120,9 +145,9 @@ def curve_at(curve: Mapping[float, float], dilation: float) -> float:
 
 
 def _verify(config: TuneConfig, read: int, present: int, progress: Progress | None) -> tuple[dict[str, Any], str]:
-    """The grid of fixed dilations: as data, and as a section of the page."""
-    dilations = sorted({*config.dilations, read, present})
-    points = [Point("none", dilation, seed) for dilation in dilations for seed in config.seeds]
+    """Train the grid of fixed dilations; return it as data, and as a section of the page."""
+    dilations = sorted({*config.grid.dilations, read, present})
+    points = [Point("none", dilation, seed) for dilation in dilations for seed in config.grid.seeds]
     rows = summarise(finish_trials(config, points, progress))
     best = max(rows, key=lambda row: row.miou)
     chosen, now = (next(row for row in rows if row.dilation == dilation) for dilation in (read, present))
@@ -134,8 +159,8 @@ def _verify(config: TuneConfig, read: int, present: int, progress: Progress | No
     }
     section = (
         "\n## Verified by a grid\n\n"
-        f"Networks of fixed dilation, scored on {config.val_split}: mIoU {chosen.miou:.4f} at {read}, where the "
-        f"least loss was read,\n{now.miou:.4f} at the present {present}, {best.miou:.4f} at the grid's best "
+        f"Networks of fixed dilation, scored on {config.train.data.val_split}: mIoU {chosen.miou:.4f} at {read}, where "
+        f"the least loss was read,\n{now.miou:.4f} at the present {present}, {best.miou:.4f} at the grid's best "
         f"{best.dilation}.\n"
         f"Dilation {read} is {100 * (best.miou - chosen.miou):.2f} points from the best of the grid"
         f"{_plus_minus(best.miou_spread)}.\n\n{sweep_table(rows)}\n"
@@ -148,7 +173,7 @@ def _plus_minus(spread: float | None) -> str:
 
 
 def _headline(verdict: Verdict, field_px: float) -> str:
-    """The answer in one paragraph."""
+    """Return the answer in one paragraph."""
     name = f"{verdict.kind[0].upper()}{verdict.kind[1:]}"
     best = f"dilation {verdict.dilation:.3g}, a receptive field of {field_px:.4g} px"
     if verdict.kind in ("clear", "likely"):
@@ -158,9 +183,12 @@ def _headline(verdict: Verdict, field_px: float) -> str:
 
 
 def _page(config: TuneConfig, answer: dict[str, Any], verdict: Verdict) -> str:
+    """Return the answer as a page of Markdown."""
+    train = config.train
     best, present = answer["best_dilation"], answer["present_dilation"]
     points = {point["dilation"]: point["loss"] for point in answer["curve"]}
-    gain, relative, seeds = answer["gain"], answer["relative_gain"], len(config.seeds)
+    gain, relative = answer["gain"], answer["relative_gain"]
+    setting = f"{counted(train.optim.epochs, 'epoch')}, {counted(len(config.grid.seeds), 'seed')}"
     spread, relative_spread = (
         "" if each["spread"] is None else f" (spread {unit * each['spread']:.3g})"
         for each, unit in ((gain, 1), (relative, 100))
@@ -168,7 +196,9 @@ def _page(config: TuneConfig, answer: dict[str, Any], verdict: Verdict) -> str:
     minima = ", ".join(f"{dilation:.3g}" for dilation in answer["minimum_of_each_seed"].values())
     beyond = ""
     if not min(points) <= present <= max(points):
-        beyond = f" (read at the curve's nearest end: {config.model}'s map holds dilations up to {max(points):.3g})"
+        beyond = (
+            f" (read at the curve's nearest end: {train.model.model}'s map holds dilations up to {max(points):.3g})"
+        )
     table = markdown(
         ("dilation", "RF [px]", "held-out loss", "error", "spread"),
         [
@@ -183,7 +213,7 @@ def _page(config: TuneConfig, answer: dict[str, Any], verdict: Verdict) -> str:
     )
     return f"""# What receptive field should this network have?
 
-{config.model} on {config.data}, backbone frozen, {counted(config.epochs, "epoch")}, {counted(seeds, "seed")}.
+{train.model.model} on {train.data.data}, backbone frozen, {setting}.
 
 {_headline(verdict, answer["best_receptive_field_px"])}
 Now: dilation {present:.3g}, {answer["present_receptive_field_px"]:.4g} px. Minima of the single seeds: {minima}.

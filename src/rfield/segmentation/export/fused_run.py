@@ -1,6 +1,5 @@
 """A run folder becomes one whose network is plain: fixed dilations, no learned layer."""
 
-import dataclasses
 from pathlib import Path
 
 import yaml
@@ -46,8 +45,7 @@ def fuse_run(
         raise ValueError(f"{run_folder} comes from the Hub and is plain already")
     plain = fuse(run.network, mode)
     description = describe_network(plain)
-    config = dataclasses.replace(
-        run.config,
+    config = run.config.replace(
         out=str(out),
         search="none",
         search_share=None,

@@ -48,7 +48,7 @@ def share_run(run_folder: str | Path, out: str | Path, checkpoint: str = "last",
         "class_names": run.class_names,
         "palette": run.palette,
         "size": run.size,
-        "freeze_backbone": run.config.freeze_backbone,
+        "freeze_backbone": run.config.model.freeze_backbone,
     }
     pictures = [name for name in _PICTURES if (run.folder / name).is_file()]
     (out / "README.md").unlink(missing_ok=True)
@@ -77,7 +77,7 @@ def _card(run: Run, network: ParsingNetwork, pictures: list[str], repo_id: str) 
     lines = [
         f"# {repo_id.rpartition('/')[2]}",
         "",
-        f"{run.config.model} of rfield, {counted(len(run.class_names), 'class')}: {', '.join(run.class_names)}.",
+        f"{run.config.model.model} of rfield, {counted(len(run.class_names), 'class')}: {', '.join(run.class_names)}.",
         "",
         *_field(network),
         *_scores(run.folder),

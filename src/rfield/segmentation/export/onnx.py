@@ -180,7 +180,7 @@ def _needed_size(run: Run, network: ParsingNetwork) -> tuple[int, int] | None:
     """None where the network takes any size, else the size that its images have."""
     if not any(isinstance(module, fx.GraphModule) and "factor" in module.meta for module in network.modules()):
         return None
-    size = run.size or run.config.canvas
+    size = run.size or run.config.model.canvas
     if size is None:
         raise ValueError(
             "the regulator's resizes are exported for one size of image: give --size HEIGHTxWIDTH, or --mode dilation "

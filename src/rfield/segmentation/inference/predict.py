@@ -141,10 +141,10 @@ def evaluate_run(
         ValueError: if the data set has other classes, see `rfield.segmentation.data.match_classes`.
     """
     dataset = match_classes(dataset, run.class_names, ignore_names)
-    frozen = run.config.freeze_backbone
+    frozen = run.config.model.freeze_backbone
     features = None
     if frozen:
-        folder = Path(run.config.cache) if run.config.cache else None
+        folder = Path(run.config.run.cache) if run.config.run.cache else None
         features = find_features(run.network, dataset, folder)
     network = run.network.to(compute_device())
     return evaluate(network, dataset, frozen, features, progress)
@@ -171,7 +171,7 @@ def find_images(pattern: str) -> list[Path]:
 
 def predict_run(run: Run, images: Sequence[Path], out: Path, memory_budget: float = DEFAULT_BUDGET) -> Iterator[Path]:
     """Labels images with a run's network, see `label_images` and, for those above `memory_budget` bytes, `Tiler`."""
-    tiler = Tiler(run.network.to(compute_device()), run.config.freeze_backbone, memory_budget)
+    tiler = Tiler(run.network.to(compute_device()), run.config.model.freeze_backbone, memory_budget)
     yield from label_images(tiler, run.palette, run.size, images, out)
 
 

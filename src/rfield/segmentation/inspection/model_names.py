@@ -158,7 +158,7 @@ def _hub_config(name: str) -> Path:
 def _run(folder: str) -> Source:
     run = load_run(folder)
     network, start = run.network, None
-    if run.config.search != "none" and any(isinstance(module, LearnedFactor) for module in network.modules()):
+    if run.config.search.search != "none" and any(isinstance(module, LearnedFactor) for module in network.modules()):
         start = build_network(run.config, len(run.class_names))
         learned = ("log_factor", "snapped")
         state = {key: value for key, value in network.state_dict().items() if not key.endswith(learned)}

@@ -1,6 +1,5 @@
 """Several processes that train one network: who started them, what they share, and what must be the same in all."""
 
-import dataclasses
 import os
 from collections.abc import Callable
 from datetime import timedelta
@@ -14,8 +13,6 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-
-from rfield.segmentation.config.train import TrainConfig
 
 # How long one waits for another, which may have features to compute.
 _PATIENCE = timedelta(minutes=30)
@@ -39,26 +36,33 @@ def machines() -> int:
     return int(os.environ["SLURM_NNODES"])
 
 
-def join(config: TrainConfig) -> TrainConfig:
-    """Joins the processes that torchrun or srun has started, if it has.
-
-    Returns:
-        The config, its `devices` being as many as they are.
+def world_size(devices: int) -> int:
+    """Return the number of processes of the run: that which torchrun or srun has started, else `devices`.
 
     Raises:
-        ValueError: if the config has another number of devices, or a batch that cannot be dealt to them.
+        ValueError: if torchrun or srun has started another number than `devices`, and `devices` is not 1.
     """
     environment = launcher()
-    if environment is not None:
-        processes = environment.world_size()
-        if config.devices not in (1, processes):
-            raise ValueError(f"devices is {config.devices}, but {processes} processes were started: leave devices out")
-        config = dataclasses.replace(config, devices=processes)
-    here = config.devices // machines()
+    if environment is None:
+        return devices
+    started = environment.world_size()
+    if devices not in (1, started):
+        raise ValueError(f"devices is {devices}, but {started} processes were started: leave devices out")
+    return started
+
+
+def init_distributed(devices: int) -> None:
+    """Join the `devices` processes that torchrun or srun has started, if any.
+
+    Raises:
+        ValueError: if this machine has fewer GPUs than processes.
+    """
+    environment = launcher()
+    here = devices // machines()
     if torch.cuda.is_available() and here > torch.cuda.device_count():
         raise ValueError(f"{here} processes on this machine need as many GPUs, but it has {torch.cuda.device_count()}")
     if environment is not None and not dist.is_initialized():
-        # Lightning would do so too, but only when there is nothing left to agree on.
+        # Lightning would join them too, but later, when data and run folder have been read already.
         os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = environment.main_address, str(environment.main_port)
         if torch.cuda.is_available():
             torch.cuda.set_device(environment.local_rank())
@@ -68,7 +72,6 @@ def join(config: TrainConfig) -> TrainConfig:
             rank=environment.global_rank(),
             world_size=environment.world_size(),
         )
-    return config
 
 
 def rank_and_processes() -> tuple[int, int]:

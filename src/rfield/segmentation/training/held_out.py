@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from rfield.search.certainty import LEAST_IMAGES
-from rfield.segmentation.config.train import TrainConfig, counted
+from rfield.segmentation.config.train import counted
 from rfield.segmentation.data import IGNORE_INDEX, ParsingDataset, evaluation_transform
 from rfield.segmentation.inference.feature_cache import CachedFeatures
 from rfield.segmentation.training.distributed import rank_and_processes
@@ -86,27 +86,24 @@ class HeldOut:
         return torch.where(shares > 0, shares.rsqrt(), 0.0) / shares.sqrt().sum()
 
 
-def draw_held_out(count: int, config: TrainConfig) -> list[int]:
-    """The indices of the images that a run holds out, of `count` training images; none if its search reads no curve.
+def draw_held_out(count: int, data: str, seed: int) -> list[int]:
+    """Draw the indices of the images that a sampled search holds out, of `count` training images of `data`.
 
     A tenth, but at least the 16 that a verdict needs, at most 64, and never more than a third.
 
     Raises:
         ValueError: if there are fewer than 3 to train on.
 
-    >>> config = TrainConfig(data="synthetic", out="", search="sampled")
-    >>> [len(draw_held_out(count, config)) for count in (3, 47, 48, 160, 300, 9000)]
+    >>> [len(draw_held_out(count, "synthetic", seed=0)) for count in (3, 47, 48, 160, 300, 9000)]
     [1, 15, 16, 16, 30, 64]
     """
-    if config.search != "sampled":
-        return []
     if count < 3:
         raise ValueError(
-            f"a sampled search holds up to a third of the training images out, but {config.data} has "
+            f"a sampled search holds up to a third of the training images out, but {data} has "
             f"{counted(count, 'image')} to train on, and 3 are needed"
         )
     held_out = min(max(round(_SHARE * count), LEAST_IMAGES), _MOST, count // 3)
-    return sorted(random.Random(config.seed).sample(range(count), held_out))
+    return sorted(random.Random(seed).sample(range(count), held_out))
 
 
 def tell_of_few(held_out: int, count: int) -> None:

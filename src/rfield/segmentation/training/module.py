@@ -51,7 +51,7 @@ class ParsingModule(L.LightningModule):
         class_names: the classes' names.
         held_out: gives the batches that a sampled search reads its curve on.
         class_groups: the classes of each path, to guide its receptive field by.
-        class_weights: how much each class counts in the loss; `config.class_weights` may say how to find them.
+        class_weights: how much each class counts in the loss; `config.optim.class_weights` may say how to find them.
         reading_weights: how much each class counts when a sampled search reads its curve, Tensor[num_classes]; by
             default the curve is the loss.
 
@@ -80,12 +80,12 @@ class ParsingModule(L.LightningModule):
         self.factor_gradients: tuple[float, float] | None = None
         self.held_out = held_out
         self.class_groups = class_groups
-        self.criterion = make_loss(config.loss, len(class_names), class_weights, config.label_smoothing)
+        self.criterion = make_loss(config.optim.loss, len(class_names), class_weights, config.optim.label_smoothing)
         self.class_weights = class_weights
         self.reading_weights = reading_weights
         self.factor_start = 0
         self.search: Search | None = None
-        self.phase = SearchPhase.DONE if config.search == "none" else SearchPhase.SEARCHING
+        self.phase = SearchPhase.DONE if config.search.search == "none" else SearchPhase.SEARCHING
         self.search_seconds = 0.0
         # For the callbacks.
         self.step_loss = self.mean_loss = torch.zeros(())
@@ -93,7 +93,7 @@ class ParsingModule(L.LightningModule):
         # A batch, and its features, with or without a graph.
         self._seen: tuple[Batch, bool, tuple[Tensor, ...]] | None = None
         self._search_state: dict[str, Any] | None = None
-        if config.freeze_backbone:
+        if config.model.freeze_backbone:
             network.backbone.requires_grad_(False)
 
     def on_fit_start(self) -> None:
@@ -104,13 +104,13 @@ class ParsingModule(L.LightningModule):
         self._freeze()
 
     def _freeze(self) -> None:
-        if self.config.freeze_backbone:
+        if self.config.model.freeze_backbone:
             self.network.backbone.eval()
 
     def on_train_batch_start(self, batch: Any, batch_index: int) -> None:
         # Dropout depends on seed, step and process alone, so that a resumed epoch repeats itself. Not an epoch's
         # affair: whether its loader draws before or after the hook is another matter in a resumed run.
-        seeds = np.random.SeedSequence([self.config.seed, self.global_step, self.global_rank])
+        seeds = np.random.SeedSequence([self.config.run.seed, self.global_step, self.global_rank])
         torch.manual_seed(int(seeds.generate_state(1)[0]))
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
@@ -149,7 +149,7 @@ class ParsingModule(L.LightningModule):
             losses = losses * self.reading_weights.to(mask.device)[mask.clamp(max=len(self.class_names) - 1)]
         if self._guided:
             owned = [torch.isin(mask, torch.tensor(group, device=mask.device)) for group in self.class_groups or ()]
-            weighted = [losses * torch.where(own, self.config.path_weight, 1.0) for own in owned]
+            weighted = [losses * torch.where(own, self.config.search.path_weight, 1.0) for own in owned]
         else:
             weighted = [losses] * len(self.search.groups)
         count = norm_over_processes((mask != IGNORE_INDEX).sum())
@@ -160,7 +160,7 @@ class ParsingModule(L.LightningModule):
         assert isinstance(network, ParsingNetwork)
         assert isinstance(network.head, MultiPathHead)
         input, mask, output_size = self._target(network, batch)
-        features = input if self.config.freeze_backbone else self._features(network, input, batch)[0]
+        features = input if self.config.model.freeze_backbone else self._features(network, input, batch)[0]
         labelled = mask != IGNORE_INDEX
         logits = [path(features, output_size).float().movedim(1, -1)[labelled] for path in network.head.paths]
         target = mask[labelled].long()
@@ -189,7 +189,7 @@ class ParsingModule(L.LightningModule):
             guides = []
             for group in self.class_groups or ():
                 guide = weights.clone()
-                guide[list(group)] *= self.config.path_weight
+                guide[list(group)] *= self.config.search.path_weight
                 guides.append(class_share_loss(counts, guide))
             return guides
         weighted = counts * counts.new_tensor(self.class_weights or [1.0] * classes, dtype=torch.float64)
@@ -203,7 +203,7 @@ class ParsingModule(L.LightningModule):
         """Logits and mask where the loss is taken."""
         assert isinstance(network, ParsingNetwork)
         input, mask, output_size = self._target(network, batch)
-        if not self.config.freeze_backbone:
+        if not self.config.model.freeze_backbone:
             return network.logits_of(self._features(network, input, batch), output_size, mask).float(), mask
         if isinstance(network.head, MultiPathHead):
             return network.head(input, output_size, mask).float(), mask
@@ -213,12 +213,12 @@ class ParsingModule(L.LightningModule):
         """What the network sees, and the mask where the loss is taken, with its size where that is the image's."""
         input, mask = (part.to(self.device) for part in batch)
         input = input.contiguous(memory_format=torch.channels_last)
-        frozen = self.config.freeze_backbone
+        frozen = self.config.model.freeze_backbone
         input = input.float() if frozen else network.pad(input)
         height, width = ((size - 1) * network.stride + 1 if frozen else size for size in input.shape[2:])
         mask = F.pad(mask, (0, width - mask.shape[2], 0, height - mask.shape[1]), value=IGNORE_INDEX)
         output_size = None
-        if self.config.loss_resolution == "features":
+        if self.config.optim.loss_resolution == "features":
             mask = mask[:, :: network.logit_stride, :: network.logit_stride]
         else:
             output_size = (mask.shape[1], mask.shape[2])
@@ -312,7 +312,7 @@ class ParsingModule(L.LightningModule):
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
         """Scores one image, or one image's cached features, at the image's own size."""
         input, mask = batch[0][0], batch[1][0]
-        if self.config.freeze_backbone:
+        if self.config.model.freeze_backbone:
             logits = feature_logits(self.network, input, (mask.shape[0], mask.shape[1]))
         else:
             logits = predict_logits(self.network, input)
@@ -326,25 +326,25 @@ class ParsingModule(L.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         config = self.config
-        lr, factor_lr = config.lr or 0.0, config.factor_lr or 0.0
+        lr, factor_lr = config.optim.lr or 0.0, config.search.factor_lr or 0.0
         steps = int(self.trainer.estimated_stepping_batches)
-        self.factor_start = steps // 10 if config.factor_start is None else config.factor_start
-        self.search = self._make_search(max(1, round((config.search_share or 1.0) * steps)))
+        self.factor_start = steps // 10 if config.search.factor_start is None else config.search.factor_start
+        self.search = self._make_search(max(1, round((config.search.search_share or 1.0) * steps)))
         factors = factor_parameters(self.network)
         known = {id(factor) for factor in factors}
         # The head and the decoder, if there is one.
         known |= {id(weight) for weight in self.network.backbone.parameters()}
         head = [weight for weight in self.network.parameters() if id(weight) not in known]
-        groups: list[dict[str, Any]] = [{"params": head, "lr": lr * config.head_lr_scale}]
+        groups: list[dict[str, Any]] = [{"params": head, "lr": lr * config.optim.head_lr_scale}]
         if factors:
             groups.append({"params": factors, "lr": factor_lr, "weight_decay": 0.0})
-        if not config.freeze_backbone:
+        if not config.model.freeze_backbone:
             groups.append({"params": list(self.network.backbone.parameters()), "lr": lr})
         optimizer: torch.optim.Optimizer
-        if config.optimizer == "sgd":
-            optimizer = torch.optim.SGD(groups, lr=lr, momentum=0.9, weight_decay=config.weight_decay)
+        if config.optim.optimizer == "sgd":
+            optimizer = torch.optim.SGD(groups, lr=lr, momentum=0.9, weight_decay=config.optim.weight_decay)
         else:
-            optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=config.weight_decay)
+            optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=config.optim.weight_decay)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.0, 1 - step / steps) ** 0.9)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -357,12 +357,12 @@ class ParsingModule(L.LightningModule):
     @property
     def _share(self) -> int:
         """Images a step in each process."""
-        return (self.config.batch_size or 1) // self.trainer.world_size
+        return (self.config.optim.batch_size or 1) // self.trainer.world_size
 
     @property
     def _guided(self) -> bool:
         """Whether each path's factor is learned by that path's classes."""
-        return self.class_groups is not None and self.config.path_guidance == "search"
+        return self.class_groups is not None and self.config.search.path_guidance == "search"
 
     @property
     def _reads_cross_entropy(self) -> bool:
@@ -370,7 +370,7 @@ class ParsingModule(L.LightningModule):
         return self._guided or self.reading_weights is not None
 
     def _make_search(self, steps: int) -> Search | None:
-        kind, seed = self.config.search, self.config.seed
+        kind, seed = self.config.search.search, self.config.run.seed
         if self.phase is not SearchPhase.SEARCHING:
             return None
         loss = self._guided_loss if self._guided or (kind == "sampled" and self._reads_cross_entropy) else self._loss
@@ -378,7 +378,7 @@ class ParsingModule(L.LightningModule):
             return GradientSearch(self.network, loss, steps, seed)
         if kind == "spsa":
             return SpsaSearch(self.network, loss, steps, seed)
-        narrowings = NARROWINGS if self.config.search_narrowing else {}
+        narrowings = NARROWINGS if self.config.search.search_narrowing else {}
         # A decoder is not linear, and guided paths have losses of their own.
         summed = isinstance(self.network.head, MultiPathHead) and self.network.decoder is None and not self._guided
         read_paths = self._read_paths if summed else None

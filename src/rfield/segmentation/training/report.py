@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from rfield.segmentation import plots
-from rfield.segmentation.config.train import TrainConfig
+from rfield.segmentation.config.train import SearchOptions
 from rfield.segmentation.files.checkpoints import LAST, read_checkpoint
 from rfield.segmentation.files.untrusted import read_json
 from rfield.segmentation.training.callbacks import read_factor_csv, read_paths_csv
@@ -14,21 +14,29 @@ from rfield.segmentation.training.search_report import describe_search
 
 
 def describe_fields(
-    out: Path, config: TrainConfig, fields: list[Field], held_out: Sequence[str], chances: Sequence[float]
+    out: Path,
+    options: SearchOptions,
+    random_backbone: bool,
+    fields: list[Field],
+    held_out: Sequence[str],
+    chances: Sequence[float],
 ) -> dict[str, Any]:
     """What a run's metrics say of its receptive field, its paths, and its search.
 
     Args:
         out: the run folder.
-        config: of the run.
+        options: of the run's search.
+        random_backbone: whether the backbone stays at random weights.
         fields: what the network sees at the end.
         held_out: the names of the held-out images.
         chances: for each factor the held-out loss of predicting the classes' shares everywhere.
     """
     saved = read_checkpoint(out / "checkpoints" / LAST)
-    described = {**_numbers(fields[0]), **_describe_paths(out, config, fields)}
+    described = {**_numbers(fields[0]), **_describe_paths(out, options.rectangular, fields)}
     if "search" in saved:
-        described["search"] = describe_search(config, saved["search"], fields, held_out, chances)
+        described["search"] = describe_search(
+            options.search, saved["search"], fields, held_out, chances, random_backbone
+        )
     return described
 
 
@@ -55,7 +63,7 @@ def plot_results(out: Path, search: str, metrics: dict[str, Any]) -> None:
         plots.save(plots.rf_curve(drawn, "held-out loss", delivered, errors=errors), out / "curve.png")
 
 
-def _describe_paths(out: Path, config: TrainConfig, fields: list[Field]) -> dict[str, Any]:
+def _describe_paths(out: Path, rectangular: bool, fields: list[Field]) -> dict[str, Any]:
     """The paths of a head of several, and the rectangle where height and width are learned apart."""
     described: dict[str, Any] = {}
     heights = [field for field in fields if field.axis == 0]
@@ -69,7 +77,7 @@ def _describe_paths(out: Path, config: TrainConfig, fields: list[Field]) -> dict
             }
             for field in heights
         ]
-    if config.rectangular:
+    if rectangular:
         described["rectangle"] = [{"path": f.path, "axis": ("height", "width")[f.axis], **_numbers(f)} for f in fields]
     return described
 

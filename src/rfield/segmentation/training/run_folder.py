@@ -34,7 +34,7 @@ def check_run_folder(out: Path, config: TrainConfig, dataset: ParsingDataset) ->
     """Refuses what would overwrite a run, or continue one with other settings."""
     if not (out / "config.yaml").is_file():
         return
-    if not config.resume:
+    if not config.run.resume:
         raise FileExistsError(f"{out} holds a run already: give --resume to continue it, or another --out")
     try:
         earlier = load_config(out / "config.yaml")

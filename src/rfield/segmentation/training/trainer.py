@@ -1,4 +1,4 @@
-"""Lightning's trainer as a run needs it: its callbacks, its checkpoints, and less talk."""
+"""Lightning's trainer for a run: callbacks in their order, checkpoints, and fewer warnings."""
 
 import logging
 import sys
@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
 
-from rfield.segmentation.config.train import TrainConfig
+from rfield.segmentation.config.train import OptimOptions, RunOptions
 from rfield.segmentation.inference.predict import compute_device
 from rfield.segmentation.training.callbacks import (
     BarProgress,
@@ -27,27 +27,31 @@ from rfield.segmentation.training.distributed import machines
 from rfield.segmentation.training.stopping import WholeCheckpoints
 
 
-def make_trainer(config: TrainConfig, out: Path, callbacks: list[Callback]) -> L.Trainer:
-    """The trainer of a run in the folder `out`.
+def make_trainer(
+    out: Path, optim: OptimOptions, run: RunOptions, callbacks: list[Callback], log_paths: bool
+) -> L.Trainer:
+    """Make the trainer of a run.
 
     Args:
-        config: resolved.
         out: the run folder.
-        callbacks: see each step when the search's part of it is done.
+        optim: of the resolved config.
+        run: of the resolved config.
+        callbacks: called after the search has done its part of a step.
+        log_paths: write `paths.csv`, with a row for each of several factors.
     """
     checkpoints = out / "checkpoints"
     return L.Trainer(
         accelerator=compute_device().type,
-        devices=config.devices // machines(),
+        devices=run.devices // machines(),
         num_nodes=machines(),
         # A factor takes no part in the loss before and after its search. Buffers are the same in all processes: batch
         # norms share their statistics, and each process validates as many images as it has.
-        strategy=DDPStrategy(find_unused_parameters=True, broadcast_buffers=False) if config.devices > 1 else "auto",
-        precision=config.precision,
-        gradient_clip_val=config.clip_norm or None,
-        max_epochs=config.epochs,
-        max_steps=config.max_steps or -1,
-        check_val_every_n_epoch=config.val_every,
+        strategy=DDPStrategy(find_unused_parameters=True, broadcast_buffers=False) if run.devices > 1 else "auto",
+        precision=run.precision,
+        gradient_clip_val=optim.clip_norm or None,
+        max_epochs=optim.epochs,
+        max_steps=optim.max_steps or -1,
+        check_val_every_n_epoch=run.val_every,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
         enable_model_summary=False,
@@ -56,7 +60,7 @@ def make_trainer(config: TrainConfig, out: Path, callbacks: list[Callback]) -> L
         plugins=[WholeCheckpoints()],
         callbacks=[
             FactorLog(out / "factor.csv"),
-            *([PathLog(out / "paths.csv")] if config.paths > 1 or config.rectangular else []),
+            *([PathLog(out / "paths.csv")] if log_paths else []),
             ModelCheckpoint(
                 checkpoints,
                 "best",
@@ -79,7 +83,7 @@ def make_trainer(config: TrainConfig, out: Path, callbacks: list[Callback]) -> L
 
 @contextmanager
 def quiet_lightning() -> Iterator[None]:
-    """Silence Lightning's advice within the block, which is meant for authors of training loops."""
+    """Silence Lightning's advice to the authors of a training loop."""
     logger = logging.getLogger("lightning.pytorch")
     level = logger.level
     logger.setLevel(logging.WARNING)
