@@ -1,4 +1,4 @@
-"""Sets of dilations: paths side by side, whose dilations are chosen together."""
+"""Sets of dilations: the dilations of parallel paths are chosen together."""
 
 import itertools
 import math
@@ -16,11 +16,11 @@ from rfield.search.factors import gather_rows, override_dilation, reshard
 Rate = tuple[float, ...]
 """A path's dilation: one number, or (height, width)."""
 Choice = tuple[int | None, ...]
-"""For each path a place in its candidates, or None where the path is left out."""
-# Up to so many combinations are all scored; of more, those that coordinate descent from several starts meets.
+"""For each path an index into its candidates, or None if the path is left out."""
+# If there are more combinations than this, only those that coordinate descent from several starts visits are scored.
 _EXHAUSTIVE = 1500
 _STARTS = 4
-# Combinations are scored on at most so many pixels of a batch, evenly spaced.
+# Maximum number of pixels of a batch, evenly spaced, on which combinations are scored.
 _PIXELS = 512
 
 
@@ -29,9 +29,9 @@ class PathLogits:
     """The logits of each of several paths at the pixels of a batch.
 
     Attributes:
-        logits: one Tensor[P, K] a path, P pixels of K classes, whose sum are the network's logits.
+        logits: one Tensor[P, K] per path, for P pixels and K classes; their sum is the network's logits.
         target: labels, integer Tensor[P].
-        weight: how much each pixel counts, Tensor[P].
+        weight: weight of each pixel in the loss, Tensor[P].
     """
 
     logits: Sequence[Tensor]
@@ -44,14 +44,14 @@ ReadPaths = Callable[[nn.Module, Any], PathLogits]
 
 
 def parallel_factors(model: nn.Module, groups: Sequence[Sequence[nn.Module]]) -> list[list[int]]:
-    """Find the factors that lie side by side: in different members of one `nn.ModuleList`, and in no other list inside.
+    """Find the factors of parallel branches: those in different members of one `nn.ModuleList`, and in no inner list.
 
     Args:
         model: any module.
-        groups: its learned layers, those that share a factor together.
+        groups: its learned layers; layers that share a factor form one group.
 
     Returns:
-        Indices into `groups`, set by set; factors that stand alone are in none.
+        For each set the indices of its factors in `groups`; a factor without parallel ones is in no set.
 
     Example:
         >>> from rfield.layers import AdaptiveConv2d
@@ -60,7 +60,7 @@ def parallel_factors(model: nn.Module, groups: Sequence[Sequence[nn.Module]]) ->
         >>> parallel_factors(branches, learned_layers(branches))
         [[0, 1, 2]]
     """
-    member: dict[int, tuple[int, int]] = {}  # Of each module: the innermost list around it, and its place in that.
+    member: dict[int, tuple[int, int]] = {}  # {module: (innermost list around it, position)}
     for module in model.modules():
         if isinstance(module, nn.ModuleList):
             for number, child in enumerate(module):
@@ -80,10 +80,11 @@ def parallel_factors(model: nn.Module, groups: Sequence[Sequence[nn.Module]]) ->
 
 
 def shares(low: float, high: float, count: int) -> list[tuple[float, float]]:
-    """Cut a range into adjacent shares that are equally wide in the logarithm, in order.
+    """Divide a range into adjacent shares of equal width in the logarithm, in ascending order.
 
-    >>> [(round(a, 2), round(b, 2)) for a, b in shares(1.0, 16.0, 4)]
-    [(1.0, 2.0), (2.0, 4.0), (4.0, 8.0), (8.0, 16.0)]
+    Example:
+        >>> [(round(a, 2), round(b, 2)) for a, b in shares(1.0, 16.0, 4)]
+        [(1.0, 2.0), (2.0, 4.0), (4.0, 8.0), (8.0, 16.0)]
     """
     ends = [low * (high / low) ** (place / count) for place in range(count + 1)]
     ends[-1] = high
@@ -91,18 +92,17 @@ def shares(low: float, high: float, count: int) -> list[tuple[float, float]]:
 
 
 class Combinations:
-    """The held-out losses of combinations of dilations, one a path, scored by adding the paths' logits.
+    """The held-out losses of combinations of dilations, one per path, computed by adding the paths' logits.
 
     Args:
         candidates: the dilations of each path.
-        logits: for each path and each of its candidates Tensor[P, K]: the pixels of all held-out images.
+        logits: for each path and each of its candidates the logits of the pixels of all held-out images, Tensor[P, K].
         target: Tensor[P].
         weight: Tensor[P].
-        image: which image each pixel belongs to, Tensor[P], from 0 on.
+        image: index of the image that each pixel belongs to, Tensor[P], from 0.
 
     Attributes:
-        losses: {combination: the loss of each image}, a place in the candidates for each path or None where the path
-            is left out; of all that have been scored.
+        losses: {combination: the loss of each image}, for all combinations scored so far.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class Combinations:
         image: Tensor,
     ) -> None:
         self.candidates = candidates
-        # Classes first: that is several times as fast.
+        # With the classes first, the sums over them are several times as fast.
         self._logits = [[each.float().t().contiguous() for each in own] for own in logits]
         self._at_target = [[each.float().gather(1, target[:, None])[:, 0] for each in own] for own in logits]
         self._target, self._weight, self._image = target, weight, image
@@ -122,7 +122,7 @@ class Combinations:
         self.losses: dict[Choice, list[float]] = {}
 
     def loss(self, combination: Choice) -> float:
-        """Return the mean loss over the images; infinite where one is not finite, or where every path is left out."""
+        """Return the mean loss over the images; infinite if one is not finite, or all paths are left out."""
         if all(place is None for place in combination):
             return math.inf
         values = self.losses_of(combination)
@@ -143,7 +143,7 @@ class Combinations:
         return gathered
 
     def _pixel_losses(self, combination: Choice) -> Tensor:
-        """Return the cross-entropy of each pixel, Tensor[P]; without any path that of equal probabilities."""
+        """Return the cross-entropy of each pixel, Tensor[P]; if all paths are left out, that of equal probabilities."""
         total = torch.zeros_like(self._logits[0][0])
         at_target = torch.zeros_like(self._at_target[0][0])
         for path, place in enumerate(combination):
@@ -154,7 +154,7 @@ class Combinations:
         return losses
 
     def search(self, allow_absent: bool, draw: random.Random) -> Choice:
-        """Return the best combination: of all, or of those that coordinate descent from several starts meets."""
+        """Return the best combination: of all, or of those that coordinate descent from several starts visits."""
         options: list[list[int | None]] = [
             [*range(len(own)), *([None] if allow_absent else [])] for own in self.candidates
         ]
@@ -176,7 +176,7 @@ class Combinations:
                 return best
 
     def _select_forward(self, options: Sequence[Sequence[int | None]]) -> Choice:
-        """Return the result of a greedy selection: the best path alone, with it the best second one, and so on."""
+        """Return the result of a greedy selection: the best single path, then the best one to add to it, and so on."""
         chosen: Choice = (None,) * len(options)
         for _ in options:
             chosen = min(
@@ -208,10 +208,10 @@ class Combinations:
         return next(enough, best)
 
     def class_costs(self, combination: Choice) -> list[list[float | None]]:
-        """Return by how much the loss of each class's pixels grows if a path is left out: how much the path serves it.
+        """Return by how much the loss of each class's pixels increases if a path is left out.
 
         Returns:
-            For each class a list with one number a path; None for paths that are left out already, and for classes
+            For each class a list with one number per path: None for paths that are already left out, and for classes
             without pixels.
         """
         classes = len(self._logits[0][0])
@@ -238,12 +238,12 @@ class Combinations:
         )
 
     def error(self, one: Choice, other: Choice) -> float:
-        """Return the standard error of the difference of two combinations' losses over the images; NaN for one."""
+        """Return the standard error of the difference between two combinations' losses; NaN for one image."""
         columns = torch.tensor([self.losses[one], self.losses[other]], dtype=torch.float64)
         return float((columns[0] - columns[1]).std()) / math.sqrt(columns.shape[1])
 
     def curve(self, combination: Choice, path: int, axis: int) -> dict[float, list[float]]:
-        """Return {dilation: loss of each image} of one path and axis, all else as in a combination."""
+        """Return {dilation: loss of each image} of one path and axis, with all others as in a combination."""
         own = self.candidates[path]
         place = combination[path]
         fixed = own[place or 0]
@@ -259,11 +259,11 @@ class Combinations:
         Args:
             step: of the search.
             chosen: the combination that was chosen.
-            count: how many of the best.
+            count: number of best combinations.
 
         Returns:
             The step, `chosen` (an entry), `best` and `sizes` (lists of entries), and `class_costs`. An entry has the
-            `rates` (a list a path, None for a path that is left out), the mean `loss`, and the `error` of its
+            `rates` (one list per path, None for a path that is left out), the mean `loss`, and the `error` of its
             difference to the best one's loss (NaN for one image).
         """
         ranked = sorted(self.losses, key=self.loss)
@@ -296,14 +296,14 @@ def read_combinations(
     """Evaluate every path once for each of its candidates, so that all combinations can be scored by addition.
 
     Args:
-        model: whose logits are the sum of the paths' logits.
+        model: a model whose logits are the sum of the paths' logits.
         groups: the learned layers of each path.
         read_paths: see `ReadPaths`.
         held_out: batches.
         candidates: the dilations of each path.
 
     Raises:
-        ValueError: if `read_paths` returns logits of another number of paths, or there is no batch.
+        ValueError: if `read_paths` returns the logits of a different number of paths, or there is no batch.
     """
     logits: list[list[list[Tensor]]] = [[[] for _ in own] for own in candidates]
     targets, weights, images = [], [], []
@@ -316,7 +316,7 @@ def read_combinations(
                 raise ValueError(
                     f"read_paths returned the logits of {len(read.logits)} paths, but there are {len(groups)} factors"
                 )
-            # The same pixels each time.
+            # The same pixels for every candidate.
             chosen = torch.linspace(0, len(read.target) - 1, min(_PIXELS, len(read.target))).long()
             for own_logits, path_logits in zip(logits, read.logits, strict=True):
                 if place < len(own_logits):
