@@ -227,16 +227,5 @@ def test_bad_input(options: dict[str, object], message: str) -> None:
         make(**options)
 
 
-def test_defaults() -> None:
-    with torch.device("meta"):
-        for head, rates in ((MultiPathHead(8, 3, dilation=2), [2, 2]), (aspp_head(8, 3), [6, 12, 18, 24])):
-            layers = [path.layers.module if rates == [2, 2] else path.layers for path in head.paths]
-            assert [each.fc6.dilation[0] for each in layers] == rates
-            assert {(each.fc6.out_channels, each.drop6.p) for each in layers} == {(1024, 0.5)}
-            assert {type(path.norm) for path in head.paths} == {nn.BatchNorm2d if rates == [2, 2] else nn.Identity}
-            assert len(head.guidance) == 0
-            assert head.class_groups is None
-
-
 def test_as_many_paths_as_there_are_labels() -> None:
     assert len(MultiPathHead(1, 2, HeadSpec(1, 1, paths=255, regulate=False)).paths) == 255
