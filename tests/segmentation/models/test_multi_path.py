@@ -19,7 +19,7 @@ from rfield.segmentation.models import (
     build_head,
     small_cnn_backbone,
 )
-from rfield.segmentation.training.module import present_fields
+from rfield.segmentation.training.fields import present_fields
 
 
 def make(**options: object) -> MultiPathHead:

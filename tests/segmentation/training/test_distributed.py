@@ -19,9 +19,9 @@ from rfield.segmentation.training import read_factor_csv, train
 from rfield.segmentation.training.distributed import (
     _SumOverProcesses,
     init_distributed,
-    is_first,
+    is_rank_zero,
     launcher,
-    machines,
+    num_nodes,
     share_statistics,
     world_size,
 )
@@ -192,7 +192,7 @@ def test_a_bad_file_is_refused_or_skipped_by_all(make: Make, tmp_path: Path, ski
 
 
 def test_what_a_launcher_says(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert (machines(), world_size(1), world_size(3)) == (1, 1, 3)
+    assert (num_nodes(), world_size(1), world_size(3)) == (1, 1, 3)
     srun = {
         "NTASKS": 4,
         "NTASKS_PER_NODE": 2,
@@ -205,7 +205,7 @@ def test_what_a_launcher_says(make: Make, monkeypatch: pytest.MonkeyPatch) -> No
     }
     for name, value in srun.items():
         monkeypatch.setenv(f"SLURM_{name}", str(value))
-    assert machines() == 2
+    assert num_nodes() == 2
     with pytest.raises(ValueError, match="devices is 2, but 4 processes were started: leave devices out"):
         world_size(2)
     with pytest.raises(ValueError, match="batch_size 2 cannot be divided evenly among 4 devices"):
@@ -294,7 +294,7 @@ def test_what_torchrun_says(processes: int, here: int, found: int, monkeypatch: 
     names = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": here, "RANK": 1, "LOCAL_RANK": 1, "GROUP_RANK": 0}
     for name, value in {**names, "TORCHELASTIC_RUN_ID": "here", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1}.items():
         monkeypatch.setenv(name, str(value))
-    assert machines() == found
+    assert num_nodes() == found
     if processes == 1:
         assert launcher() is None
         assert world_size(1) == 1
@@ -302,7 +302,7 @@ def test_what_torchrun_says(processes: int, here: int, found: int, monkeypatch: 
         return
     environment = launcher()
     assert environment is not None
-    assert (environment.world_size(), environment.global_rank(), is_first()) == (processes, 1, False)
+    assert (environment.world_size(), environment.global_rank(), is_rank_zero()) == (processes, 1, False)
     # As many GPUs as processes on this machine.
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.set_device", lambda rank: None)

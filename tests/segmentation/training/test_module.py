@@ -17,8 +17,8 @@ from rfield.segmentation.data import EpochSampler
 from rfield.segmentation.models import ParsingNetwork
 from rfield.segmentation.runs import build_network
 from rfield.segmentation.training import ParsingModule
+from rfield.segmentation.training.fields import present_fields
 from rfield.segmentation.training.losses import make_loss
-from rfield.segmentation.training.module import present_fields
 
 CLASSES = ("a", "b", "c", "d")
 GROUPS = [(0,), (1, 3)]

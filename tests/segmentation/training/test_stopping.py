@@ -197,7 +197,7 @@ def test_the_command_ends_with_one_line(
     path.write_text(yaml.safe_dump(config.plain()))
     done = forked(STOPPED, "train", "--config", str(path))
     assert done.returncode == 143
-    said = "rfield train: stopped by {}; {} steps are saved, --resume goes on from there\n"
+    said = "rfield train: stopped by {}; {} steps are saved, --resume continues from there\n"
     assert done.stderr == said.format("SIGTERM", 5)
     before_step(monkeypatch, 8, lambda module: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(SystemExit) as stopped:
@@ -275,7 +275,7 @@ def test_weights_that_are_no_numbers_are_not_saved(make: Make, step: int, monkey
     before_step(monkeypatch, step, spoil)
     config = make()
     kept = "nothing was saved before" if step == 2 else "the last good state is that of .*last.ckpt"
-    with pytest.raises(ValueError, match=f"The weights were no numbers before it.*{kept}"):
+    with pytest.raises(ValueError, match=f"The weights were not finite before it.*{kept}"):
         train(config)
     if step == 5:
         assert torch.load(Path(config.run.out) / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 3

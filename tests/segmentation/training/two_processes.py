@@ -12,9 +12,9 @@ from rfield.search.factors import mean_over_processes
 from rfield.segmentation.data import SkippingDataset, SyntheticCues
 from rfield.segmentation.training.bad_samples import share_skipped
 from rfield.segmentation.training.distributed import (
-    first_does,
-    is_first,
-    rank_and_processes,
+    is_rank_zero,
+    rank_and_world_size,
+    rank_zero_first,
     refuse_unequal,
     share_statistics,
 )
@@ -77,7 +77,7 @@ def caught(action: Any, *arguments: Any) -> str:
 
 
 def meet(rank: int) -> dict[str, Any]:
-    met: dict[str, Any] = {"place": rank_and_processes(), "first": is_first()}
+    met: dict[str, Any] = {"place": rank_and_world_size(), "first": is_rank_zero()}
     model = network()
     share_statistics(model)
     images, mask = batch()
@@ -96,10 +96,10 @@ def meet(rank: int) -> dict[str, Any]:
     met["unequal"] = caught(refuse_unequal, torch.tensor([1.5, 2.0 + rank, 3.0 - rank]), "step 4")
 
     calls: list[int] = []
-    first_does(lambda: calls.append(rank))
+    rank_zero_first(lambda: calls.append(rank))
     met["calls"] = calls
     for error in (ValueError, FileNotFoundError):
-        met[error.__name__] = caught(first_does, lambda error=error: (_ for _ in ()).throw(error("no such file")))
+        met[error.__name__] = caught(rank_zero_first, lambda error=error: (_ for _ in ()).throw(error("no such file")))
 
     dataset = SkippingDataset(SyntheticCues("train", size=(17, 17), distance=6, length=5))
     dataset.bad[rank + 1] = 1

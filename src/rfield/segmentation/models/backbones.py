@@ -27,14 +27,15 @@ class Backbone(nn.Module):
         layers: the named layers, in the order of execution.
         out_channels: number of feature channels C.
         stride: input px between neighbouring features.
-        nominal_receptive_field_px: the receptive field in px that publications reckon for this backbone, where
-            it differs from the exact one; `None` elsewhere.
-        normalise: what the weights need done to images that ImageNet's mean and deviation have normalised.
-        fine: the layer after which a finer map can be had (its name in `layers`, or in a Sequential that is one of
-            them, such as `blocks.1`), the map's channels and its stride; `None` where there is no finer one.
+        nominal_receptive_field_px: the receptive field in px that publications state for this backbone, if it
+            differs from the exact one; else None.
+        normalise: maps images that are normalised by ImageNet's mean and deviation to those that the weights were
+            trained on; None if they are the same.
+        fine: the layer that gives a finer map (its name in `layers`, or in a Sequential that is one of them, such as
+            `blocks.1`), the map's channels and its stride; None if there is no finer map.
 
     Attributes:
-        fine_channels, fine_stride: of the finer map; 0 where there is none.
+        fine_channels, fine_stride: of the finer map; 0 if there is none.
 
     Example:
         >>> import torch
@@ -67,18 +68,18 @@ class Backbone(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def chain(self) -> list[nn.Module]:
-        """The modules in their order of execution."""
+        """Return the modules in the order of execution."""
         return [self.layers]
 
     def forward(self, image: Tensor) -> Tensor:
-        """Maps Tensor[N, 3, k * stride + 1, l * stride + 1] to features Tensor[N, C, k + 1, l + 1]."""
+        """Map Tensor[N, 3, k * stride + 1, l * stride + 1] to features Tensor[N, C, k + 1, l + 1]."""
         if self.normalise is not None:
             image = self.normalise(image)
         features: Tensor = self.layers(image)
         return features
 
     def pyramid(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """The finer map and the features of the same images.
+        """Return the finer map and the features of the same images.
 
         Returns:
             Tensor[N, fine_channels, k * r + 1, l * r + 1] with r = stride / fine_stride, and what `forward` gives.
@@ -104,14 +105,14 @@ class Backbone(nn.Module):
 
 
 def largefov_vgg16_backbone() -> Backbone:
-    """The conv layers of DeepLab-LargeFOV's VGG16 (Chen et al., ICLR 2015): stride 8, 512 channels.
+    """Make the conv layers of DeepLab-LargeFOV's VGG16 (Chen et al., ICLR 2015): stride 8, 512 channels.
 
     The 13 3x3 convolutions of VGG16 with DeepLab's 3x3 max pools of padding 1; pool4 and pool5 have stride 1, and
     conv5_1..conv5_3 are dilated by 2 instead. A 321 px side gives 41 features. The exact receptive field is 227 px;
     DeepLab's average pool after pool5, which would add 16 px of blur to it, is left out.
 
-    The figures of Wei et al., CVPR 2017 reckon with 212 px, the receptive field of plain VGG16 and its 2x2 pools:
-    the `nominal_receptive_field_px`.
+    The figures of Wei et al., CVPR 2017 use 212 px, the receptive field of plain VGG16 and its 2x2 pools: the
+    `nominal_receptive_field_px`.
 
     Example:
         >>> import torch
@@ -133,9 +134,9 @@ def largefov_vgg16_backbone() -> Backbone:
 
 
 def small_cnn_backbone(channels: int = 32) -> Backbone:
-    """Three 3x3 convolutions, stride 4: a backbone for demonstrations and tests that sees 15 px only.
+    """Make three 3x3 convolutions, stride 4: a backbone for demonstrations and tests with a field of only 15 px.
 
-    With so small a receptive field of its own, what the network can see is up to the head.
+    So the head determines how far the network sees.
 
     Args:
         channels: width of each of the three layers.
@@ -155,7 +156,7 @@ def small_cnn_backbone(channels: int = 32) -> Backbone:
 def load_vgg16_weights(
     backbone: Backbone, fc6: nn.Conv2d | AdaptiveConv2d, fc7: nn.Conv2d, weights: str | Path
 ) -> None:
-    """Copies torchvision's VGG16 weights into a LargeFOV network; all are checked before any is copied.
+    """Copy torchvision's VGG16 weights into a LargeFOV network; all are checked before any is copied.
 
     A file with conv layers alone (`features.N.weight`, `features.N.bias`) fills the backbone. A whole one
     (`classifier.0` and `classifier.3` too) also fills fc6 and fc7 by DeepLab's subsampling (Chen et al.,

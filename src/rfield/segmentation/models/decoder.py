@@ -1,4 +1,4 @@
-"""Sharper borders: a head's features, refined with a finer map of the backbone, become logits."""
+"""A decoder for sharper borders: it joins a head's features with a finer map of the backbone."""
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +14,9 @@ class Decoder(nn.Module):
     """DeepLabv3+'s decoder (Chen et al., ECCV 2018): logits on the grid of a finer map.
 
     The head gives features instead of logits, interpolated to the finer grid; the finer map is reduced to few
-    channels, so that it does not outweigh them; two 3x3 convolutions join both. Batch norm stands after the reduction
-    alone, since backbones differ by far in the size of their features; what comes from the head depends on its
-    dilation, and the running statistics of a search's many dilations would fit none.
+    channels, so that it does not outweigh them; two 3x3 convolutions join both. Only the reduction has a batch norm,
+    since the features of backbones differ much in size. The head's features have none: they depend on its dilation,
+    and the running statistics over a search's many dilations would fit none of them.
 
     Args:
         in_channels: of the head's features, C.
@@ -57,17 +57,17 @@ class Decoder(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def start(self, head: nn.Module) -> None:
-        """Has a head's last layers start as those of features do; as those of logits they would be near 0."""
+        """Initialise a head's last layers for features; initialised for logits, their outputs would be near 0."""
         for name, module in head.named_modules():
             if isinstance(module, nn.Conv2d) and name.endswith("fc8"):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
 
     def chain(self) -> list[nn.Module]:
-        """The modules in their order of execution, on the way of the head's features."""
+        """Return the modules in the order of execution, from the head's features on."""
         return [nn.Upsample(scale_factor=self.ratio), self.join]
 
     def forward(self, fine: Tensor, context: Tensor, output_size: tuple[int, int] | None = None) -> Tensor:
-        """Maps both to logits.
+        """Map both to logits.
 
         Args:
             fine: the backbone's finer map, Tensor[N, F, h, w].
@@ -84,7 +84,7 @@ class Decoder(nn.Module):
 
 
 def output_layers(backbone: Backbone, num_classes: int, decoder: bool) -> tuple[int, Decoder | None]:
-    """How many channels a head should give, and the decoder that makes logits of them, if one is wanted.
+    """Return how many channels a head should give, and the decoder that makes logits of them, or None.
 
     Raises:
         ValueError: the backbone has no finer map.

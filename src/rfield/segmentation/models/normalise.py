@@ -1,4 +1,4 @@
-"""From the normalisation of the data transforms to the one that a backbone's weights were trained with."""
+"""Turn the data transforms' normalisation into the one that a backbone's weights were trained with."""
 
 from collections.abc import Sequence
 
@@ -9,10 +9,10 @@ from rfield.segmentation.conventions import IMAGENET_MEAN, IMAGENET_STD
 
 
 class InputNormalisation(nn.Module):
-    """Turns images normalised by ImageNet's mean and deviation into ones normalised otherwise.
+    """Renormalises images from ImageNet's mean and deviation to others.
 
-    It stands before the first convolution and is not folded into it, so that the zeros with which that pads are the
-    zeros that the weights have seen in training. Its two buffers are saved with the network.
+    It stands before the first convolution and is not folded into it, so that the padding zeros mean what they meant in
+    the training of the weights. Its two buffers are saved with the network.
 
     Args:
         mean: per channel, of images from 0 to 1.
@@ -40,5 +40,5 @@ class InputNormalisation(nn.Module):
         self.register_buffer("shift", (between / theirs).float().reshape(3, 1, 1))
 
     def forward(self, image: Tensor) -> Tensor:
-        """Maps Tensor[N, 3, H, W] to the same size."""
+        """Map Tensor[N, 3, H, W] to the same size."""
         return image * self.scale + self.shift

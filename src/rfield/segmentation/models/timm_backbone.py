@@ -1,4 +1,4 @@
-"""timm's networks as backbones: the wanted feature map, put on the corner-anchored grid."""
+"""timm's networks as backbones, on the corner-anchored grid."""
 
 import dataclasses
 import difflib
@@ -19,22 +19,22 @@ from rfield.segmentation.models.normalise import InputNormalisation
 from rfield.segmentation.models.weights import fit_keys, state_dict_mismatches
 
 _STRIDES = (8, 16, 32)
-# Px along the longer side that the field is probed at, before the stride's own share is added.
+# Sizes in px, along the longer side, at which the field is probed, before the stride's own share is added.
 _PROBE_LENGTHS = (256, 512, 1024, 2048, 4096)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Placement:
-    """How a timm network's maps come to lie on the grid whose feature p is centred on px p * stride."""
+    """How a timm network's maps are placed on the grid, where feature p is centred on px p * stride."""
 
     before: int
-    """Px of padding left and above the image, beside the network's own."""
+    """Px of padding left and above the image, in addition to the network's own."""
     after: int
     """Px of padding right and below."""
     fine_start: int
     """The first feature of the finer map that is kept."""
     offset: float
-    """Px from p * stride to the middle of what feature p sees."""
+    """Px from p * stride to the centre of the field of feature p."""
     field: float
     """Receptive field in px."""
     local_field: float
@@ -44,12 +44,12 @@ class _Placement:
 class TimmBackbone(Backbone):
     """A timm network that gives one feature map, and a finer one for a decoder.
 
-    For image sides of k * stride + 1 px it gives k + 1 features, as every backbone. Networks of odd kernels with
+    For image sides of k * stride + 1 px it gives k + 1 features, like every backbone. Networks with odd kernels and
     symmetric padding (ResNet, MobileNet, EfficientNet, RegNet) do so by themselves and are exactly corner-anchored.
-    Networks of patches or even kernels (ConvNeXt, DenseNet, VGG) look to the right and below: the image is padded by
-    stride - 1 px more, split such that feature p is centred on px p * stride, give or take half a px. Where paths of
-    different alignment are added up (the pooled shortcuts of ResNet-D) the middle of what a feature sees may be off
-    by more; `offset_px` has it. All this is measured by gradients when the network is built.
+    The fields of networks with patches or even kernels (ConvNeXt, DenseNet, VGG) lie to the right and below: the image
+    is padded by stride - 1 px more, split such that feature p is centred on px p * stride, within half a px. Where
+    paths of different alignment are summed (the pooled shortcuts of ResNet-D) the offset may be larger; it is in
+    `offset_px`. All this is measured by gradients when the network is built.
 
     Args:
         net: timm's network, with `features_only`.
@@ -59,9 +59,9 @@ class TimmBackbone(Backbone):
 
     Attributes:
         receptive_field: (height, width) in px; infinite with squeeze-excite, attention or other global layers.
-        nominal_receptive_field_px: then, what it sees without them, and 1 px where that cannot be told: run files
-            record a figure that the head's dilation can add to.
-        offset_px: px from p * stride to the middle of what feature p sees.
+        nominal_receptive_field_px: if infinite, the field without these layers, or 1 px if that is unknown, so that
+            run files record a finite number to which the head's dilation adds.
+        offset_px: px from p * stride to the centre of the field of feature p.
 
     Raises:
         ValueError: the network's map of this stride cannot be put on the grid.
@@ -89,7 +89,7 @@ class TimmBackbone(Backbone):
         self.offset_px = self.placement.offset
 
     def maps(self, image: Tensor) -> list[Tensor]:
-        """The finer map, if there is one, and the features, as timm gives them."""
+        """Return the finer map, if there is one, and the features, as timm gives them."""
         if self.normalise is not None:
             image = self.normalise(image)
         maps = self.net(image)
@@ -97,11 +97,11 @@ class TimmBackbone(Backbone):
         return [part.permute(0, 3, 1, 2) for part in wanted] if self._channels_last else wanted
 
     def forward(self, image: Tensor) -> Tensor:
-        """Maps Tensor[N, 3, k * stride + 1, l * stride + 1] to features Tensor[N, C, k + 1, l + 1]."""
+        """Map Tensor[N, 3, k * stride + 1, l * stride + 1] to features Tensor[N, C, k + 1, l + 1]."""
         return self.maps(self._padded(image))[-1]
 
     def pyramid(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """The finer map and the features, corners on corners."""
+        """Return the finer map and the features; their corners coincide."""
         if self._fine_index is None:
             return super().pyramid(image)
         fine, features = self.maps(self._padded(image))
@@ -163,7 +163,7 @@ def load_timm_weights(backbone: TimmBackbone, weights: str | Path) -> None:
 
 
 def _create(name: str, stride: int) -> tuple[nn.Module, dict[str, Any]]:
-    """timm's network with the maps up to the last one of the stride, and the options that make it so."""
+    """Return timm's network up to its last map of the stride, and the options of `timm.create_model` for it."""
     if not timm.is_model(name):
         near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=3)
         hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() has them all."
@@ -171,7 +171,7 @@ def _create(name: str, stride: int) -> tuple[nn.Module, dict[str, Any]]:
     options: dict[str, Any] = {} if stride == 32 else {"output_stride": stride}
     try:
         net: Any = timm.create_model(name, features_only=True, **options)
-    except Exception:  # As many types as networks; without dilation it may work.
+    except Exception:  # Each network raises its own type; without dilation it may work.
         options = {}
         try:
             net = timm.create_model(name, features_only=True)
@@ -200,17 +200,17 @@ def _first_line(error: Exception) -> str:
 
 
 def _normalisation(net: nn.Module) -> InputNormalisation | None:
-    """What the weights need done to an image that ImageNet's mean and deviation have normalised."""
+    """Return what renormalises images from ImageNet's mean and deviation to the network's own, or None."""
     config: Any = getattr(net, "pretrained_cfg", None) or {}
     mean, std = tuple(config.get("mean", IMAGENET_MEAN)), tuple(config.get("std", IMAGENET_STD))
     return None if (mean, std) == (IMAGENET_MEAN, IMAGENET_STD) else InputNormalisation(mean, std)
 
 
 def _load(net: nn.Module, name: str, weights: str | Path) -> None:
-    """Copies a file's weights; all are checked before any is copied. What the maps do not need may be in it."""
+    """Copy a file's weights; all are checked before any is copied. The file may hold further layers."""
     wanted = {_plain(key) for key in net.state_dict()}
     state, _ = fit_keys(read_weights(Path(weights)), wanted, lambda key: key.replace(".", "_"))
-    # features_only puts other separators into some names, and a wrapper around others.
+    # features_only changes the separators in some names, and wraps others.
     flat = {key.replace(".", "_"): key for key in state}
     targets, shapes = {}, {}
     for key, target in net.state_dict().items():
@@ -232,12 +232,12 @@ def _plain(key: str) -> str:
     return key.removeprefix("model.").removeprefix("body.").replace(".", "_")
 
 
-# Probing takes a second or more, and one process may build the same network several times.
+# Measuring takes a second or more, and one process may build the same network several times.
 _PLACEMENTS: dict[tuple[str, int], _Placement] = {}
 
 
 def _place(backbone: TimmBackbone, name: str) -> _Placement:
-    """Finds the padding with which k * stride + 1 px give k + 1 features centred where they should be."""
+    """Return the padding with which k * stride + 1 px give k + 1 features, centred on the grid."""
     key = (name, backbone.stride)
     if key not in _PLACEMENTS:
         _PLACEMENTS[key] = _measure(backbone, name)
@@ -249,7 +249,7 @@ def _measure(backbone: TimmBackbone, name: str) -> _Placement:
     for more in (0, backbone.stride - 1):
         try:
             counts = [_count(backbone, steps * backbone.stride + 1 + more) for steps in (2, 5)]
-        except Exception as error:  # A network of fixed or of even sizes says so in its own way.
+        except Exception as error:  # Networks of fixed or even sizes raise their own types.
             why = why or _first_line(error)
             continue
         if counts != [3, 6]:
@@ -264,13 +264,13 @@ def _measure(backbone: TimmBackbone, name: str) -> _Placement:
 
 
 def _placement(backbone: TimmBackbone, more: int) -> _Placement:
-    """How to split so many px of padding."""
+    """Return how `more` px of padding are split."""
     stride = backbone.stride
 
     def offset(window: Window, step: int) -> float:
         measured = window.centre - window.position * step
         if not (math.isfinite(window.local) and abs(measured) <= step):
-            # Attention has no middle: a network that fits by itself is taken to be right, another to be of patches.
+            # The field of attention has no centre: assume that a network fits without padding, and has patches with it.
             return (step - 1) / 2 if more else 0.0
         return round(measured, 3)  # The same on every machine.
 

@@ -1,4 +1,4 @@
-"""Training a parsing network with a learned receptive field; Lightning runs the loop."""
+"""Train a network with a learned receptive field; Lightning runs the loop."""
 
 from rfield.segmentation.training.callbacks import (
     FACTOR_COLUMNS,
@@ -7,8 +7,9 @@ from rfield.segmentation.training.callbacks import (
     LineProgress,
     read_factor_csv,
 )
+from rfield.segmentation.training.fields import present_field
 from rfield.segmentation.training.fit import prepare, train
-from rfield.segmentation.training.module import ParsingModule, present_field
+from rfield.segmentation.training.module import ParsingModule
 from rfield.segmentation.training.run_folder import check_classes, clear_run_folder
 from rfield.segmentation.training.stopping import Interrupted
 

@@ -1,4 +1,4 @@
-"""What is written and shown while a network trains."""
+"""Write and show the course of a training."""
 
 import csv
 import os
@@ -15,7 +15,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from rfield.layers import LearnedFactor
 from rfield.search import GradientSearch, SampledSearch, SpsaSearch
 from rfield.segmentation.files.atomic import write_csv, write_error
-from rfield.segmentation.training.module import ParsingModule, present_field, present_fields
+from rfield.segmentation.training.fields import present_field, present_fields
+from rfield.segmentation.training.module import ParsingModule
 from rfield.segmentation.training.search_phase import SearchPhase
 
 FACTOR_COLUMNS = (
@@ -28,13 +29,13 @@ FACTOR_COLUMNS = (
     "loss",
 )
 _AXES = ("height", "width")
-# Fewer steps at a bound mean nothing, however short the search.
+# Fewer steps at a bound are no reason to warn, however short the search is.
 _LEAST_PINNED = 20
 PATH_COLUMNS = ("step", "path", "axis", "factor", "effective_dilation", "receptive_field_px")
 
 
 class _StepLog(Callback):
-    """Writes a CSV file, a row a step or more; on resuming, drops the rows after the checkpoint."""
+    """Writes one or more rows per step to a CSV file; drops the rows after the checkpoint when a run is resumed."""
 
     columns: tuple[str, ...]
 
@@ -43,7 +44,7 @@ class _StepLog(Callback):
         self._rows: list[list[Any]] = []
 
     def rows(self, trainer: L.Trainer, module: ParsingModule, loss: float) -> list[list[Any]]:
-        """What a step adds after the step's number."""
+        """Return the rows of a step, without the step's number."""
         raise NotImplementedError
 
     @rank_zero_only
@@ -67,7 +68,7 @@ class _StepLog(Callback):
 
     @rank_zero_only
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        self._flush()  # No checkpoint is ahead of its rows.
+        self._flush()  # The rows of a checkpoint's steps are on the disk before it.
 
     def _flush(self) -> None:
         try:
@@ -81,7 +82,7 @@ class _StepLog(Callback):
 
 
 class FactorLog(_StepLog):
-    """`factor.csv`: a row a step, of the first path along the height."""
+    """Writes `factor.csv`: one row per step, of the first path along the height."""
 
     columns = FACTOR_COLUMNS
 
@@ -91,7 +92,7 @@ class FactorLog(_StepLog):
 
 
 class PathLog(_StepLog):
-    """`paths.csv`: a row a step, path and axis."""
+    """Writes `paths.csv`: one row per step, path and axis."""
 
     columns = PATH_COLUMNS
 
@@ -107,7 +108,7 @@ class PathLog(_StepLog):
 
 
 class PinnedFactor(Callback):
-    """Says once for each factor that it has been at a bound for a fifth of its search, and what to do."""
+    """Warns once for each factor that has been at a bound for a fifth of its search, and says what to do."""
 
     def __init__(self) -> None:
         self.steps: dict[tuple[int, int, bool], int] = {}
@@ -119,7 +120,7 @@ class PinnedFactor(Callback):
         assert isinstance(pl_module, ParsingModule)
         search = pl_module.search
         if search is None or pl_module.phase is not SearchPhase.SEARCHING or isinstance(search, SampledSearch):
-            return  # A sampled search reads a curve, whose end may be the best.
+            return  # A sampled search evaluates the whole curve, and its end may be the best.
         if isinstance(search, GradientSearch) and trainer.global_step <= pl_module.factor_start:
             return
         for index, group in enumerate(search.groups):
@@ -129,15 +130,18 @@ class PinnedFactor(Callback):
                     self.steps[key] = self.steps.get(key, 0) + 1 if at_most == large else 0
                     if self.steps[key] == max(_LEAST_PINNED, search.steps // 5):
                         name = f"step {trainer.global_step}: the factor of path {index + 1}, {_AXES[axis]}"
-                        _tell_of_pinned(name, large, self.steps[key])
+                        _warn_of_bound(name, large, self.steps[key])
 
 
 def bounds_reached(layer: LearnedFactor, tighter: bool) -> dict[int, bool | None]:
-    """For each axis with a factor: whether the field is as large (True) or small (False) as it may be, or neither.
+    """Return for each axis with a factor whether it is at its bounds.
 
     Args:
         layer: has seen a map.
-        tighter: whether the factor is kept within the tighter axis's bounds, as in a search that holds dilations.
+        tighter: whether the tighter axis's bounds hold for both, as in a search that overrides dilations.
+
+    Returns:
+        By axis: True if the field is as large as it may be, False if it is as small as it may be, None if neither.
     """
     if layer.map_size is None:
         return {}
@@ -155,7 +159,7 @@ def bounds_reached(layer: LearnedFactor, tighter: bool) -> dict[int, bool | None
     return reached
 
 
-def _tell_of_pinned(name: str, large: bool, steps: int) -> None:
+def _warn_of_bound(name: str, large: bool, steps: int) -> None:
     if large:
         bound = "lower bound, where the dilation is the map's size"
         advice = "Use a larger crop_size or canvas, a smaller factor_lr or a later factor_start"
@@ -163,7 +167,7 @@ def _tell_of_pinned(name: str, large: bool, steps: int) -> None:
         bound = "upper bound, where the dilation is 1"
         advice = "Use a smaller output_stride, whose features are finer, or a smaller factor_lr"
     warnings.warn(
-        f"{name}, has been at its {bound} for {steps} steps. {advice}; or search sampled, which reads the whole curve",
+        f"{name}, has been at its {bound} for {steps} steps. {advice}; or search sampled, which tries all dilations",
         stacklevel=2,
     )
 
@@ -171,8 +175,8 @@ def _tell_of_pinned(name: str, large: bool, steps: int) -> None:
 class SearchStep(Callback):
     """Does the search's part of each step.
 
-    It stands after the callbacks that log a step as it ran, and before those that may save its end and stop. Lightning
-    calls the module's own hook after all callbacks, which is too late for the second kind.
+    Its place is after the callbacks that log a step, and before those that may save and stop. Lightning calls the
+    module's own hook after all callbacks, which would be too late for the latter.
     """
 
     def on_train_batch_end(
@@ -183,10 +187,10 @@ class SearchStep(Callback):
 
 
 class LastValidation(Callback):
-    """Has the last epoch end with a validation, whatever the interval, so that it can be the best."""
+    """Validates after the last epoch, whatever the interval, so that the last checkpoint can be the best."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.on_train_epoch_start(trainer, pl_module)  # A run resumed inside an epoch does not start it again.
+        self.on_train_epoch_start(trainer, pl_module)  # It does not run if a run resumes inside an epoch.
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.current_epoch + 1 == trainer.max_epochs:
@@ -194,7 +198,7 @@ class LastValidation(Callback):
 
 
 class _FreshScore(Callback):
-    """Knows whether the score at hand is of this epoch; Lightning keeps the last one."""
+    """Tracks whether the last score is of this epoch; Lightning shows an old one."""
 
     _validated = -1
 
@@ -203,12 +207,12 @@ class _FreshScore(Callback):
         super().on_validation_end(trainer, pl_module)
 
     def names(self, trainer: L.Trainer, names: Iterable[str]) -> list[str]:
-        """The names of the metrics to show."""
+        """Return the names of the metrics to show."""
         return [name for name in names if name != "miou" or self._validated == trainer.current_epoch]
 
 
 class BarProgress(_FreshScore, RichProgressBar):
-    """A progress bar that moves, for terminals."""
+    """Shows a progress bar, for terminals."""
 
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Any:
         metrics = super().get_metrics(trainer, pl_module)
@@ -216,7 +220,7 @@ class BarProgress(_FreshScore, RichProgressBar):
 
 
 class LineProgress(_FreshScore):
-    """One line an epoch, for logs and pipes where a progress bar cannot move."""
+    """Prints one line per epoch, for logs and pipes, where a progress bar cannot move."""
 
     @rank_zero_only
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -227,14 +231,14 @@ class LineProgress(_FreshScore):
 
 
 def read_factor_csv(path: Path) -> dict[str, np.ndarray]:
-    """The columns of a run's `factor.csv`; an empty cell is NaN."""
+    """Return the columns of a run's `factor.csv`; an empty cell is NaN."""
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     return {name: np.array([float(row[name] or "nan") for row in rows]) for name in FACTOR_COLUMNS}
 
 
 def read_paths_csv(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Steps and factors of each path and axis of a run's `paths.csv`, by name."""
+    """Return steps and factors of each path and axis of a run's `paths.csv`, by name."""
     found: dict[str, list[tuple[float, float]]] = {}
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))

@@ -1,4 +1,4 @@
-"""Several processes that train one network: who started them, what they share, and what must be the same in all."""
+"""Training in several processes: who started them, what they share, and what must be the same in all."""
 
 import os
 from collections.abc import Callable
@@ -14,12 +14,12 @@ from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvir
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-# How long one waits for another, which may have features to compute.
+# How long a process waits for another, which may have features to compute.
 _PATIENCE = timedelta(minutes=30)
 
 
 def launcher() -> ClusterEnvironment | None:
-    """What torchrun or srun says of this process, if it has started several."""
+    """Return what torchrun or srun says of this process, or None if it has not started several."""
     for kind in (TorchElasticEnvironment, SLURMEnvironment):
         if kind.detect():
             environment: ClusterEnvironment = kind()
@@ -27,8 +27,8 @@ def launcher() -> ClusterEnvironment | None:
     return None
 
 
-def machines() -> int:
-    """How many machines the processes of torchrun or srun run on; 1 without them."""
+def num_nodes() -> int:
+    """Return the number of machines that the processes of torchrun or srun run on; 1 without them."""
     if launcher() is None:
         return 1
     if "LOCAL_WORLD_SIZE" in os.environ:  # torchrun's
@@ -58,7 +58,7 @@ def init_distributed(devices: int) -> None:
         ValueError: if this machine has fewer GPUs than processes.
     """
     environment = launcher()
-    here = devices // machines()
+    here = devices // num_nodes()
     if torch.cuda.is_available() and here > torch.cuda.device_count():
         raise ValueError(f"{here} processes on this machine need as many GPUs, but it has {torch.cuda.device_count()}")
     if environment is not None and not dist.is_initialized():
@@ -74,24 +74,24 @@ def init_distributed(devices: int) -> None:
         )
 
 
-def rank_and_processes() -> tuple[int, int]:
-    """Which process this is, and of how many; (0, 1) where there is one."""
+def rank_and_world_size() -> tuple[int, int]:
+    """Return the number of this process, and how many there are; (0, 1) for a single one."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def is_first() -> bool:
-    """Whether this process is the one that reads, writes and speaks for all."""
+def is_rank_zero() -> bool:
+    """Return whether this process is the one that reads, writes and prints for all."""
     return dist.get_rank() == 0 if dist.is_initialized() else int(os.environ.get("LOCAL_RANK", 0)) == 0
 
 
-def first_does(action: Callable[[], Any]) -> None:
-    """Has the first process do something before any goes on.
+def rank_zero_first(action: Callable[[], Any]) -> None:
+    """Run something in the first process while the others wait.
 
-    If it fails with a `ValueError` or `OSError`, the others end with status 2 and leave it to say why. (Processes that
-    Lightning has started by itself, for `devices`, come later.)
+    If it fails with a `ValueError` or `OSError`, the first process raises it and the others exit with status 2.
+    (Lightning starts its own processes, for `devices`, later.)
     """
     failure: BaseException | None = None
-    if is_first():
+    if is_rank_zero():
         try:
             action()
         except (ValueError, OSError) as error:
@@ -99,21 +99,21 @@ def first_does(action: Callable[[], Any]) -> None:
     if dist.is_initialized():
         failed = [failure is not None]
         dist.broadcast_object_list(failed)
-        if failed[0] and not is_first():
+        if failed[0] and not is_rank_zero():
             raise SystemExit(2)
     if failure is not None:
         raise failure
 
 
 def refuse_unequal(factors: Tensor, where: str) -> None:
-    """Ends all processes if their factors differ by so much as a bit.
+    """Refuse to go on if the factors of the processes differ in any bit.
 
     Args:
         factors: Tensor[number of factors], on the device that trains.
-        where: what the error begins with.
+        where: the start of the error message.
 
     Raises:
-        ValueError: with the least and the greatest value of each factor that differs.
+        ValueError: names the least and the greatest value of each factor that differs.
     """
     least, most = factors.clone(), factors.clone()
     dist.all_reduce(least, dist.ReduceOp.MIN)
@@ -123,7 +123,7 @@ def refuse_unequal(factors: Tensor, where: str) -> None:
     if differing:
         raise ValueError(
             f"{where}: the processes no longer train one network, their factors differ: {', '.join(differing)}. The "
-            "last checkpoint is from before; --resume goes on from there, with the same factors in all processes"
+            "last checkpoint is from before; --resume continues from it, with the same factors in all processes"
         )
 
 

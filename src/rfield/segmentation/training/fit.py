@@ -31,16 +31,17 @@ from rfield.segmentation.models import ParsingNetwork, default_weights
 from rfield.segmentation.runs import build_network, load_run
 from rfield.segmentation.training.bad_samples import count_skipped, share_skipped, worker_message
 from rfield.segmentation.training.distributed import (
-    first_does,
     init_distributed,
-    is_first,
+    is_rank_zero,
+    rank_zero_first,
     share_statistics,
     world_size,
 )
+from rfield.segmentation.training.fields import present_fields
 from rfield.segmentation.training.held_out import HeldOut, WholeImages, draw_held_out, tell_of_few
 from rfield.segmentation.training.loaders import Loaders, loader_position
 from rfield.segmentation.training.losses import class_weights
-from rfield.segmentation.training.module import ParsingModule, present_fields
+from rfield.segmentation.training.module import ParsingModule
 from rfield.segmentation.training.report import describe_fields, plot_results
 from rfield.segmentation.training.run_folder import check_run_folder, start_run_folder
 from rfield.segmentation.training.search_phase import SearchPhase
@@ -128,7 +129,7 @@ def prepare_data(config: TrainConfig, progress: Progress) -> Data:
     init_distributed(config.run.devices)
     torch.manual_seed(config.run.seed)
     config, train_set, val_set = _open_data(config)
-    first_does(lambda: check_run_folder(Path(config.run.out), config, train_set))
+    rank_zero_first(lambda: check_run_folder(Path(config.run.out), config, train_set))
     named = config.search.class_groups
     groups = None if named is None else class_groups(named, config.model.paths, train_set)
     weights = class_weights(config.optim.class_weights, train_set, progress)
@@ -162,7 +163,7 @@ def build(data: Data, progress: Progress) -> Built:
     chances = module.chances(held_out.batches()) if drawn else []
     if config.run.devices > 1:
         share_statistics(network)
-    if is_first():
+    if is_rank_zero():
         _note_random_weights(config.model)
         tell_of_few(len(held_out), len(train_set))
     return Built(module, train_samples, val_features, frozenset(drawn), held_out, chances)
@@ -171,10 +172,10 @@ def build(data: Data, progress: Progress) -> Built:
 def resume_state(data: Data) -> ResumeState:
     """Start the run folder, or find where the run in it goes on."""
     out = Path(data.config.run.out)
-    first_does(lambda: start_run_folder(out, data.config, data.train_set, data.groups))
+    rank_zero_first(lambda: start_run_folder(out, data.config, data.train_set, data.groups))
     last = out / "checkpoints" / LAST
     if data.config.run.resume:
-        first_does(lambda: settle_checkpoints(last.parent))
+        rank_zero_first(lambda: settle_checkpoints(last.parent))
     if not (data.config.run.resume and last.is_file()):
         return ResumeState(None, (0, 0), SearchPhase.SEARCHING)
     load_run(out)  # A damaged checkpoint is named here, and not by Lightning.
@@ -269,7 +270,7 @@ def _open_data(config: TrainConfig) -> tuple[TrainConfig, ParsingDataset, Parsin
     options, model = config.data, config.model
     train_set = load_dataset(options.data, options.train_split)
     val_set = load_dataset(options.data, options.val_split)
-    first_does(lambda: _check_data(options))
+    rank_zero_first(lambda: _check_data(options))
     if options.skip_bad:
         train_set, val_set = SkippingDataset(train_set), SkippingDataset(val_set, labelled=False)
     canvas = (model.canvas or _canvas([train_set, val_set])) if model.freeze_backbone else model.canvas

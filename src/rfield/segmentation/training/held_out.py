@@ -12,7 +12,7 @@ from rfield.search.certainty import LEAST_IMAGES
 from rfield.segmentation.config.train import counted
 from rfield.segmentation.data import IGNORE_INDEX, ParsingDataset, evaluation_transform
 from rfield.segmentation.inference.feature_cache import CachedFeatures
-from rfield.segmentation.training.distributed import rank_and_processes
+from rfield.segmentation.training.distributed import rank_and_world_size
 
 # Share of the training images, and the most of them; more where they would be fewer than a verdict needs, but never
 # more than a third.
@@ -59,7 +59,7 @@ class HeldOut:
             )
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return self.batches(*rank_and_processes())
+        return self.batches(*rank_and_world_size())
 
     def __len__(self) -> int:
         return len(self.indices)

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from rfield.segmentation.data import EpochSampler
-from rfield.segmentation.training.distributed import rank_and_processes
+from rfield.segmentation.training.distributed import rank_and_world_size
 from rfield.segmentation.training.stopping import leave_signals
 
 
@@ -61,10 +61,10 @@ class Loaders(L.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
         # Split without padding, so that no image counts twice; if a process would have none, all score all.
-        rank, processes = rank_and_processes()
+        rank, world_size = rank_and_world_size()
         own: Any = self.val_samples
-        if len(own) >= processes:
-            own = Subset(own, range(rank, len(own), processes))
+        if len(own) >= world_size:
+            own = Subset(own, range(rank, len(own), world_size))
         return DataLoader(own, batch_size=1, num_workers=self.workers, worker_init_fn=leave_signals)
 
 

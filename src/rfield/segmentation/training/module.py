@@ -1,9 +1,8 @@
-"""The training step of a parsing network, for Lightning."""
+"""The training step of a network, for Lightning."""
 
 import time
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import lightning as L
@@ -14,7 +13,6 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
 from rfield.layers import ReceptiveFieldRegulator
-from rfield.receptive_field.theoretical import receptive_field_px
 from rfield.search import (
     NARROWINGS,
     GradientSearch,
@@ -34,26 +32,27 @@ from rfield.segmentation.inference.predict import feature_logits, predict_logits
 from rfield.segmentation.metrics import confusion_matrix, segmentation_scores
 from rfield.segmentation.models import MultiPathHead, ParsingNetwork
 from rfield.segmentation.training.distributed import refuse_unequal
+from rfield.segmentation.training.fields import present_field
 from rfield.segmentation.training.losses import make_loss, norm_over_processes
 from rfield.segmentation.training.search_phase import SearchPhase
 
 Batch = tuple[Tensor, Tensor]
-# Logits of a path over those of the sum that count as a drift of the paths, and logits of a path that always do.
+# The paths drift apart if one's logits exceed so many times those of their sum, or exceed the second number.
 _DRIFT, _LARGEST_LOGITS = 5.0, 50.0
 
 
 class ParsingModule(L.LightningModule):
-    """The training step of a parsing network: the loss, poly schedule, a factor with its own rate.
+    """The training step: the loss, the poly schedule, and a learning rate of its own for the factors.
 
     Args:
         network: what to train.
         config: resolved.
         class_names: the classes' names.
-        held_out: gives the batches that a sampled search reads its curve on.
-        class_groups: the classes of each path, to guide its receptive field by.
-        class_weights: how much each class counts in the loss; `config.optim.class_weights` may say how to find them.
-        reading_weights: how much each class counts when a sampled search reads its curve, Tensor[num_classes]; by
-            default the curve is the loss.
+        held_out: the batches on which a sampled search evaluates its curve.
+        class_groups: the classes of each path, which guide its receptive field.
+        class_weights: the weight of each class in the loss; `config.optim.class_weights` may only say how to find them.
+        reading_weights: the weight of each class in the curve of a sampled search, Tensor[num_classes]; None makes the
+            curve one of the loss.
 
     Raises:
         ValueError: the loss does not fit the weights or the classes, or needs a package that is missing.
@@ -87,10 +86,10 @@ class ParsingModule(L.LightningModule):
         self.search: Search | None = None
         self.phase = SearchPhase.DONE if config.search.search == "none" else SearchPhase.SEARCHING
         self.search_seconds = 0.0
-        # For the callbacks.
+        # Read by the callbacks.
         self.step_loss = self.mean_loss = torch.zeros(())
         self._drifting = False
-        # A batch, and its features, with or without a graph.
+        # The last batch, whether its features have a graph, and the features.
         self._seen: tuple[Batch, bool, tuple[Tensor, ...]] | None = None
         self._search_state: dict[str, Any] | None = None
         if config.model.freeze_backbone:
@@ -108,13 +107,13 @@ class ParsingModule(L.LightningModule):
             self.network.backbone.eval()
 
     def on_train_batch_start(self, batch: Any, batch_index: int) -> None:
-        # Dropout depends on seed, step and process alone, so that a resumed epoch repeats itself. Not an epoch's
-        # affair: whether its loader draws before or after the hook is another matter in a resumed run.
+        # Dropout depends on seed, step and process alone, so that a resumed epoch repeats itself. A seed per epoch
+        # would not do: in a resumed run the loader may draw random numbers before the hook instead of after it.
         seeds = np.random.SeedSequence([self.config.run.seed, self.global_step, self.global_rank])
         torch.manual_seed(int(seeds.generate_state(1)[0]))
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
-        """The loss of a batch, at the dilations that the search wants to see."""
+        """Return the loss of a batch, at the dilations that the search asks for."""
         self.factor_gradients = None
         if self.trainer.world_size > 1:
             batch = self._without_repeats(batch, batch_index)
@@ -126,24 +125,24 @@ class ParsingModule(L.LightningModule):
         return loss
 
     def _without_repeats(self, batch: Batch, batch_index: int) -> Batch:
-        """An epoch's last batch without what only fills it up; all of it without labels, if there is nothing else."""
+        """Remove the repeated samples that fill up an epoch's last batch, or their labels if all are repeated."""
         input, mask = batch
         kept = ~torch.tensor(self._sampler.repeated(batch_index * self._share, len(mask)), device=mask.device)
         return (input[kept], mask[kept]) if kept.any() else (input, torch.full_like(mask, IGNORE_INDEX))
 
     def _loss(self, network: nn.Module, batch: Batch) -> Tensor:
-        """The loss over the batch's labelled pixels."""
+        """Return the loss over the batch's labelled pixels."""
         logits, mask = self._logits(network, batch)
         return self.criterion(logits, mask)
 
     def _guided_loss(self, network: nn.Module, batch: Batch) -> Tensor | tuple[Tensor, Tensor]:
-        """The same, and for each factor what it is learned by: the cross-entropy, its path's classes weighing more."""
+        """Return the loss and each factor's own loss: the cross-entropy, in which its path's classes weigh more."""
         assert self.search is not None
         logits, mask = self._logits(network, batch)
         loss = self.criterion(logits, mask)
         reading = isinstance(self.search, SampledSearch)
         if reading and torch.is_grad_enabled():
-            return loss  # A drawn step teaches the weights alone.
+            return loss  # A step at a drawn dilation trains only the weights.
         losses = F.cross_entropy(logits, mask, ignore_index=IGNORE_INDEX, reduction="none")
         if reading and self.reading_weights is not None:
             losses = losses * self.reading_weights.to(mask.device)[mask.clamp(max=len(self.class_names) - 1)]
@@ -169,13 +168,13 @@ class ParsingModule(L.LightningModule):
 
     @torch.no_grad()
     def chances(self, batches: Iterable[Batch]) -> list[float]:
-        """For each factor the loss of predicting the classes' shares everywhere, read as a sampled search reads it.
+        """Return for each factor the loss of predicting the classes' shares everywhere, as the search evaluates it.
 
         Args:
             batches: the held-out images, one each.
 
         Raises:
-            ValueError: if no pixel that the loss sees has a label.
+            ValueError: no pixel that the loss sees has a label.
         """
         masks = [self._target(self.network, batch)[1] for batch in batches]
         classes, factors = len(self.class_names), len(learned_layers(self.network))
@@ -200,7 +199,7 @@ class ParsingModule(L.LightningModule):
         return [sum(losses) / len(losses)] * factors
 
     def _logits(self, network: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Logits and mask where the loss is taken."""
+        """Return logits and labels where the loss is taken."""
         assert isinstance(network, ParsingNetwork)
         input, mask, output_size = self._target(network, batch)
         if not self.config.model.freeze_backbone:
@@ -210,7 +209,7 @@ class ParsingModule(L.LightningModule):
         return network.head(input, output_size).float(), mask
 
     def _target(self, network: ParsingNetwork, batch: Batch) -> tuple[Tensor, Tensor, tuple[int, int] | None]:
-        """What the network sees, and the mask where the loss is taken, with its size where that is the image's."""
+        """Return the network's input, the labels where the loss is taken, and their size (None: the feature grid)."""
         input, mask = (part.to(self.device) for part in batch)
         input = input.contiguous(memory_format=torch.channels_last)
         frozen = self.config.model.freeze_backbone
@@ -225,7 +224,7 @@ class ParsingModule(L.LightningModule):
         return input, mask, output_size
 
     def _features(self, network: ParsingNetwork, input: Tensor, batch: Batch) -> tuple[Tensor, ...]:
-        """Those of a batch that a search sees at several dilations are computed once."""
+        """Return a batch's features; a search that tries several dilations on a batch has them computed once."""
         seen = self._seen
         if seen is None or seen[0] is not batch or seen[1] != torch.is_grad_enabled():
             self._seen = seen = batch, torch.is_grad_enabled(), network.features(input)
@@ -259,7 +258,7 @@ class ParsingModule(L.LightningModule):
                 self.phase = SearchPhase.HOLDING_OUT
 
     def _warn_of_drift(self) -> None:
-        """Says once that the published guidance drives the paths apart."""
+        """Warn once if the published guidance drives the paths apart."""
         head = self.network.head
         if self._drifting or not isinstance(head, MultiPathHead) or head.path_logits is None:
             return
@@ -274,13 +273,13 @@ class ParsingModule(L.LightningModule):
             )
 
     def on_train_start(self) -> None:
-        self._freeze()  # A run resumed inside an epoch does not start it again.
-        # Not earlier: the optimizer's state has been loaded by now, so its groups may change their gradients' needs.
+        self._freeze()  # `on_train_epoch_start` does not run if the run resumes inside an epoch.
+        # Not earlier: freezing factors changes the optimizer's groups, and its state has been loaded only now.
         if self._search_state is not None:
             self.search_seconds = self._search_state["seconds"]
             if self.search is not None:
                 self.search.load_state_dict(self._search_state["search"])
-            else:  # It has ended; where nothing could be snapped, the factor is still to be frozen.
+            else:  # The search has ended. A factor that could not be snapped must be frozen again.
                 for group in learned_layers(self.network):
                     group[0].freeze_factor()
 
@@ -310,7 +309,7 @@ class ParsingModule(L.LightningModule):
         self.phase = SearchPhase.saved_in(checkpoint)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
-        """Scores one image, or one image's cached features, at the image's own size."""
+        """Score one image, or one image's cached features, at the image's own size."""
         input, mask = batch[0][0], batch[1][0]
         if self.config.model.freeze_backbone:
             logits = feature_logits(self.network, input, (mask.shape[0], mask.shape[1]))
@@ -320,7 +319,7 @@ class ParsingModule(L.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         scores = segmentation_scores(self.confusion.compute(), self.class_names)
-        # The matrix is that of all processes, which need the score to agree on the best checkpoint.
+        # All processes compute the score of the same matrix, since they must agree on the best checkpoint.
         self.log("miou", scores["miou"] or 0.0, prog_bar=True, sync_dist=True)
         self.confusion.reset()
 
@@ -356,7 +355,7 @@ class ParsingModule(L.LightningModule):
 
     @property
     def _share(self) -> int:
-        """Images a step in each process."""
+        """Number of images per step in each process."""
         return (self.config.optim.batch_size or 1) // self.trainer.world_size
 
     @property
@@ -366,7 +365,7 @@ class ParsingModule(L.LightningModule):
 
     @property
     def _reads_cross_entropy(self) -> bool:
-        """Whether a sampled search reads a cross-entropy of its own, and not the loss that trains."""
+        """Whether a sampled search evaluates a cross-entropy of its own, and not the training loss."""
         return self._guided or self.reading_weights is not None
 
     def _make_search(self, steps: int) -> Search | None:
@@ -383,38 +382,3 @@ class ParsingModule(L.LightningModule):
         summed = isinstance(self.network.head, MultiPathHead) and self.network.decoder is None and not self._guided
         read_paths = self._read_paths if summed else None
         return SampledSearch(self.network, loss, steps, self.held_out, seed, narrowings, read_paths=read_paths)
-
-
-@dataclass(frozen=True)
-class Field:
-    """What one path sees along one axis."""
-
-    path: int
-    axis: int
-    factor: float
-    effective_dilation: float
-    receptive_field_px: float
-
-
-def present_fields(network: ParsingNetwork) -> list[Field]:
-    """What the network sees now: path by path; along the height, then along the width where that is learned apart."""
-    head = network.head
-    paths = head.heads() if isinstance(head, MultiPathHead) else [head]
-    realised = [path.realised_dilation for path in paths]
-    layers = [path.factor_layer for path in paths]
-    total = receptive_field_px(network)
-    fields = []
-    for index, (layer, dilation) in enumerate(zip(layers, realised, strict=True)):
-        base = dilation if layer is None else layer.base_dilation
-        for axis in range(1 if layer is None else layer.log_factor.numel()):
-            # The network's field is that of the path that sees farthest along the axis; fc6 is 3x3.
-            farthest = max(each[axis] for each in realised)
-            field = total[axis] - 2 * network.stride * (farthest - dilation[axis])
-            fields.append(Field(index, axis, base[axis] / dilation[axis], dilation[axis], field))
-    return fields
-
-
-def present_field(network: ParsingNetwork) -> tuple[float, float, float]:
-    """Factor, dilation and receptive field in px of the first path, along the height."""
-    first = present_fields(network)[0]
-    return first.factor, first.effective_dilation, first.receptive_field_px

@@ -9,7 +9,7 @@ from rfield.segmentation.config.train import SearchOptions
 from rfield.segmentation.files.checkpoints import LAST, read_checkpoint
 from rfield.segmentation.files.untrusted import read_json
 from rfield.segmentation.training.callbacks import read_factor_csv, read_paths_csv
-from rfield.segmentation.training.module import Field
+from rfield.segmentation.training.fields import Field
 from rfield.segmentation.training.search_report import describe_search
 
 

@@ -1,4 +1,4 @@
-"""The run folder that a training writes: checked, started, and cleared."""
+"""Check, start and clear the run folder that a training writes."""
 
 import shutil
 from pathlib import Path
@@ -14,7 +14,7 @@ from rfield.segmentation.files.checkpoints import LAST, read_checkpoint
 from rfield.segmentation.files.untrusted import read_json
 from rfield.segmentation.runs import load_config, read_classes
 
-# What a resumed run may do otherwise.
+# Settings that may change when a run is resumed.
 _MAY_CHANGE = ("out", "workers", "cache", "skip_bad", "devices")
 _RUN_FILES = (
     "config.yaml",
@@ -31,7 +31,12 @@ _RUN_FILES = (
 
 
 def check_run_folder(out: Path, config: TrainConfig, dataset: ParsingDataset) -> None:
-    """Refuses what would overwrite a run, or continue one with other settings."""
+    """Refuse to overwrite a run, or to continue one with other settings.
+
+    Raises:
+        FileExistsError: the folder holds a run, and `config.resume` is not set.
+        ValueError: the run in it has other settings or classes, or was written by another version.
+    """
     if not (out / "config.yaml").is_file():
         return
     if not config.run.resume:
@@ -49,7 +54,11 @@ def check_run_folder(out: Path, config: TrainConfig, dataset: ParsingDataset) ->
 
 
 def check_classes(out: Path, dataset: ParsingDataset) -> None:
-    """Raises ValueError where the data set's classes are no longer those of the run in a folder."""
+    """Refuse a data set whose classes or working size differ from those of the run in a folder.
+
+    Raises:
+        ValueError: they differ; names both.
+    """
     if not (out / "classes.json").is_file():
         return
     class_names, _, size = read_classes(read_json(out / "classes.json"), out / "classes.json")
@@ -67,6 +76,7 @@ def _working_size(dataset: ParsingDataset) -> tuple[int, int] | None:
 
 
 def start_run_folder(out: Path, config: TrainConfig, dataset: ParsingDataset, groups: ClassGroups | None) -> None:
+    """Write `classes.json` and `config.yaml` of a run."""
     out.mkdir(parents=True, exist_ok=True)
     classes: dict[str, Any] = {"class_names": dataset.class_names, "palette": dataset.palette}
     if (size := _working_size(dataset)) is not None:
@@ -80,7 +90,7 @@ def start_run_folder(out: Path, config: TrainConfig, dataset: ParsingDataset, gr
 
 
 def clear_run_folder(out: Path) -> None:
-    """Removes an earlier run's files, and nothing else, from a folder."""
+    """Remove an earlier run's files from a folder, and nothing else."""
     for name in _RUN_FILES:
         path = out / name
         if path.is_dir():

@@ -6,7 +6,7 @@ from typing import Any
 from rfield.search import Verdict, judge, standard_errors
 from rfield.segmentation.config.train import ModelOptions
 from rfield.segmentation.models import default_weights
-from rfield.segmentation.training.module import Field
+from rfield.segmentation.training.fields import Field
 
 _AXES = ("height", "width")
 

@@ -1,4 +1,4 @@
-"""How a training ends early without loss: on a signal, and on a loss that is no number any more."""
+"""End a training early without losing it: on a signal, or on a loss that is not finite."""
 
 import io
 import math
@@ -19,18 +19,19 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from rfield.segmentation.config.train import counted
 from rfield.segmentation.data import EpochSampler
 from rfield.segmentation.files.checkpoints import write_checkpoint
-from rfield.segmentation.training.module import ParsingModule, present_fields
+from rfield.segmentation.training.fields import present_fields
+from rfield.segmentation.training.module import ParsingModule
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def leave_signals(worker: int) -> None:
-    """Has a process that loads samples stay when all are told to end: the one that trains has a step to finish.
+    """Make a loader's process ignore signals that are sent to all processes, so that training can finish its step.
 
-    It ends when the one that trains tells it to, by SIGTERM too.
+    It ends when the training process sends SIGTERM to it.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # else the system does not say who sent a signal, and any SIGTERM ends it
+    if hasattr(signal, "sigwaitinfo"):  # Elsewhere the sender is unknown, and any SIGTERM ends the process.
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
         threading.Thread(target=_end_with_parent, daemon=True).start()
 
@@ -42,37 +43,37 @@ def _end_with_parent() -> None:
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal has ended a training, and what it did is saved.
+    """A signal has ended a training, whose state is saved.
 
     Args:
         signum: the signal.
         done: what has ended it, and what is saved.
-        next: how to go on, which depends on the command.
+        next: how to continue, which depends on the command.
     """
 
-    def __init__(self, signum: int, done: str, next: str = "--resume goes on from there") -> None:
+    def __init__(self, signum: int, done: str, next: str = "--resume continues from there") -> None:
         super().__init__(f"{done}, {next}")
         self.signum = signum
         self.done = done
 
 
 class WholeCheckpoints(TorchCheckpointIO):
-    """Lightning's checkpoints, written whole or not at all, the last one's predecessor kept."""
+    """Writes Lightning's checkpoints whole or not at all, and keeps the one before the last."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Writes `path`; see `rfield.segmentation.files.checkpoints.write_checkpoint`."""
+        """Write a checkpoint; see `rfield.segmentation.files.checkpoints.write_checkpoint`."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        # In memory first: PyTorch's writer turns what goes wrong on the disk into another error.
+        # In memory first: PyTorch's writer hides the disk's error.
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
         write_checkpoint(path, buffer.getbuffer())
 
 
 class StopOnSignal(Callback):
-    """SIGTERM and SIGINT end a training after the step at hand, saved; a second SIGINT ends it at once.
+    """Ends a training on SIGTERM or SIGINT after the current step, saved; a second SIGINT ends it at once.
 
-    A validation is finished first, since the epoch's end belongs to it. Several processes stop at the same step.
+    A validation that has begun is finished first. Several processes stop at the same step.
     """
 
     def __init__(self, checkpoint: Path) -> None:
@@ -82,11 +83,11 @@ class StopOnSignal(Callback):
         self._replaced: dict[int, Any] = {}
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Takes the signals over."""
+        """Install the handlers."""
         self._take()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Takes them over from Lightning too, which would not save."""
+        """Install the handlers again: Lightning has set its own, which would not save."""
         self._take()
 
     def _take(self) -> None:
@@ -96,7 +97,7 @@ class StopOnSignal(Callback):
                 signal.signal(signum, self._ask)
 
     def restore(self) -> None:
-        """Gives the signals back."""
+        """Restore the earlier handlers."""
         for signum, handler in self._replaced.items():
             signal.signal(signum, handler)
         self._replaced = {}
@@ -104,20 +105,25 @@ class StopOnSignal(Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_index: int
     ) -> None:
-        """Saves and stops, if asked to; it stands after `SearchStep`, so that a search's part of the step is saved."""
-        # At an epoch's or the run's last step, what ends it comes first.
+        """Save and stop, if asked to; it runs after `SearchStep`, so that the search's part of the step is saved."""
+        # After an epoch's or the run's last step the validation comes first.
         last = trainer.is_last_batch or trainer.global_step == trainer.max_steps
         if self._asked(trainer) and not last:
             trainer.save_checkpoint(self.checkpoint)
             self._stop(trainer)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """The last epoch has been saved."""
+        """Stop, if asked to; the last epoch has been saved."""
         if self._asked(trainer):
             self._stop(trainer)
 
     def raise_interrupted(self, saved_step: int) -> NoReturn:
-        """Tells the caller of the training what has ended it, so many steps being saved."""
+        """Raise what tells the caller which signal has ended the training, and how many steps are saved.
+
+        Raises:
+            Interrupted: a signal has asked for it.
+            KeyboardInterrupt: a second SIGINT has.
+        """
         if self.signum is None:
             raise KeyboardInterrupt
         name = signal.Signals(self.signum).name
@@ -140,13 +146,13 @@ class StopOnSignal(Callback):
 
     def _stop(self, trainer: L.Trainer) -> NoReturn:
         self.saved_step = trainer.global_step
-        raise SystemExit  # Which Lightning hands on, its loaders and loggers closed.
+        raise SystemExit  # Lightning closes its loaders and loggers, and passes it on.
 
 
 class LossGuard(Callback):
-    """Ends a training at a loss or gradient that is not finite, before it reaches the weights.
+    """Ends a training at a loss or gradient that is not finite, before it changes the weights.
 
-    The state before the step is saved, if that is finite itself; else the last checkpoint stands.
+    The state before the step is saved if it is finite; otherwise the last checkpoint stays.
 
     Args:
         checkpoint: where to save.
@@ -160,10 +166,10 @@ class LossGuard(Callback):
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Looks at the loss, and but in 16-mixed, whose scaler meets infinite gradients all the time, at the gradient.
+        """Check the loss and the gradient; in 16-mixed the loss alone, since its scaler expects infinite gradients.
 
         Raises:
-            ValueError: what is not finite, where and on what.
+            ValueError: one is not finite; names the step, the factors and the samples.
         """
         assert isinstance(pl_module, ParsingModule)
         loss = pl_module.step_loss
@@ -185,7 +191,7 @@ class LossGuard(Callback):
         )
 
     def _batch(self, trainer: L.Trainer, finite: bool) -> list[str] | None:
-        """The batch's samples if they are to blame, those of all processes; None if all is well everywhere."""
+        """Return the samples of the processes whose values are not finite; None if all are finite."""
         if trainer.strategy.reduce_boolean_decision(finite, all=True):
             return None
         loader: Any = trainer.train_dataloader
@@ -201,15 +207,15 @@ class LossGuard(Callback):
         return [name for names in everyones for name in names]
 
     def _keep(self, trainer: L.Trainer) -> str:
-        """Saves the state before the step, and says what is there to go back to."""
+        """Save the state before the step if it is finite, and return a sentence that says which state is left."""
         module = trainer.lightning_module
         state = [value for value in module.state_dict().values() if value.is_floating_point()]
         good = all(bool(torch.isfinite(value).all()) for value in state)
         if trainer.strategy.reduce_boolean_decision(good, all=True):
-            # Lightning counts a step's log when it is resumed, and this one is to be repeated.
+            # Lightning would count this step as done when the run is resumed, but it must be repeated.
             trainer.fit_loop.epoch_loop._batches_that_stepped -= 1
             trainer.save_checkpoint(self.checkpoint)
             return f"The state before this step is in {self.checkpoint}"
         if self.checkpoint.is_file():
-            return f"The weights were no numbers before it, so the last good state is that of {self.checkpoint}"
-        return "The weights were no numbers before it, and nothing was saved before"
+            return f"The weights were not finite before it, so the last good state is that of {self.checkpoint}"
+        return "The weights were not finite before it, and nothing was saved before"

@@ -23,7 +23,7 @@ from rfield.segmentation.training.callbacks import (
     PinnedFactor,
     SearchStep,
 )
-from rfield.segmentation.training.distributed import machines
+from rfield.segmentation.training.distributed import num_nodes
 from rfield.segmentation.training.stopping import WholeCheckpoints
 
 
@@ -42,8 +42,8 @@ def make_trainer(
     checkpoints = out / "checkpoints"
     return L.Trainer(
         accelerator=compute_device().type,
-        devices=run.devices // machines(),
-        num_nodes=machines(),
+        devices=run.devices // num_nodes(),
+        num_nodes=num_nodes(),
         # A factor takes no part in the loss before and after its search. Buffers are the same in all processes: batch
         # norms share their statistics, and each process validates as many images as it has.
         strategy=DDPStrategy(find_unused_parameters=True, broadcast_buffers=False) if run.devices > 1 else "auto",
