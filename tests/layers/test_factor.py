@@ -77,7 +77,12 @@ class TestSnap:
         layer = make(5, factor=2.0)
         layer.snap()
         layer.snap()
+        layer.double().to("cpu")
         assert layer.effective_dilation == (3, 3)
+        layer.float()
+        assert layer.effective_dilation == (3, 3)
+        place = layer.log_factor.data_ptr()
+        assert layer.float().log_factor.data_ptr() == place
 
     @BOTH
     def test_a_new_factor_takes_it_back(self, make: type) -> None:
