@@ -31,6 +31,10 @@ class TestForward:
         module, input = dilated(), features(1, 3, 5, 6)
         expected = F.interpolate(module(input), size=(33, 41), mode="bilinear", align_corners=True)
         torch.testing.assert_close(ReceptiveFieldRegulator(module)(input, output_size=(33, 41)), expected)
+        input, factor = input.double(), torch.ones(1, dtype=torch.float64)
+        expected = F.interpolate(input, size=(33, 40), mode="bilinear", align_corners=True)
+        actual = Interpolation2d()(input, factor, (5, 6), (33, 40))
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
 
     def test_snapped_one_to_label_resolution_is_the_dilated_module_interpolated(self) -> None:
         regulator, input = ReceptiveFieldRegulator(dilated(), 1.8), features(1, 3, 5, 6)

@@ -56,6 +56,7 @@ def test_void_weighs_one_even_if_a_class_set_is_large() -> None:
 
 
 def test_is_the_identity_in_eval_mode_and_without_a_mask() -> None:
+    assert WeightedGradient([2, 0], 5.0).classes == (0, 2)
     layer, input = WeightedGradient([0], 5.0), torch.rand(1, 1, 2, 2, requires_grad=True)
     for output in (layer(input), layer.eval()(input, torch.zeros(1, 2, 2, dtype=torch.long))):
         assert torch.equal(output, input)

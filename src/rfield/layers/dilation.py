@@ -40,7 +40,7 @@ def integer_range(least: float, greatest: float) -> tuple[int, int] | None:
         >>> integer_range(1.4, 5.0), integer_range(2.2, 2.8)
         ((2, 5), None)
     """
-    low, high = max(1, math.ceil(least * (1 - ROUNDING_ERROR))), math.floor(greatest * (1 + ROUNDING_ERROR))
+    low, high = math.ceil(least * (1 - ROUNDING_ERROR)), math.floor(greatest * (1 + ROUNDING_ERROR))
     return (low, high) if low <= high else None
 
 
