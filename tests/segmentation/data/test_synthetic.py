@@ -49,9 +49,23 @@ def test_samples_depend_on_seed_split_and_index_alone() -> None:
         assert not torch.equal(image, other[0])
 
 
+def test_the_first_sample_never_changes() -> None:
+    """Published figures were measured on it."""
+    dataset = SyntheticCues()
+    assert (dataset.split, dataset.size, dataset.distance, dataset.seed) == ("train", (129, 129), 48, 0)
+    image, mask = dataset[0]
+    assert image.float().mean((1, 2)).tolist() == pytest.approx([146.46, 162.70, 125.95], abs=0.02)
+    assert image.float().std((1, 2)).tolist() == pytest.approx([70.01, 64.20, 70.72], abs=0.02)
+    assert image.float().diff(dim=2).std().item() == pytest.approx(28.62, abs=0.02)
+    assert torch.bincount(mask[mask != 255].long()).tolist() == pytest.approx([576, 2337, 1084, 2564], abs=5)
+    assert dataset.palette[:4] == [(38, 44, 74), (64, 176, 166), (214, 93, 77), (247, 201, 72)]
+
+
 def test_lengths_names_and_sizes() -> None:
     dataset = SyntheticCues("train")
-    assert (len(dataset), len(SyntheticCues("val")), len(SyntheticCues("val", length=3))) == (200, 40, 3)
+    assert [len(SyntheticCues(split)) for split in ("train", "val", "test")] == [200, 40, 40]
+    assert len(SyntheticCues("val", length=3)) == 3
+    assert len(SyntheticCues("val", size=(2, 2), distance=1, length=1)) == 1
     assert len(set(dataset.ids)) == 200
     assert dataset.sizes() == [(129, 129)] * 200
     assert len(dataset.palette) == 256
@@ -91,6 +105,9 @@ def test_best_dilation() -> None:
         ({"distance": 0}, "distance must be a whole number"),
         ({"distance": 4.5}, "distance must be a whole number .*got 4.5"),
         ({"length": 0}, "length must be a whole number of samples from 1 to 1000000; got 0"),
+        ({"length": 1_000_001}, "got 1000001"),
+        ({"length": True}, "got True"),
+        ({"distance": 9, "size": (10, 9)}, "from 1 to 8"),
         ({"length": 10**25}, "length must be a whole number of samples from 1 to 1000000; got 10000"),
         ({"seed": -1}, "seed must be a whole number, 0 or more; got -1"),
     ],

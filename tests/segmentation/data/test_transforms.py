@@ -96,7 +96,7 @@ def test_a_scaled_mask_stays_on_its_image(scale: float) -> None:
 def test_scale_is_drawn_within_its_range() -> None:
     shares = []
     for _ in range(50):
-        _, mask = training_transform((200, 200), scale_range=(0.5, 1.5))(*position_sample(100, 100))
+        _, mask = training_transform((200, 200))(*position_sample(100, 100))
         shares.append((mask != 255).sum().item() ** 0.5 / 100)
     assert min(shares) >= 0.5
     assert max(shares) <= 1.5
@@ -165,7 +165,9 @@ def test_evaluation_transform_only_normalises() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"crop_size": (0, 5)}, r"crop_size .* got \(0, 5\)"),
+        ({"crop_size": (5, 0)}, r"crop_size .* got \(5, 0\)"),
+        ({"scale_range": (1.0, float("inf"))}, "scale_range"),
+        ({"colour_jitter": 1.1}, "colour_jitter must be from 0 to 1, got 1.1"),
         ({"scale_range": (0, 1)}, r"scale_range .* got \(0, 1\)"),
         ({"scale_range": (1.5, 0.5)}, r"scale_range .* got \(1.5, 0.5\)"),
         ({"colour_jitter": -0.1}, "colour_jitter must be from 0 to 1, got -0.1"),
@@ -174,6 +176,7 @@ def test_evaluation_transform_only_normalises() -> None:
 def test_wrong_options_are_worded_errors(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         training_transform(**{"crop_size": (5, 5), **options})
+    training_transform((1, 1), scale_range=(2.0, 2.0), colour_jitter=1.0)
 
 
 @pytest.fixture
@@ -229,6 +232,8 @@ def test_sampler_orders() -> None:
 def test_processes_share_the_samples() -> None:
     parts = [list(EpochSampler(range(8), num_replicas=2, rank=rank)) for rank in (0, 1)]
     assert sorted(index for part in parts for _, index in part) == list(range(8))
+    uneven = EpochSampler(range(3), num_replicas=2, rank=1)
+    assert (len(uneven), uneven.seed, uneven.held_out, uneven.seen) == (2, 0, frozenset(), (0, 0))
 
 
 @pytest.mark.shared
