@@ -117,6 +117,7 @@ def load_run(folder: str | Path, checkpoint: str = "last") -> Run:
         network.load_state_dict(state)
     except Exception as error:  # Strangers' tensors raise a dozen different types.
         raise ValueError(f"{path} is damaged or not a checkpoint of this run: {error}") from error
+    network.take_out_silent_paths()
     return Run(folder, config, class_names, palette, network.eval(), size)
 
 

@@ -1,5 +1,6 @@
 import copy
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,8 +18,10 @@ from rfield.segmentation.models import (
     ParsingNetwork,
     SinglePathHead,
     build_head,
+    build_model,
     small_cnn_backbone,
 )
+from rfield.segmentation.models.saving import describe_network, rebuild_network
 from rfield.segmentation.training.fields import present_fields
 
 
@@ -229,3 +232,42 @@ def test_bad_input(options: dict[str, object], message: str) -> None:
 
 def test_as_many_paths_as_there_are_labels() -> None:
     assert len(MultiPathHead(1, 2, HeadSpec(1, 1, paths=255, regulate=False)).paths) == 255
+
+
+class TestLeavingPathsOut:
+    @staticmethod
+    def network() -> ParsingNetwork:
+        network = build_model("small_cnn", 3, paths=3, dilation=2, mechanism="dilation")
+        for dilation, path in zip((2, 5, 9), network.head.heads(), strict=True):
+            path.factor_layer.set_factor(2 / dilation)
+        return network.eval()
+
+    @pytest.mark.parametrize("left_out", [[2], [0, 2]])
+    def test_the_network_without_them_is_the_sum_of_the_rest_saved_and_rebuilt(self, left_out: list[int]) -> None:
+        network, image = self.network(), torch.randn(1, 3, 33, 41)
+        features = network.backbone(network.pad(image))
+        rest = [path for index, path in enumerate(network.head.heads()) if index not in left_out]
+        expected = sum(path(features, (33, 41)) for path in rest)
+        network.head.leave_out(left_out)
+        assert torch.allclose(network(image), expected, atol=1e-6)
+        other = self.network()
+        other.load_state_dict(network.state_dict())
+        other.take_out_silent_paths()
+        assert torch.allclose(other(image), expected, atol=1e-6)
+        assert sum("fc6.weight" in name for name in other.state_dict()) == len(rest)
+        rebuilt = rebuild_network(describe_network(other), Path("last.ckpt")).eval()
+        rebuilt.load_state_dict(other.state_dict())
+        assert torch.allclose(rebuilt(image), expected, atol=1e-6)
+        assert rebuilt.head.effective_dilation == (5, 5)
+        fused = rfield.fuse(other)
+        fused_again = rebuild_network(describe_network(fused), Path("fused.json")).eval()
+        fused_again.load_state_dict(fused.state_dict())
+        assert torch.allclose(fused_again(image), expected, atol=1e-5)
+
+    def test_a_head_keeps_one_path_and_has_no_others(self) -> None:
+        head = self.network().head
+        head.leave_out([0])
+        with pytest.raises(ValueError, match=r"at least one of the paths 0 to 2 must stay, got \[0, 1, 2\]"):
+            head.leave_out([1, 2])
+        with pytest.raises(ValueError, match=r"paths 0 to 2 must stay, got \[0, 3\]"):
+            head.leave_out([3])

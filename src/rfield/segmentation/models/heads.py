@@ -40,6 +40,8 @@ class HeadSpec:
     """Number of parallel paths, each with a receptive field of its own; their logits are summed."""
     rates: tuple[int, ...] = ()
     """Fixed dilations of parallel paths, as in DeepLab's ASPP; they replace `dilation`, `regulate` and `paths`."""
+    norm: bool | None = None
+    """Batch norm at the start of each path. Default: for several learned paths."""
     rectangular: bool = False
     """Learn one factor along the height and one along the width."""
     class_groups: tuple[tuple[int, ...], ...] | None = None
@@ -65,6 +67,11 @@ class HeadSpec:
         if self.class_groups is not None and len(self.class_groups) != self.paths:
             raise ValueError(f"{self.paths} paths need as many class groups, got {len(self.class_groups)}")
 
+    @property
+    def has_norm(self) -> bool:
+        """Whether each path starts with a batch norm."""
+        return (self.paths > 1 and not self.rates) if self.norm is None else self.norm
+
 
 class SinglePathHead(nn.Module):
     """DeepLab-LargeFOV's fc6, fc7 and fc8, with one learned receptive field around them (Wei et al., CVPR 2017).
@@ -78,7 +85,6 @@ class SinglePathHead(nn.Module):
         in_channels: channels C of the features.
         num_classes: classes K.
         spec: the sizes and what is learned; `paths`, `rates` and the guidance are those of `MultiPathHead`.
-        norm: batch norm before fc6, as each of several paths has it.
 
     Attributes:
         layers: fc6 to fc8, or the regulator around them (then `layers.module` holds them).
@@ -96,7 +102,7 @@ class SinglePathHead(nn.Module):
         (6.0, 6.0)
     """
 
-    def __init__(self, in_channels: int, num_classes: int, spec: HeadSpec, norm: bool = False) -> None:
+    def __init__(self, in_channels: int, num_classes: int, spec: HeadSpec) -> None:
         super().__init__()
         for name, size in (("in_channels", in_channels), ("num_classes", num_classes)):
             if not isinstance(size, int) or size < 1:
@@ -123,7 +129,7 @@ class SinglePathHead(nn.Module):
             elif name.startswith("fc8"):
                 nn.init.normal_(parameter, std=0.01)
         factor = (1.0, 1.0) if spec.rectangular else 1.0
-        self.norm: nn.Module = nn.BatchNorm2d(in_channels) if norm else nn.Identity()
+        self.norm: nn.Module = nn.BatchNorm2d(in_channels) if spec.has_norm else nn.Identity()
         self.layers: nn.Sequential | ReceptiveFieldRegulator = layers
         if spec.regulate and spec.mechanism == "regulator":
             self.layers = ReceptiveFieldRegulator(layers, factor)

@@ -1,6 +1,7 @@
 """Heads of several paths side by side, whose logits are summed."""
 
 import dataclasses
+from collections.abc import Collection
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ class MultiPathHead(nn.Module):
 
     Attributes:
         paths: the `SinglePathHead`s.
+        silent: indices of paths that add nothing and are not run, see `leave_out`.
         path_logits: with the published guidance, in training: root mean squares of the last forward's logits, those of
             each path and that of their sum; they show paths that drift apart.
 
@@ -53,7 +55,8 @@ class MultiPathHead(nn.Module):
             each = [dataclasses.replace(spec, dilation=rate, regulate=False) for rate in spec.rates]
         else:
             each = [spec] * spec.paths
-        self.paths = nn.ModuleList(SinglePathHead(in_channels, num_classes, path, norm=not spec.rates) for path in each)
+        self.paths = nn.ModuleList(SinglePathHead(in_channels, num_classes, path) for path in each)
+        self.silent: frozenset[int] = frozenset()
         guided = spec.gradient_weight != 1.0 and not spec.rates
         self.guidance = nn.ModuleList(
             WeightedGradient(group, spec.gradient_weight) for group in (spec.class_groups or ()) if guided
@@ -74,6 +77,28 @@ class MultiPathHead(nn.Module):
         """Return the modules that run side by side; the output is their sum."""
         return list(self.paths)
 
+    @torch.no_grad()
+    def leave_out(self, paths: Collection[int]) -> None:
+        """Make paths add nothing: their last layer becomes zero, which a checkpoint saves too.
+
+        Raises:
+            ValueError: no path would be left, or there is no such path.
+        """
+        silent = self.silent | set(paths)
+        if not silent < set(range(len(self.paths))):
+            raise ValueError(f"at least one of the paths 0 to {len(self.paths) - 1} must stay, got {sorted(silent)}")
+        for index in silent:
+            for parameter in _last_layer(self.paths[index]).parameters():
+                parameter.zero_()
+        self.silent = silent
+
+    def find_silent(self) -> None:
+        """Set `silent` from the weights, as after a state dict was loaded."""
+        layers = [_last_layer(path) for path in self.paths]
+        self.silent = frozenset(
+            index for index, layer in enumerate(layers) if not any(bool(each.any()) for each in layer.parameters())
+        )
+
     def forward(
         self, features: Tensor, output_size: tuple[int, int] | None = None, mask: Tensor | None = None
     ) -> Tensor:
@@ -87,13 +112,17 @@ class MultiPathHead(nn.Module):
         Returns:
             Tensor[N, K, H, W].
         """
-        logits = [path(features, output_size) for path in self.paths]
+        logits = [path(features, output_size) for index, path in enumerate(self.paths) if index not in self.silent]
         if self.guidance and self.training:
             with torch.no_grad():
                 self.path_logits = torch.stack([part.float().square().mean().sqrt() for part in (*logits, sum(logits))])
             logits = [guide(part, mask) for guide, part in zip(self.guidance, logits, strict=True)]
         total: Tensor = sum(logits[1:], logits[0])
         return total
+
+
+def _last_layer(path: nn.Module) -> nn.Module:
+    return next(layer for name, layer in path.named_modules() if name.endswith("fc8"))
 
 
 def build_head(in_channels: int, num_classes: int, spec: HeadSpec) -> SinglePathHead | MultiPathHead:

@@ -1,6 +1,6 @@
 """Segmentation networks: an image in, the logits of every pixel out."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -147,6 +147,23 @@ class ParsingNetwork(nn.Module, HubMixin):
             steps = (cast(int, torch.sym_max(size, least)) + self.stride - 2) // self.stride
             missing.append(steps * self.stride + 1 - size)
         return F.pad(image, (0, missing[1], 0, missing[0]))
+
+    def take_out_silent_paths(self) -> None:
+        """Take the paths out of the head that its weights make add nothing; see `MultiPathHead.leave_out`."""
+        head = self.head
+        if not isinstance(head, MultiPathHead):
+            return
+        head.find_silent()
+        kept = [path for index, path in enumerate(head.heads()) if index not in head.silent]
+        if len(kept) == len(head.paths):
+            return
+        if len(kept) == 1:
+            self.head = kept[0]
+        else:
+            head.paths, head.silent = nn.ModuleList(kept), frozenset()
+        if self.spec is not None:
+            spec = replace(self.spec.head, paths=len(kept), norm=True, class_groups=None)
+            self.spec = replace(self.spec, head=spec)
 
     def forward(self, image: Tensor) -> Tensor:
         """Map normalised images Tensor[N, 3, H, W] to logits Tensor[N, K, H, W].

@@ -239,6 +239,10 @@ class ParsingModule(L.LightningModule):
             sums = torch.stack([torch.stack([part.sum() for part in each]) for each in terms]).sum(0)
             inflation, interpolation = (mean_over_processes(sums) / scale).tolist()
             self.factor_gradients = inflation, interpolation
+        head = self.network.head
+        for index in head.silent if isinstance(head, MultiPathHead) else ():
+            for parameter in head.paths[index].parameters():
+                parameter.grad = None  # other processes may have sent zeros, which would still decay the weights
         if self.global_step < self.factor_start:
             for factor in factor_parameters(self.network):
                 factor.grad = None
@@ -256,6 +260,8 @@ class ParsingModule(L.LightningModule):
             self.search_seconds += time.monotonic() - started
             if self.search.done:
                 self.phase = SearchPhase.HOLDING_OUT
+                if isinstance(self.search, SampledSearch) and isinstance(self.network.head, MultiPathHead):
+                    self.network.head.leave_out(self.search.left_out)
 
     def _warn_of_drift(self) -> None:
         """Warn once if the published guidance drives the paths apart."""
@@ -274,6 +280,8 @@ class ParsingModule(L.LightningModule):
 
     def on_train_start(self) -> None:
         self._freeze()  # `on_train_epoch_start` does not run if the run resumes inside an epoch.
+        if isinstance(self.network.head, MultiPathHead):
+            self.network.head.find_silent()
         # Not earlier: freezing factors changes the optimizer's groups, and its state has been loaded only now.
         if self._search_state is not None:
             self.search_seconds = self._search_state["seconds"]
