@@ -25,6 +25,10 @@ _KINDS: dict[Any, Any] = {
 }
 
 
+# Paths that `paths: auto` starts with.
+_AUTO_PATHS = 4
+
+
 @dataclasses.dataclass(frozen=True)
 class Run:
     """A trained network and what is needed to use it."""
@@ -72,7 +76,8 @@ def build_network(
         dropout=config.model.dropout or 0.0,
         regulate=config.search.search != "none",
         mechanism=config.search.mechanism or "regulator",
-        paths=config.model.paths,
+        paths=_AUTO_PATHS if config.model.paths == "auto" else config.model.paths,
+        norm=config.model.path_norm,
         rates=tuple(config.model.aspp or ()),
         rectangular=config.search.rectangular,
         class_groups=class_groups,

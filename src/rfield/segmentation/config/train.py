@@ -1,7 +1,6 @@
 """The config of a training run, in groups whose options are flags. Imports nothing but Python."""
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -15,6 +14,7 @@ from rfield.segmentation.config.values import (
     not_negative,
     parse_class_weights,
     parse_groups,
+    parse_paths,
     positive,
     share,
 )
@@ -76,8 +76,11 @@ class ModelOptions(Options):
     decoder: bool = False
     """Refine the head's output with a finer feature map, for sharper borders, as DeepLabv3+; not with
     freeze_backbone."""
-    paths: int = option(1, check=functools.partial(positive, limit=256))
-    """Number of parallel paths in the head, each with a receptive field of its own."""
+    paths: int | Literal["auto"] = option(1, parse=parse_paths)
+    """Number of parallel paths in the head, each with a receptive field of its own; auto: at most 4, of which a sampled
+    search keeps the fewest that are within one standard error of the best."""
+    path_norm: bool | None = None
+    """Start each path with a batch norm. Default: for several learned paths."""
     aspp: Integers | None = option(None, parse=Integers)
     """Fixed dilations of parallel paths, such as 6,12,18,24, as in DeepLab's ASPP; with search none."""
 
@@ -133,8 +136,8 @@ class OptimOptions(Options):
     optimizer: Optimizer | None = None
     """Optimizer: sgd (momentum 0.9) or adamw. Default: adamw with freeze_backbone, else sgd, as DeepLab."""
     lr: float | None = option(None, check=positive)
-    """Learning rate of the backbone, with poly decay of power 0.9. Default: 0.0001 for adamw with one path, else
-    0.001."""
+    """Learning rate of the backbone, with poly decay of power 0.9. Default: 0.0001 for adamw without a batch norm in
+    the paths, else 0.001."""
     head_lr_scale: float = option(10.0, check=positive)
     """Learning rate of the head, as a multiple of the backbone's."""
     weight_decay: float = option(5e-4, check=not_negative)
@@ -205,6 +208,11 @@ class TrainConfig(Config):
                 f"aspp {list(rates)} must be two or more positive rates, with search none and one path, got search "
                 f"{search} and {paths} paths"
             )
+        if paths == "auto" and (search != "sampled" or self.search.class_groups or self.model.decoder):
+            raise ValueError(
+                "paths auto needs search sampled, no class_groups and no decoder, since the paths are chosen by adding "
+                "their logits"
+            )
         if self.search.class_groups is not None:
             if paths == 1:
                 raise ValueError("class_groups guide several paths: give paths too")
@@ -219,6 +227,7 @@ class TrainConfig(Config):
         """
         model, search, optim, run = self.model, self.search, self.optim, self.run
         frozen = model.freeze_backbone
+        has_norm = model.paths != 1 if model.path_norm is None else model.path_norm
         optimizer = optim.optimizer or ("adamw" if frozen else "sgd")
         adaptive = optimizer == "adamw"
         shares = {"none": None, "gradient": 0.8, "spsa": 0.5, "sampled": 0.6}
@@ -229,8 +238,8 @@ class TrainConfig(Config):
             batch_size=optim.batch_size or 8 * run.devices,
             optimizer=optimizer,
             clip_norm=(0.0 if adaptive else 1.0) if optim.clip_norm is None else optim.clip_norm,
-            # The batch norm of several paths makes features several times smaller, and so what a step moves.
-            lr=optim.lr or (1e-4 if adaptive and model.paths == 1 else 1e-3),
+            # The batch norm of paths makes features several times smaller, and so what a step moves.
+            lr=optim.lr or (1e-4 if adaptive and not has_norm else 1e-3),
             factor_lr=search.factor_lr or (0.02 if adaptive else 1e-3),
             val_every=run.val_every or max(1, optim.epochs // 5),
         )

@@ -93,6 +93,23 @@ class Names(tuple[str, ...]):
         return ",".join(self)
 
 
+def parse_paths(value: Any) -> Any:
+    """Return a number of paths from 1 to 255, or `auto`.
+
+    >>> parse_paths("4"), parse_paths("auto")
+    (4, 'auto')
+    """
+    if value == "auto":
+        return value
+    try:
+        number = int(value)
+    except (TypeError, ValueError):
+        number = 0
+    if isinstance(value, bool) or (number != value and not isinstance(value, str)) or not 1 <= number <= 255:
+        raise ValueError(f"paths is auto or a number from 1 to 255, got {value!r}")
+    return number
+
+
 def parse_groups(value: Any) -> Any:
     """Return class groups from `auto`, `small=eye,brow/large=skin,hair` (names are optional), JSON, a list or a dict.
 

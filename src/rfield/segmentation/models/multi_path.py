@@ -122,7 +122,8 @@ class MultiPathHead(nn.Module):
 
 
 def _last_layer(path: nn.Module) -> nn.Module:
-    return next(layer for name, layer in path.named_modules() if name.endswith("fc8"))
+    layer: nn.Module = next(layer for name, layer in path.named_modules() if name.endswith("fc8"))
+    return layer
 
 
 def build_head(in_channels: int, num_classes: int, spec: HeadSpec) -> SinglePathHead | MultiPathHead:

@@ -1,5 +1,6 @@
 """Pictures of learned receptive fields and of labelled images: arrays in, matplotlib Figures out."""
 
+from rfield.segmentation.plots.class_paths import class_paths
 from rfield.segmentation.plots.curves import factor_paths, rf_curve
 from rfield.segmentation.plots.effective import effective_fields
 from rfield.segmentation.plots.fields import factor_curve, learned_field
@@ -7,6 +8,7 @@ from rfield.segmentation.plots.masks import colourise, overlay, panel
 from rfield.segmentation.plots.style import save
 
 __all__ = [
+    "class_paths",
     "colourise",
     "effective_fields",
     "factor_curve",

@@ -43,7 +43,7 @@ from rfield.segmentation.training.loaders import Loaders, loader_position
 from rfield.segmentation.training.losses import class_weights
 from rfield.segmentation.training.module import ParsingModule
 from rfield.segmentation.training.report import describe_fields, plot_results
-from rfield.segmentation.training.run_folder import check_run_folder, start_run_folder
+from rfield.segmentation.training.run_folder import check_run_folder, save_config, start_run_folder
 from rfield.segmentation.training.search_phase import SearchPhase
 from rfield.segmentation.training.search_report import has_random_backbone
 from rfield.segmentation.training.stopping import LossGuard, StopOnSignal
@@ -131,7 +131,8 @@ def prepare_data(config: TrainConfig, progress: Progress) -> Data:
     config, train_set, val_set = _open_data(config)
     rank_zero_first(lambda: check_run_folder(Path(config.run.out), config, train_set))
     named = config.search.class_groups
-    groups = None if named is None else class_groups(named, config.model.paths, train_set)
+    paths = config.model.paths
+    groups = None if named is None or paths == "auto" else class_groups(named, paths, train_set)
     weights = class_weights(config.optim.class_weights, train_set, progress)
     return Data(config, train_set, val_set, groups, weights)
 
@@ -207,7 +208,7 @@ def fit(data: Data, built: Built, state: ResumeState) -> Fitted:
             data.config.optim,
             run,
             [timer, stop, LossGuard(last, data.train_set.ids)],
-            log_paths=data.config.model.paths > 1 or data.config.search.rectangular,
+            log_paths=data.config.model.paths != 1 or data.config.search.rectangular,
         )
         try:
             trainer.fit(built.module, datamodule=loaders, ckpt_path=state.checkpoint, weights_only=True)
@@ -247,6 +248,8 @@ def report(data: Data, built: Built, fitted: Fitted, progress: Progress) -> Repo
         },
     }
     write_json(out / "metrics.json", metrics)
+    if config.model.paths == "auto":
+        save_config(out, config.replace(paths=len(metrics["paths"])))
     plot_results(out, config.search.search, metrics)
     return Report(metrics)
 

@@ -240,9 +240,10 @@ class ParsingModule(L.LightningModule):
             inflation, interpolation = (mean_over_processes(sums) / scale).tolist()
             self.factor_gradients = inflation, interpolation
         head = self.network.head
-        for index in head.silent if isinstance(head, MultiPathHead) else ():
-            for parameter in head.paths[index].parameters():
-                parameter.grad = None  # other processes may have sent zeros, which would still decay the weights
+        if isinstance(head, MultiPathHead):
+            for index in head.silent:
+                for parameter in head.heads()[index].parameters():
+                    parameter.grad = None  # other processes may have sent zeros, which would still decay the weights
         if self.global_step < self.factor_start:
             for factor in factor_parameters(self.network):
                 factor.grad = None
@@ -389,4 +390,7 @@ class ParsingModule(L.LightningModule):
         # A decoder is not linear, and guided paths have losses of their own.
         summed = isinstance(self.network.head, MultiPathHead) and self.network.decoder is None and not self._guided
         read_paths = self._read_paths if summed else None
-        return SampledSearch(self.network, loss, steps, self.held_out, seed, narrowings, read_paths=read_paths)
+        fewest = self.config.model.paths == "auto"
+        return SampledSearch(
+            self.network, loss, steps, self.held_out, seed, narrowings, read_paths=read_paths, fewest=fewest
+        )

@@ -1,5 +1,6 @@
 """What a finished run says of its receptive field, and its figures."""
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,10 @@ def describe_fields(
         chances: for each factor the held-out loss of predicting the classes' shares everywhere.
     """
     saved = read_checkpoint(out / "checkpoints" / LAST)
-    described = {**_numbers(fields[0]), **_describe_paths(out, options.rectangular, fields)}
+    search = saved.get("search", {}).get("search", {})
+    kept = [path for path in range(len(search.get("starts", fields))) if path not in search.get("left_out", ())]
+    described = {**_numbers(fields[0]), **_describe_paths(out, options.rectangular, fields, search)}
+    fields = [dataclasses.replace(field, path=kept[field.path]) for field in fields]
     if "search" in saved:
         described["search"] = describe_search(
             options.search, saved["search"], fields, held_out, chances, random_backbone
@@ -61,17 +65,26 @@ def plot_results(out: Path, search: str, metrics: dict[str, Any]) -> None:
         errors = {name: dict(each["errors"]) for name, each in curves.items()}
         delivered = {"delivered": metrics["effective_dilation"]} if len(last) == 1 else None
         plots.save(plots.rf_curve(drawn, "held-out loss", delivered, errors=errors), out / "curve.png")
+        if "sets" in found:
+            kept = [path for path, rate in enumerate(found["sets"]["chosen"]["rates"]) if rate is not None]
+            costs = [[row[path] for path in kept] for row in found["sets"]["class_costs"]]
+            names = [f"dilation {path['effective_dilation']:.3g}" for path in metrics["paths"]]
+            classes = read_json(out / "classes.json")["class_names"]
+            plots.save(plots.class_paths(costs, classes, names), out / "class_paths.png")
 
 
-def _describe_paths(out: Path, rectangular: bool, fields: list[Field]) -> dict[str, Any]:
-    """The paths of a head of several, and the rectangle where height and width are learned apart."""
+def _describe_paths(out: Path, rectangular: bool, fields: list[Field], search: dict[str, Any]) -> dict[str, Any]:
+    """Return the paths of a head of several, and the rectangle if height and width are learned apart."""
     described: dict[str, Any] = {}
     heights = [field for field in fields if field.axis == 0]
-    if len(heights) > 1:
-        groups = list(read_json(out / "classes.json").get("class_groups", {}).items())
+    if len(heights) > 1 or search.get("left_out"):
+        classes = read_json(out / "classes.json")
+        groups = list(classes.get("class_groups", {}).items())
+        served = _served_classes(search, classes["class_names"])
         described["paths"] = [
             {
                 **_numbers(field),
+                **({"serves": served[field.path]} if served else {}),
                 "class_group": groups[field.path][1] if groups else None,
                 "class_group_name": groups[field.path][0] if groups else None,
             }
@@ -80,6 +93,19 @@ def _describe_paths(out: Path, rectangular: bool, fields: list[Field]) -> dict[s
     if rectangular:
         described["rectangle"] = [{"path": f.path, "axis": ("height", "width")[f.axis], **_numbers(f)} for f in fields]
     return described
+
+
+def _served_classes(search: dict[str, Any], class_names: Sequence[str]) -> list[list[str]]:
+    """Return for each path that was kept the classes that would lose most by its removal; none without combinations."""
+    if not search.get("set_readings"):
+        return []
+    costs = search["set_readings"][-1]["class_costs"]
+    served: dict[int, list[str]] = {path: [] for path in range(len(costs[0])) if path not in search["left_out"]}
+    for name, row in zip(class_names, costs, strict=True):
+        known = {path: row[path] for path in served if row[path] is not None}
+        if known:
+            served[max(known, key=lambda path: known[path])].append(name)
+    return list(served.values())
 
 
 def _numbers(field: Field) -> dict[str, float]:

@@ -25,6 +25,7 @@ _RUN_FILES = (
     "paths.csv",
     "paths.png",
     "curve.png",
+    "class_paths.png",
     "checkpoints",
     "logs",
 )
@@ -47,7 +48,9 @@ def check_run_folder(out: Path, config: TrainConfig, dataset: ParsingDataset) ->
         if (last := out / "checkpoints" / LAST).is_file():
             read_checkpoint(last)  # It names another version, if that is the reason.
         raise
-    changed = differences(earlier.plain(), config.plain(), ignored=_MAY_CHANGE)
+    # A finished run has saved the number of its paths.
+    may_change = (*_MAY_CHANGE, "paths") if config.model.paths == "auto" else _MAY_CHANGE
+    changed = differences(earlier.plain(), config.plain(), ignored=may_change)
     if changed:
         raise ValueError(f"{out} cannot be resumed with other settings: {'; '.join(changed)}")
     check_classes(out, dataset)
@@ -86,6 +89,11 @@ def start_run_folder(out: Path, config: TrainConfig, dataset: ParsingDataset, gr
             name: [dataset.class_names[index] for index in group] for name, group in groups.items()
         }
     write_json(out / "classes.json", classes)
+    save_config(out, config)
+
+
+def save_config(out: Path, config: TrainConfig) -> None:
+    """Write a run's config.yaml."""
     write_text(out / "config.yaml", yaml.safe_dump(config.plain(), sort_keys=False))
 
 

@@ -45,6 +45,7 @@ def describe_search(
             next(iter(delivered.values()), None),
         )
         return {**described, "verdict": verdict.plain(), **_describe_way(search["trajectory"])}
+    left_out = search["left_out"]
     factors = [
         {
             "path": path,
@@ -52,10 +53,27 @@ def describe_search(
             **_describe_factor(search, path, axis, delivered.get((path, axis)), chances[path], random_backbone),
         }
         for path, axis in search["losses"]
+        if path not in left_out
     ]
     first = {key: value for key, value in factors[0].items() if key not in ("path", "axis")}
-    several = {"factors": factors} if len(factors) > 1 else {}
-    return {**described, **first, "held_out": list(ids), **several}
+    several = {"factors": factors} if len(search["starts"]) > 1 else {}
+    sets = {"sets": _describe_sets(search["set_readings"][-1])} if search["set_readings"] else {}
+    return {**described, **first, "held_out": list(ids), **several, **sets}
+
+
+def _describe_sets(reading: dict[str, Any]) -> dict[str, Any]:
+    """Return the last evaluation of combinations, with square dilations as numbers and unknown errors as None."""
+
+    def entry(found: dict[str, Any]) -> dict[str, Any]:
+        rates = [rate[0] if rate is not None and len(rate) == 1 else rate for rate in found["rates"]]
+        return {**found, "rates": rates, "error": found["error"] if found["error"] == found["error"] else None}
+
+    return {
+        "chosen": entry(reading["chosen"]),
+        "best": [entry(found) for found in reading["best"]],
+        "best_of_each_size": [entry(found) for found in reading["sizes"]],
+        "class_costs": reading["class_costs"],
+    }
 
 
 def _describe_factor(
