@@ -90,7 +90,7 @@ def test_the_written_config_gives_the_same_run(make: Make) -> None:
         ({"search": "spsa", "freeze_backbone": True}, RuntimeError),
         ({"search": "spsa", "search_share": 0.4, "mechanism": "regulator"}, RuntimeError),
         ({"search": "sampled", "search_share": 0.6, "freeze_backbone": True}, RuntimeError),
-        ({"search": "sampled", "search_share": 0.3, "workers": 1}, RuntimeError),
+        ({"search": "sampled", "search_share": 0.3, "workers": 1, "paths": "auto"}, RuntimeError),
     ],
 )
 def test_an_interrupted_run_goes_on_exactly(

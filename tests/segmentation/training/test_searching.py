@@ -10,10 +10,12 @@ import torch
 import torch.nn.functional as F
 
 from rfield.search import SampledSearch
+from rfield.search.sets import Combinations
 from rfield.segmentation.config.train import TrainConfig
 from rfield.segmentation.data import AugmentedDataset
+from rfield.segmentation.files.checkpoints import read_checkpoint
 from rfield.segmentation.models import ParsingNetwork
-from rfield.segmentation.runs import load_run
+from rfield.segmentation.runs import load_config, load_run
 from rfield.segmentation.training import ParsingModule, read_factor_csv, train
 
 pytestmark = pytest.mark.slow
@@ -55,6 +57,32 @@ def test_paths_are_learned_and_recorded(make: Make, search: str, rectangular: bo
     again = load_run(config.run.out).network
     for path, described in zip(again.head.paths, metrics["paths"], strict=True):
         assert path.effective_dilation[0] == pytest.approx(described["effective_dilation"], rel=1e-6)
+
+
+def test_paths_that_are_not_needed_are_taken_out(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Combinations, "fewest", lambda self: self.best_of_each_size()[2])
+    config = make(search="sampled", paths="auto", epochs=4, search_share=0.5)
+    metrics = train(config)
+    out = Path(config.run.out)
+    assert len(metrics["paths"]) == 2
+    assert load_config(out / "config.yaml").model.paths == 2
+    sets = metrics["search"]["sets"]
+    assert 1 <= len(sets["best"]) <= 10
+    assert sets["best"][0]["loss"] <= min(each["loss"] for each in sets["best_of_each_size"])
+    assert [sum(rate is not None for rate in each["rates"]) for each in sets["best_of_each_size"]] == [1, 2, 3, 4]
+    kept = [path for path, rate in enumerate(sets["chosen"]["rates"]) if rate is not None]
+    assert [sets["chosen"]["rates"][path] for path in kept] == [path["effective_dilation"] for path in metrics["paths"]]
+    assert [factor["path"] for factor in metrics["search"]["factors"]] == kept
+    costs = sets["class_costs"]
+    named = [name for path in metrics["paths"] for name in path["serves"]]
+    assert len(named) == sum(any(cost is not None for cost in row) for row in costs)
+    assert (out / "class_paths.png").stat().st_size > 5_000
+    network = load_run(out).network
+    assert len(network.head.heads()) == 2
+    # The paths that are left out have not been trained since, nor decayed.
+    saved = read_checkpoint(out / "checkpoints" / "last.ckpt")["state_dict"]
+    for path in set(range(4)) - set(kept):
+        assert not saved[f"network.head.paths.{path}.layers.fc8.weight"].any()
 
 
 @pytest.mark.parametrize(("search", "most"), [("sampled", 0.7), ("spsa", 0.8)])
