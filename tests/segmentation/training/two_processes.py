@@ -16,7 +16,7 @@ from rfield.segmentation.training.distributed import (
     rank_and_world_size,
     rank_zero_first,
     refuse_unequal,
-    share_statistics,
+    sync_batch_norm,
 )
 from rfield.segmentation.training.held_out import HeldOut
 from rfield.segmentation.training.loaders import Loaders
@@ -79,7 +79,7 @@ def caught(action: Any, *arguments: Any) -> str:
 def meet(rank: int) -> dict[str, Any]:
     met: dict[str, Any] = {"place": rank_and_world_size(), "first": is_rank_zero()}
     model = network()
-    share_statistics(model)
+    sync_batch_norm(model)
     images, mask = batch()
     met["learned"] = learn(model, images[SHARES[rank]], mask[SHARES[rank]])
 

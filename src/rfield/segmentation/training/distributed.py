@@ -1,9 +1,9 @@
 """Training in several processes: who started them, what they share, and what must be the same in all."""
 
+import functools
 import os
 from collections.abc import Callable
 from datetime import timedelta
-from functools import partial
 from typing import Any
 
 import torch
@@ -127,44 +127,54 @@ def refuse_unequal(factors: Tensor, where: str) -> None:
         )
 
 
-def share_statistics(network: nn.Module) -> None:
-    """Has every batch norm in training normalise by the statistics of all processes' samples, exactly as if in one.
+def sync_batch_norm(network: nn.Module) -> None:
+    """Make every batch norm in training normalise by the samples of all processes, exactly as if they were in one.
 
-    In place, also for subclasses such as timm's, which add an activation. PyTorch's own `SyncBatchNorm` runs on GPUs
-    alone.
+    In place. Each norm becomes a subclass of its own class, so that classes such as timm's, which add an activation,
+    keep what they add. PyTorch's `SyncBatchNorm` runs on GPUs alone.
     """
     for module in network.modules():
         if isinstance(module, _BatchNorm) and module.track_running_stats:
-            module.forward = partial(_normalise, module)  # type: ignore[method-assign]
+            module.__class__ = _synced(type(module))  # type: ignore[arg-type]
 
 
-def _normalise(norm: _BatchNorm, input: Tensor) -> Tensor:
-    """A batch norm's forward, Tensor[N, C, ...] to the same."""
-    if not norm.training:
-        own: Tensor = type(norm).forward(norm, input)
-        return own
-    values = input.float()
-    axes = [axis for axis in range(input.dim()) if axis != 1]
-    shape = [1, -1] + [1] * (input.dim() - 2)
-    count = _SumOverProcesses.apply(values.new_tensor([values.numel() / values.shape[1]]))
-    mean = _SumOverProcesses.apply(values.sum(axes)) / count
-    centred = values - mean.view(shape)
-    variance = _SumOverProcesses.apply(centred.square().sum(axes)) / count
-    if norm.running_mean is not None and norm.running_var is not None and norm.num_batches_tracked is not None:
-        norm.num_batches_tracked.add_(1)
-        weight = 1 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
-        with torch.no_grad():
-            norm.running_mean.lerp_(mean, weight)
-            norm.running_var.lerp_(variance * count / (count - 1).clamp(min=1), weight)
-    whitened = (centred * (variance + norm.eps).rsqrt().view(shape)).to(input.dtype)
-    # What is left to the class itself is its weight and bias, and what it does besides.
-    neutral = {"running_mean": torch.zeros_like(mean), "running_var": torch.full_like(mean, 1 - norm.eps)}
-    norm.training = False
-    try:
-        result: Tensor = torch.func.functional_call(norm, neutral, whitened)
-    finally:
-        norm.training = True
-    return result
+@functools.cache
+def _synced(kind: type[_BatchNorm]) -> type[_BatchNorm]:
+    return kind if issubclass(kind, _SyncedBatchNorm) else type(f"Synced{kind.__name__}", (_SyncedBatchNorm, kind), {})
+
+
+class _SyncedBatchNorm(_BatchNorm):
+    """Base of batch norms that share the statistics of a step with the other processes."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(input)
+        values = input.float()
+        axes = [axis for axis in range(input.dim()) if axis != 1]
+        shape = [1, -1] + [1] * (input.dim() - 2)
+        count = _SumOverProcesses.apply(values.new_tensor([values.numel() / values.shape[1]]))
+        mean = _SumOverProcesses.apply(values.sum(axes)) / count
+        centred = values - mean.view(shape)
+        variance = _SumOverProcesses.apply(centred.square().sum(axes)) / count
+        self._update_running(mean, variance, count)
+        whitened = (centred * (variance + self.eps).rsqrt().view(shape)).to(input.dtype)
+        # The class itself applies its weight and bias, and whatever it adds.
+        neutral = {"running_mean": torch.zeros_like(mean), "running_var": torch.full_like(mean, 1 - self.eps)}
+        self.training = False
+        try:
+            result: Tensor = torch.func.functional_call(self, neutral, whitened)
+        finally:
+            self.training = True
+        return result
+
+    @torch.no_grad()
+    def _update_running(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
+        if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
+            return
+        self.num_batches_tracked.add_(1)
+        weight = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        self.running_mean.lerp_(mean, weight)
+        self.running_var.lerp_(variance * count / (count - 1).clamp(min=1), weight)
 
 
 class _SumOverProcesses(torch.autograd.Function):

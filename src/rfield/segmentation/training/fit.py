@@ -34,7 +34,7 @@ from rfield.segmentation.training.distributed import (
     init_distributed,
     is_rank_zero,
     rank_zero_first,
-    share_statistics,
+    sync_batch_norm,
     world_size,
 )
 from rfield.segmentation.training.fields import present_fields
@@ -163,7 +163,7 @@ def build(data: Data, progress: Progress) -> Built:
     module = ParsingModule(network, config, train_set.class_names, held_out, indices, data.weights, reading_weights)
     chances = module.chances(held_out.batches()) if drawn else []
     if config.run.devices > 1:
-        share_statistics(network)
+        sync_batch_norm(network)
     if is_rank_zero():
         _note_random_weights(config.model)
         tell_of_few(len(held_out), len(train_set))
