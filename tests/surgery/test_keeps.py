@@ -237,7 +237,7 @@ def test_stages_without_a_number_are_the_model_s_children() -> None:
     class Stages(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.early = nn.ModuleDict({"left": dilated(), "right": nn.ModuleDict({"inner": dilated()})})
+            self.early = nn.ModuleDict({"left": dilated(), "right": dilated()})
             self.late = nn.ModuleDict({"left": dilated()})
 
     first, second, third = adapt(Stages(), share="stage")

@@ -9,15 +9,17 @@ from rfield.ops.kernels import has_kernels
 from rfield.ops.taps import ConvolveByRows, convolve_by_matrices
 from rfield.ops.values import is_transformed, positive_values
 
+Pair = tuple[int, int]
+
 
 def fractional_conv2d(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     dilation: Tensor,
-    stride: tuple[int, int] = (1, 1),
-    padding: tuple[int, int] = (0, 0),
-    base_dilation: tuple[int, int] = (1, 1),
+    stride: Pair = (1, 1),
+    padding: Pair = (0, 0),
+    base_dilation: Pair = (1, 1),
     groups: int = 1,
 ) -> Tensor:
     """Convolve with a dilation that may be learned.
@@ -116,10 +118,10 @@ def _integer_conv2d(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    dilation: tuple[int, int],
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    base_dilation: tuple[int, int],
+    dilation: Pair,
+    stride: Pair,
+    padding: Pair,
+    base_dilation: Pair,
     groups: int,
 ) -> Tensor:
     # The kernel's centre stays where it was, so the padding follows the dilation.

@@ -185,7 +185,10 @@ def push(config: PushConfig) -> None:
 
 
 def convert(config: ConvertConfig) -> None:
-    """Bring CelebAMask-HQ or LaPa into the layout of Helen."""
+    """Convert images with colour masks or LabelMe files to the layout folder, or CelebAMask-HQ and LaPa to Helen's."""
+    if config.format == "masks":
+        _convert_masks(config)
+        return
     from rfield.segmentation.data import convert_celebamask, convert_lapa
 
     converters = {"celebamask": convert_celebamask, "lapa": convert_lapa}
@@ -276,6 +279,20 @@ COMMANDS: dict[str, tuple[Any, Any]] = {
     "inspect": (InspectConfig, inspect),
     "check-data": (CheckDataConfig, check_data),
 }
+
+
+def _convert_masks(config: ConvertConfig) -> None:
+    from rfield.segmentation.data.convert_masks import convert_masks, list_colours
+    from rfield.segmentation.data.labelme import find_labelme
+
+    with show_progress("reading") as progress:
+        if config.colours is None and not find_labelme(Path(config.source)):
+            print(list_colours(config.source, config.target, progress))
+            return
+        made = convert_masks(config.source, config.target, config.colours, config.val, config.seed, progress)
+    shares = ", ".join(f"{name} {share:.1%}" for name, share in made.shares.items())
+    counts = ", ".join(f"{count} {split}" for split, count in made.counts.items())
+    print(f"{counts} images are in {made.root}; pixels: {shares}\nnow run: rfield check-data folder:{made.root}")
 
 
 def _evaluate_onnx(config: EvaluateConfig) -> None:

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from rfield.layers import LearnedFactor
-from rfield.segmentation.inference import tiling
 from rfield.segmentation.inference.tiling import Tiler, join_tiles
 from rfield.segmentation.models import HeadSpec, ParsingNetwork, build_model, small_cnn
 from rfield.segmentation.models.backbones import Backbone
@@ -158,38 +157,3 @@ def test_a_budget_below_the_least_tile_is_said(capsys: pytest.CaptureFixture[str
     network = opinionated(small_cnn(4, dilation=4, head_channels=6, regulate=False))
     assert_same(network, (190, 230), 1e3)
     assert "GiB, more than the memory budget of" in capsys.readouterr().err
-
-
-def test_the_tiles_of_a_network_that_sees_47_px() -> None:
-    """Stride 4: a margin of 24 px, up to the stride, and two strides more."""
-    network = small_cnn(2, dilation=4, head_channels=4, regulate=False).eval()
-    tiler, image = Tiler(network), torch.zeros(3, 300, 400)
-    assert (tiler.frozen, tiler.memory_budget) == (False, 2 * 2**30)
-    padded = network.pad(image[None])
-    # On 65x65 px: twice a ReLU's input and output of 32 channels at half the size; twice an identity's at a quarter,
-    # the features and twice the logits.
-    backbone, rest = (2 * 2 * 32 * 33**2 * 4), (2 * 2 * 32 * 17**2 + 32 * 17**2 + 2 * 2 * 65**2) * 4
-    assert tiler._costs(padded) == pytest.approx((backbone / 65**2, rest / 65**2))
-    assert tiler._network_margin(padded) == 32
-    tiler._cost = (1.0, 0.5)
-    for budget, rows, columns in (
-        (301 * 401, [0], [0]),
-        (301 * 401 - 1, [0], [0, 200]),
-        (119 * 120 + 20, range(0, 300, 52), range(0, 400, 52)),
-        (1, range(0, 300, 32), range(0, 400, 32)),
-    ):
-        tiler.memory_budget = budget
-        tiles = [(top, left) for top, left, _ in tiler(image)]
-        assert tiles == [(top, left) for top in rows for left in columns]
-
-
-def test_the_effective_field_holds_99_percent_on_two_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    def field(model: nn.Module, images: Any) -> Tensor:
-        assert [image.shape for image in images] == [(3, 513, 401)] * 2
-        scores = torch.zeros(513, 401)
-        scores[256, 200], scores[266, 200], scores[256, 220] = 98.5, 0.5, 1.0
-        scores[246, 190] = 0.5
-        return scores
-
-    monkeypatch.setattr(tiling, "effective_receptive_field", field)
-    assert tiling._effective_field(nn.Identity(), torch.zeros(1, 3, 801, 401), 4) == 21

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Literal
 
 from rfield.segmentation.config.options import Options, option
-from rfield.segmentation.config.values import Names, positive
+from rfield.segmentation.config.values import Names, not_negative, positive
 
 
 @dataclasses.dataclass
@@ -24,11 +24,28 @@ class CheckDataConfig(Options):
 
 @dataclasses.dataclass
 class ConvertConfig(Options):
-    """Converting another data set of faces to the layout of Helen."""
+    """Converting other data to a layout that is read."""
 
-    format: Literal["celebamask", "lapa"]
-    """Format of the source: celebamask (CelebAMask-HQ) or lapa (LaPa)."""
+    format: Literal["masks", "celebamask", "lapa"]
+    """Kind of the source: masks (images with masks of colours, or with LabelMe files), celebamask (CelebAMask-HQ) or
+    lapa (LaPa)."""
     source: str
-    """Folder of the data set as it was downloaded."""
+    """Folder of the data."""
     target: str
-    """Folder to make, for --data helen:TARGET."""
+    """Folder to make, for --data folder:TARGET (masks) or --data helen:TARGET."""
+    colours: str | None = None
+    """YAML or CSV file that gives each class its colour, for masks. Without it the colours found are listed, and
+    nothing is written. LabelMe files need none."""
+    val: float = 0.2
+    """Share of the images for validation, for masks whose folders do not name a split val."""
+    seed: int = option(0, check=not_negative)
+    """Seed of the choice of these images."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.val < 1:
+            raise ValueError(f"val must lie between 0 and 1, got {self.val:g}")
+        if self.format != "masks" and (self.colours, self.val, self.seed) != (None, 0.2, 0):
+            raise ValueError(
+                f"colours, val and seed are options of masks; {self.format} has classes and splits of its own"
+            )

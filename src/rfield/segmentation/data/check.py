@@ -14,6 +14,7 @@ from rfield.segmentation.data.cityscapes import list_cityscapes
 from rfield.segmentation.data.folder import list_folder, mask_suffixes, splits_of
 from rfield.segmentation.data.helen import HELEN_LISTS, list_helen
 from rfield.segmentation.data.listing import Listing, Refuse
+from rfield.segmentation.data.looks_like import looks_like
 from rfield.segmentation.data.mask_options import MaskOptions
 from rfield.segmentation.data.spec import DataSource, parse_spec
 from rfield.segmentation.data.synthetic import SyntheticCues
@@ -77,6 +78,10 @@ def check_data(
         raise FileNotFoundError(f"{source.root} is not a folder; give the one that holds the data")
     findings: list[Finding] = []
     listings = {split: _list(source, split, findings) for split in splits or _default_splits(source)}
+    described = source.format == "folder" and (source.root / "classes.txt").is_file()  # by the errors themselves
+    other = "" if any(listings.values()) or described else looks_like(source.root)
+    if other and f" {source.format}:" not in other:
+        findings.append(Finding("error", str(source.root), next(iter(listings)), None, other))
     total, done = sum(len(listing.entries) for listing in listings.values() if listing), 0
     seen: dict[bytes, tuple[str, str]] = {}
     palettes = Palettes()

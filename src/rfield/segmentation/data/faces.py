@@ -3,7 +3,6 @@
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +14,7 @@ from torchvision.tv_tensors import Mask
 
 from rfield.segmentation.conventions import IGNORE_INDEX, Progress
 from rfield.segmentation.data.dataset import exchange_classes
-from rfield.segmentation.data.files import read_lines
+from rfield.segmentation.data.files import new_folder, read_lines
 from rfield.segmentation.data.helen import HELEN_CLASSES, HELEN_LISTS, HelenDataset
 from rfield.segmentation.data.images import image_files, image_sizes, read_image
 from rfield.segmentation.data.masks import UNKNOWN, MaskCode, plain_labels, read_mask
@@ -250,8 +249,6 @@ def _read_lapa(face: _Face, folders: Folders) -> Tensor:
 
 
 def _convert(faces: list[_Face], read: Callable[[_Face], Tensor], target: Path, progress: Progress) -> Conversion:
-    if os.path.lexists(target):
-        raise FileExistsError(f"{target} exists; name a folder that does not, or remove it")
     splits: dict[str, list[str]] = {split: [] for split in HELEN_LISTS}
     seen: dict[str, Path] = {}
     for face in faces:
@@ -259,11 +256,9 @@ def _convert(faces: list[_Face], read: Callable[[_Face], Tensor], target: Path, 
             raise ValueError(f"{seen[face.name]} and {face.image} have the same name; rename one of them and its mask")
         seen[face.name] = face.image
         splits[face.split].append(face.name)
-    exchanged = _left_is_the_persons(read(face) for face in faces[:: max(1, len(faces) // _LOOKED_AT)])
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}") as scratch:
-        made = Path(scratch) / target.name
-        (made / "images").mkdir(parents=True)
+    with new_folder(target) as made:
+        exchanged = _left_is_the_persons(read(face) for face in faces[:: max(1, len(faces) // _LOOKED_AT)])
+        (made / "images").mkdir()
         for done, face in enumerate(faces, start=1):
             mask = exchange_classes(read(face), HelenDataset.mirrored_classes if exchanged else ())
             _write_face(made, face, mask)
@@ -271,7 +266,6 @@ def _convert(faces: list[_Face], read: Callable[[_Face], Tensor], target: Path, 
         for split, names in splits.items():
             lines = [f"{number} , {name}\n" for number, name in enumerate(names, start=1)]
             (made / HELEN_LISTS[split]).write_text("".join(lines), encoding="utf-8")
-        made.rename(target)
     return Conversion(target, {split: len(names) for split, names in splits.items()}, exchanged)
 
 

@@ -1,7 +1,10 @@
 """Read the files of a data set, with errors that name the file and say what to do."""
 
 import hashlib
-from collections.abc import Sequence
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from rfield.segmentation.config.train import counted
@@ -62,3 +65,30 @@ def check_files(
     if missing:
         found = f"({len(missing)} of the {len(paths)} {kind} of {what}){near_miss(missing[0])}"
         raise FileNotFoundError(f"{missing[0]} is missing {found}; {fix}")
+
+
+def draw_names(names: Sequence[str], share: float, seed: int = 0) -> set[str]:
+    """Return a share of different names, at least one; the same ones on every machine and in every release.
+
+    >>> sorted(draw_names(["a", "b", "c", "d"], 0.5)), sorted(draw_names(["a", "b", "c", "d"], 0.5, seed=1))
+    (['b', 'd'], ['a', 'd'])
+    """
+    count = min(max(round(share * len(names)), 1), len(names) - 1)
+    return {*sorted(names, key=lambda name: hashlib.sha256(f"{seed} {name}".encode(errors="replace")).digest())[:count]}
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """Yield a folder to fill; it becomes `target` when the block ends, and is removed if the block raises.
+
+    Raises:
+        FileExistsError: the target exists.
+    """
+    if os.path.lexists(target):
+        raise FileExistsError(f"{target} exists; name a folder that does not, or remove it")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}") as scratch:
+        made = Path(scratch) / target.name
+        made.mkdir()
+        yield made
+        made.rename(target)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rfield.segmentation.data.looks_like import looks_like
 from rfield.segmentation.data.mask_options import MASK_KEYS, MaskOptions, mask_options
 from rfield.segmentation.data.resized import working_size
 from rfield.segmentation.files.untrusted import read_yaml
@@ -60,6 +61,8 @@ def parse_spec(spec: str) -> DataSource:
         return DataSource(name, _folder(root))
     if spec == "synthetic":
         return DataSource(spec)
+    if spec and _folder(spec).is_dir():
+        raise ValueError(f"data {spec!r} names a folder without its format; {looks_like(_folder(spec))}")
     raise ValueError(
         f"data {spec!r} is not understood; write {', '.join(f'{layout}:ROOT' for layout in _LAYOUTS)}, "
         f"synthetic, or the path of a .yaml file with a format of {', '.join(_KEYS)}"
