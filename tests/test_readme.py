@@ -20,6 +20,7 @@ from rfield.segmentation.training import train
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 REPORTS = (ROOT / "studies/reports/README.md").read_text()
+PAGES = sorted((ROOT / "docs").glob("*.md"))
 LINKS = re.findall(r"\]\(([^)#]+)", README)
 
 
@@ -29,7 +30,7 @@ def blocks(language: str, text: str = README) -> list[str]:
 
 def commands(text: str = README) -> list[list[str]]:
     lines = "\n".join(blocks("sh", text)).splitlines()
-    return [shlex.split(line)[1:] for line in lines if line.startswith("rfield ")]
+    return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("rfield ")]
 
 
 def test_python_blocks_run_one_after_the_other() -> None:
@@ -37,6 +38,23 @@ def test_python_blocks_run_one_after_the_other() -> None:
     for block in blocks("python"):
         exec(compile(block, "README.md", "exec"), namespace)
     assert len(blocks("python")) >= 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if blocks("python", page.read_text())], ids=lambda page: page.name
+)
+def test_python_blocks_of_the_docs_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, object] = {}
+    for block in blocks("python", page.read_text()):
+        exec(compile(block, page.name, "exec"), namespace)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if commands(page.read_text())], ids=lambda page: page.name)
+def test_commands_of_the_docs_are_parsed(page: Path) -> None:
+    for words in commands(page.read_text()):
+        parse([word for word in words if word != "\\"])
 
 
 def test_commands_are_parsed() -> None:

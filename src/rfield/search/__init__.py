@@ -21,11 +21,13 @@ from rfield.search.factors import factor_parameters, learned_layers, parameter_g
 from rfield.search.gradient import GradientSearch
 from rfield.search.paired import class_share_loss, standard_errors
 from rfield.search.sampled import NARROWINGS, SampledSearch
+from rfield.search.sets import PathLogits
 from rfield.search.spsa import SpsaSearch
 
 __all__ = [
     "NARROWINGS",
     "GradientSearch",
+    "PathLogits",
     "SampledSearch",
     "Search",
     "SpsaSearch",
