@@ -131,11 +131,11 @@ class TestPickles:
 
     def test_a_study(self, tmp_path: Path, marker: Path) -> None:
         from rfield.segmentation.config.experiments import SweepConfig
-        from rfield.segmentation.experiments.trials import _open_study
+        from rfield.segmentation.experiments.study import open_study
 
         (tmp_path / "study.journal").write_bytes(pickled(marker, "plain") + b"\n")
         with pytest.raises(ValueError, match=r"study\.journal cannot be used"):
-            _open_study(SweepConfig(data="synthetic", out=str(tmp_path)))
+            open_study(SweepConfig(data="synthetic", out=str(tmp_path)))
 
     def test_the_code_of_a_model_of_transformers(self, tmp_path: Path, marker: Path) -> None:
         pytest.importorskip("transformers")

@@ -30,7 +30,7 @@ import optuna
 import yaml
 from optuna.trial import TrialState
 
-from rfield.segmentation.experiments.trials import Point
+from rfield.segmentation.experiments.study import Point
 from rfield.segmentation.files.atomic import write_json
 
 WORKERS = 4

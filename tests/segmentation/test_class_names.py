@@ -15,7 +15,8 @@ from rfield.segmentation.cli import main
 from rfield.segmentation.config.experiments import SweepConfig
 from rfield.segmentation.config.train import TrainConfig
 from rfield.segmentation.data import load_dataset, match_classes
-from rfield.segmentation.experiments.trials import Point, run_trials
+from rfield.segmentation.experiments.study import Point
+from rfield.segmentation.experiments.trials import run_trials
 from rfield.segmentation.export.onnx import export_run
 from rfield.segmentation.inference.onnx import evaluate_onnx, load_onnx
 from rfield.segmentation.inference.predict import evaluate_run

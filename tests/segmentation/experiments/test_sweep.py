@@ -20,7 +20,7 @@ from rfield.segmentation.cli import main
 from rfield.segmentation.config.experiments import SweepConfig
 from rfield.segmentation.config.train import TrainConfig
 from rfield.segmentation.experiments import run_sweep, trials
-from rfield.segmentation.experiments.trials import Point
+from rfield.segmentation.experiments.study import Point
 from rfield.segmentation.training import Interrupted, read_factor_csv, train
 
 pytestmark = pytest.mark.slow
@@ -171,7 +171,7 @@ def test_a_stop_names_what_goes_on(make: Make, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(trials, "train", stopped)
     with pytest.raises(Interrupted) as error:
         run_sweep(make())
-    assert str(error.value) == "stopped by SIGTERM; 5 steps are saved, call again to go on from there"
+    assert str(error.value) == "stopped by SIGTERM; 5 steps are saved, call again to continue from there"
     assert error.value.signum == signal.SIGTERM
 
 

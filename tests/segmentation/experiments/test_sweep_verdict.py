@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 
 from rfield.segmentation.config.experiments import SweepConfig
+from rfield.segmentation.experiments.study import Point, Trial
 from rfield.segmentation.experiments.sweep import judge_grid
-from rfield.segmentation.experiments.trials import Point, Trial
 
 
 def trials(scores: dict[int, list[float]], images: int = 50, per_class: dict[str, Any] | None = None) -> list[Trial]:

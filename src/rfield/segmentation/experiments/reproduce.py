@@ -1,4 +1,4 @@
-"""The experiments of Wei et al., Learning Adaptive Receptive Fields for Deep Image Parsing Network, CVPR 2017."""
+"""Repeat the experiments of Wei et al., CVPR 2017; the report names the papers."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -15,6 +15,7 @@ from rfield.segmentation.config.experiments import ReproduceConfig
 from rfield.segmentation.config.train import Search, counted
 from rfield.segmentation.conventions import Progress
 from rfield.segmentation.data import evaluation_transform, load_dataset
+from rfield.segmentation.experiments.study import Point, Trial
 from rfield.segmentation.experiments.tables import (
     Row,
     curve_of,
@@ -25,7 +26,7 @@ from rfield.segmentation.experiments.tables import (
     sweep_table,
     write_csv,
 )
-from rfield.segmentation.experiments.trials import Point, finish_trials
+from rfield.segmentation.experiments.trials import finish_trials
 from rfield.segmentation.files.atomic import write_json, write_text
 from rfield.segmentation.inference.predict import compute_device, predict_logits
 from rfield.segmentation.runs import load_run
@@ -39,12 +40,12 @@ _SHOWN = {"gradient": "exact gradient", "spsa": "SPSA", "sampled": "sampled"}
 
 
 def run_reproduce(config: ReproduceConfig, progress: Progress | None = None) -> str:
-    """Repeats the paper's experiments on any data in the layout of VOC; writes the results into `out`.
+    """Repeat the paper's experiments on any data in the layout of VOC, and write the results into `out`.
 
-    The grid of fixed dilations; learning from bad starts at dilation 14 and 6 (436 and 308 px nominal) by the exact
-    gradient and by the other searches. Written are `results.json`, `results.csv` (a row a run), `report.md`,
-    `grid.png`, `factor.png` (the fluctuation of f) and a `panel-SEARCH.png` for each search; the runs are beside them,
-    and a further call only adds what is missing.
+    The experiments are the grid of fixed dilations, and learning from bad starts at dilation 14 and 6 (436 and 308 px
+    nominal) by the exact gradient and by the other searches. The files are `results.json`, `results.csv` (a row for
+    each run), `report.md`, `grid.png`, `factor.png` (the factor over the steps) and a `panel-SEARCH.png` for each
+    search; the runs are beside them, and another call only adds what is missing.
 
     Args:
         config: what to train.
@@ -56,26 +57,22 @@ def run_reproduce(config: ReproduceConfig, progress: Progress | None = None) -> 
     Raises:
         ValueError, OSError: as in `finish_trials`.
     """
-    out = Path(config.train.run.out)
-    fixed = [
-        Point("none", d, seed) for d in sorted({*config.grid.dilations, *PAPER_ENDS_PX}) for seed in config.grid.seeds
-    ]
-    learned = [Point(kind, d, seed) for kind in _SEARCHES for d in PAPER_ENDS_PX for seed in config.grid.seeds]
+    out, seeds = Path(config.train.run.out), config.grid.seeds
+    dilations = sorted({*config.grid.dilations, *PAPER_ENDS_PX})
+    fixed = [Point("none", dilation, seed) for dilation in dilations for seed in seeds]
+    learned = [Point(kind, dilation, seed) for kind in _SEARCHES for dilation in PAPER_ENDS_PX for seed in seeds]
     trials = finish_trials(config, [*fixed, *learned], progress)
-    rows = summarise(trials)
-    grid = [row for row in rows if row.search == "none"]
-    best = max(grid, key=lambda row: row.miou)
+    rows, runs = summarise(trials), runs_of(trials)
+    best = max((row for row in rows if row.search == "none"), key=lambda row: row.miou)
     slope, offset = field_of(config)
     starts = {dilation: slope * dilation + offset for dilation in PAPER_ENDS_PX}
-
-    # Where the searches were before the dilation was snapped to an integer, as the paper's receptive fields are.
+    # The paper's receptive fields are those before the dilation was snapped to an integer.
     ends: dict[tuple[str, int], list[float]] = {}
     for trial in trials:
         if trial.point.search != "none":
             field = slope * _dilation_before_snap(trial.metrics) + offset
             ends.setdefault((trial.point.search, trial.point.dilation), []).append(field)
     report = _report(config, rows, best, starts, ends)
-    runs = runs_of(trials)
     write_json(
         out / "results.json",
         {
@@ -88,10 +85,18 @@ def run_reproduce(config: ReproduceConfig, progress: Progress | None = None) -> 
         },
     )
     write_csv(out / "results.csv", runs)
+    _draw(config, trials, rows, best.dilation, starts)
+    write_text(out / "report.md", report)
+    return report + f"\nthe runs, report.md, results.json, results.csv and the pictures are in {out}"
+
+
+def _draw(
+    config: ReproduceConfig, trials: Sequence[Trial], rows: Sequence[Row], best: int, starts: dict[int, float]
+) -> None:
+    """Draw the grid, the factors of the first seed, and a panel for each search."""
+    out, seed = Path(config.train.run.out), config.grid.seeds[0]
     curve = curve_of([trial for trial in trials if trial.point.search == "none"])
-    marked = {"best": best.dilation}
-    plots.save(plots.rf_curve(curve, "mIoU", marked, (slope, offset)), out / "grid.png")
-    seed = config.grid.seeds[0]
+    plots.save(plots.rf_curve(curve, "mIoU", {"best": best}, field_of(config)), out / "grid.png")
     paths: dict[str, dict[str, tuple[npt.ArrayLike, npt.ArrayLike]]] = {}
     for kind in _SEARCHES:
         for dilation, field in starts.items():
@@ -99,20 +104,20 @@ def run_reproduce(config: ReproduceConfig, progress: Progress | None = None) -> 
             group = paths.setdefault(_SHOWN[kind], {})
             group[f"from {field:.0f} px"] = (columns["step"], columns["factor"])
     plots.save(plots.factor_paths(paths), out / "factor.png")
-    improper = min((row for row in grid if row.dilation in starts), key=lambda row: row.miou).dilation
+    improper = min(
+        (row for row in rows if row.search == "none" and row.dilation in starts), key=lambda row: row.miou
+    ).dilation
     for kind in _SEARCHES:
         pictured = {
-            "best manual rf": Point("none", best.dilation, seed),
+            "best manual rf": Point("none", best, seed),
             "improper rf": Point("none", improper, seed),
             f"improper rf + learned ({kind})": Point(kind, improper, seed),
         }
         _save_panel(config, pictured, out / f"panel-{kind}.png")
-    write_text(out / "report.md", report)
-    return report + f"\nthe runs, report.md, results.json, results.csv and the pictures are in {out}"
 
 
 def _dilation_before_snap(metrics: dict[str, Any]) -> float:
-    """Where a run's search ended, in feature px; of SPSA, which runs at integers, the one that it delivered."""
+    """Return the dilation at which a run's search ended, in feature px; SPSA runs at integers, and ends at one."""
     search = metrics["search"]
     if search["kind"] == "sampled":
         return curve_minimum(dict(search["curve"]))
@@ -138,13 +143,11 @@ def _save_panel(config: ReproduceConfig, pictured: dict[str, Point], path: Path)
     plots.save(plots.panel(columns, palette, dataset.class_names), path)
 
 
-def _report(
-    config: ReproduceConfig,
-    rows: Sequence[Row],
-    best: Row,
-    starts: dict[int, float],
-    ends: dict[tuple[str, int], list[float]],
+def _starts_table(
+    rows: Sequence[Row], best: Row, starts: dict[int, float], ends: dict[tuple[str, int], list[float]]
 ) -> str:
+    """Return the table of the bad starts: where each search ended, and its score."""
+
     def row_of(search: Search, dilation: int) -> Row:
         return next(row for row in rows if (row.search, row.dilation) == (search, dilation))
 
@@ -162,6 +165,16 @@ def _report(
             table.append((f"{start:.4g}", _SHOWN[kind], end, f"{row.receptive_field_px:.4g}", score(row), paper))
     table.append(("-", "best by hand", "-", f"{best.receptive_field_px:.4g}", score(best), f"{PAPER_BEST_PX}"))
     header = ("start RF [px]", "search", "end RF [px]", "snapped [px]", "mIoU", "the paper's RF [px]")
+    return markdown(header, table)
+
+
+def _report(
+    config: ReproduceConfig,
+    rows: Sequence[Row],
+    best: Row,
+    starts: dict[int, float],
+    ends: dict[tuple[str, int], list[float]],
+) -> str:
     trained = "the head alone, on frozen features" if config.train.model.freeze_backbone else "backbone and head"
     seeds = ", ".join(str(seed) for seed in config.grid.seeds)
     return f"""# The experiments of Wei et al., CVPR 2017
@@ -173,7 +186,7 @@ nominal, 212 px + 16 px a dilation. Figures are means over the seeds; a spread i
 
 ## From bad starts
 
-{markdown(header, table)}
+{_starts_table(rows, best, starts, ends)}
 
 `factor.png` shows the factor of the first seed over training, of SPSA and the sampled search as it was drawn;
 `panel-SEARCH.png`: image, ground truth, best manual rf, improper rf, improper rf + learned, on validation images that

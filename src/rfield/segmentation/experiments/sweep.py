@@ -1,4 +1,4 @@
-"""The honest baseline: every dilation with every seed, once."""
+"""Train every dilation with every seed, once: the baseline of every search."""
 
 import dataclasses
 import math
@@ -11,6 +11,7 @@ from rfield.segmentation import plots
 from rfield.segmentation.config.experiments import SweepConfig
 from rfield.segmentation.config.train import counted
 from rfield.segmentation.conventions import Progress
+from rfield.segmentation.experiments.study import Point, Trial
 from rfield.segmentation.experiments.tables import (
     curve_of,
     field_of,
@@ -20,20 +21,20 @@ from rfield.segmentation.experiments.tables import (
     sweep_table,
     write_csv,
 )
-from rfield.segmentation.experiments.trials import Point, Trial, run_trials
+from rfield.segmentation.experiments.trials import run_trials
 from rfield.segmentation.files.atomic import write_json, write_text
 from rfield.segmentation.training.search_report import has_random_backbone
 
-# Two differences hardly tell their own spread.
+# Two differences do not show their own spread.
 _LEAST_SEEDS = 3
 
 
 def run_sweep(config: SweepConfig, progress: Progress | None = None) -> str:
-    """Trains once for every dilation and seed, and writes the results into `out`.
+    """Train once for every dilation and seed, and write the results into `out`.
 
-    The results are those of all calls with one `out`: `results.json`, `results.csv` (a row a run), `table.md` (a row a
-    dilation) and `sweep.png`; each run has an ordinary run folder beside them. Call again to go on after an
-    interruption, or with more dilations or seeds, or with a search, whose starts the dilations then are.
+    The results are those of all calls with the same `out`: `results.json`, `results.csv` (a row for each run),
+    `table.md` (a row for each dilation) and `sweep.png`; each run has an ordinary run folder beside them. Call again to
+    continue after an interruption, with more dilations or seeds, or with a search, which then starts at the dilations.
 
     Args:
         config: what to train.
@@ -82,10 +83,10 @@ def run_sweep(config: SweepConfig, progress: Progress | None = None) -> str:
 
 
 def judge_grid(config: SweepConfig, trials: Sequence[Trial]) -> tuple[Verdict | None, dict[float, float | None]]:
-    """How sure the best dilation of the fixed ones is, and the standard errors of the differences in mIoU to it.
+    """Return how sure the best fixed dilation is, and the standard errors of the differences in mIoU to it.
 
-    The mIoU of a whole split is no mean over its images, so that the errors are over the seeds that all dilations
-    have, in pairs of the same seed; 3 are needed. The verdict is None where nothing of fixed dilation was trained.
+    The mIoU of a split is not a mean over its images. The errors are therefore over the seeds that all dilations have,
+    in pairs of the same seed; 3 are needed. The verdict is None if nothing was trained at a fixed dilation.
 
     Args:
         config: the sweep's.

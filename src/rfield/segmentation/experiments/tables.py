@@ -11,7 +11,7 @@ import torch
 from rfield.receptive_field.theoretical import receptive_field_px
 from rfield.segmentation.config.experiments import SweepConfig
 from rfield.segmentation.config.train import Search
-from rfield.segmentation.experiments.trials import Trial
+from rfield.segmentation.experiments.study import Trial
 from rfield.segmentation.files import atomic
 from rfield.segmentation.models import find_model
 from rfield.segmentation.runs import build_network

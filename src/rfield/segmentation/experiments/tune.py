@@ -13,8 +13,9 @@ from rfield.segmentation import plots
 from rfield.segmentation.config.experiments import TuneConfig
 from rfield.segmentation.config.train import counted
 from rfield.segmentation.conventions import Progress
+from rfield.segmentation.experiments.study import Point, Trial
 from rfield.segmentation.experiments.tables import deviation, field_of, markdown, own_dilation, summarise, sweep_table
-from rfield.segmentation.experiments.trials import Point, Trial, finish_trials
+from rfield.segmentation.experiments.trials import finish_trials
 from rfield.segmentation.files.atomic import write_json, write_text
 from rfield.segmentation.training.search_report import has_random_backbone
 
