@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from rfield.segmentation.data.camvid import list_camvid
-from rfield.segmentation.data.check_sample import Finding, Sample, check_sample, quiet_bombs
+from rfield.segmentation.data.check_sample import Finding, Sample, check_sample, ignore_bomb_warnings
 from rfield.segmentation.data.check_split import Palettes, find_in_classes, find_in_names, find_repeated, shown_classes
 from rfield.segmentation.data.cityscapes import list_cityscapes
 from rfield.segmentation.data.folder import list_folder, mask_suffixes, splits_of
@@ -89,7 +89,7 @@ def check_data(
     if first is not None:
         findings += find_in_names(source, first, next(iter(listings)), flip)
     with warnings.catch_warnings():
-        quiet_bombs()
+        ignore_bomb_warnings()
         for split, listing in listings.items():
             samples = []
             for index, sample in enumerate(_samples(listing, split, workers, quick) if listing else ()):

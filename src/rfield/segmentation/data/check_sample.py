@@ -276,6 +276,6 @@ def _classes_of_maps(maps: list[npt.NDArray[Any]], path: Path, listing: Listing,
     return set(np.unique(listing.code.labels[stack.argmax(0)]).tolist()) - {IGNORE_INDEX}
 
 
-def quiet_bombs() -> None:
+def ignore_bomb_warnings() -> None:
     """Silence Pillow's warning of large images, which are findings. Call within `warnings.catch_warnings`."""
     warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
