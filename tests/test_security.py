@@ -125,7 +125,7 @@ class TestPickles:
         for name in ("features", "masks", "sizes"):
             kept = (tmp_path / f"{name}.npy").read_bytes()
             np.save(tmp_path / f"{name}.npy", np.array([Evil(marker)]), allow_pickle=True)
-            with pytest.raises(ValueError, match="is no cache of features"):
+            with pytest.raises(ValueError, match="is not a feature cache"):
                 CachedFeatures(tmp_path)
             (tmp_path / f"{name}.npy").write_bytes(kept)
 

@@ -270,6 +270,7 @@ class TestClassShareLoss:
 
     def test_absent_classes_and_images_without_labels(self) -> None:
         assert class_share_loss(torch.tensor([[4, 4, 0], [0, 0, 0]])) == pytest.approx(math.log(2))
+        assert str(class_share_loss(torch.tensor([[5]]))) == "0.0", "not -0.0"
         with pytest.raises(ValueError, match="no pixel has a label"):
             class_share_loss(torch.zeros(2, 3))
 

@@ -163,7 +163,7 @@ def test_an_empty_batch_changes_nothing() -> None:
         (torch.tensor([[0]]), torch.tensor([[254]]), "target holds labels from 254 to 254"),
         (torch.tensor([[0.0]]), torch.tensor([[0]]), "must be integer labels, got torch.float32 and torch.int64"),
         (torch.tensor([[0]]), torch.tensor([[0.0]]), "must be integer labels, got torch.int64 and torch.float32"),
-        (torch.zeros(1, 3, 2, 2), torch.zeros(1, 2, 2, dtype=torch.int64), r"take logits.argmax\(1\)"),
+        (torch.zeros(1, 3, 2, 2), torch.zeros(1, 2, 2, dtype=torch.int64), r"pass logits.argmax\(1\)"),
         (torch.tensor([[0]]), torch.tensor([[0.0]]), "integer labels, got torch.int64 and torch.float32"),
         (torch.tensor([[0]]), torch.tensor([[0, 1]]), r"one shape, got \(1, 1\) and \(1, 2\)"),
     ],

@@ -156,4 +156,4 @@ def class_share_loss(counts: Tensor, class_weights: Tensor | None = None) -> flo
     shares = (counts / counts.sum(1, keepdim=True)).mean(0)
     if class_weights is not None:
         shares = shares * class_weights.double().cpu()
-    return float(-torch.xlogy(shares, shares / shares.sum()).sum())
+    return float(torch.xlogy(shares, shares.sum() / shares).sum())  # not -xlogy(x, x), which is -0 for one class

@@ -64,13 +64,13 @@ class _LabelConfusionMatrix(MulticlassConfusionMatrix):
     def update(self, preds: Tensor, target: Tensor) -> None:
         if preds.is_floating_point() or target.is_floating_point():
             raise ValueError(
-                f"preds and target must be integer labels, got {preds.dtype} and {target.dtype}; of logits take "
+                f"preds and target must be integer labels, got {preds.dtype} and {target.dtype}; for logits, pass "
                 "logits.argmax(1)"
             )
         if preds.shape != target.shape:
             raise ValueError(
-                f"preds and target must have one shape, got {tuple(preds.shape)} and {tuple(target.shape)}; of logits "
-                "take logits.argmax(1)"
+                f"preds and target must have the same shape, got {tuple(preds.shape)} and {tuple(target.shape)}; for logits, "
+                "pass logits.argmax(1)"
             )
         if not target.numel():
             return

@@ -112,7 +112,9 @@ def load_run(folder: str | Path, checkpoint: str = "last") -> Run:
         return _load_shared(folder)
     for name in ("config.yaml", "classes.json"):
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder} is not a run folder: it has no {name}{hub_hint(folder)}")
+            reason = f"it has no {name}" if folder.is_dir() else "there is no such folder"
+            advice = hub_hint(folder) or "; give the --out of rfield train"
+            raise FileNotFoundError(f"{folder} is not a run folder: {reason}{advice}")
     path, description, state = _read_network(folder, checkpoint)
     config = load_config(folder / "config.yaml")
     class_names, palette, size = read_classes(read_json(folder / "classes.json"), folder / "classes.json")

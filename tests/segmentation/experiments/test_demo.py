@@ -72,7 +72,7 @@ def test_an_earlier_demo_is_replaced_and_nothing_else(tmp_path: Path, monkeypatc
     assert all(path.exists() for path in mine), "a folder that holds no run keeps its files"
 
     (tmp_path / "config.yaml").write_text("data: voc:images\nout: x\n")
-    with pytest.raises(FileExistsError, match="holds a run that is no demo: give another --out"):
+    with pytest.raises(FileExistsError, match="holds a run that is not a demo: give another --out"):
         run_demo(DemoConfig(out=str(tmp_path)))
     assert all(path.exists() for path in mine)
 

@@ -164,7 +164,7 @@ def test_a_missing_folder_is_never_looked_up_on_the_hub(
     with pytest.raises(SystemExit) as exit_:
         main(words.split())
     assert exit_.value.code == 2
-    message = "runs/typo is not a run folder: it has no config.yaml; a model of the Hub is hf:runs/typo\n"
+    message = "runs/typo is not a run folder: there is no such folder; a model of the Hub is hf:runs/typo\n"
     assert capsys.readouterr().err.endswith(message)
     assert not list(tmp_path.iterdir())
     with pytest.raises(FileNotFoundError, match=r"runs/typo has no config\.json; a model of the Hub is hf:runs/typo"):

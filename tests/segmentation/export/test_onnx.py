@@ -134,7 +134,7 @@ def test_one_size(one_size: tuple[Path, Path]) -> None:
     assert_same(load_run(folder), path, (1, 61, 45), (4, 61, 45))
     model = load_onnx(path)
     assert model.fixed_size == (61, 45)
-    with pytest.raises(ValueError, match=r"60x45 px, but .*model.onnx takes 61x45 px alone: .* --size 60x45"):
+    with pytest.raises(ValueError, match=r"60x45 px, but .*model.onnx accepts only 61x45 px: .* --size 60x45"):
         model(torch.randn(1, 3, 60, 45))
     with pytest.raises(ValueError, match="give --size HEIGHTxWIDTH, or --mode dilation"):
         export_run(load_run(folder), folder / "other.onnx")
@@ -241,7 +241,7 @@ def test_refusals(one_size: tuple[Path, Path], tmp_path: Path, capsys: pytest.Ca
     for model, error in (
         (one_size[1], "image.png: an image of 60x45 px, but"),
         (tmp_path / "broken.onnx", "cannot be read as an ONNX model"),
-        (tmp_path / "foreign.onnx", "has no notes of rfield export"),
+        (tmp_path / "foreign.onnx", "is not a file of rfield export"),
         (tmp_path / "no.onnx", "there is no model"),
     ):
         with pytest.raises(SystemExit) as caught:
@@ -270,6 +270,6 @@ def test_int8(any_size: tuple[Path, Path], tmp_path: Path, capsys: pytest.Captur
 
 
 def test_int8_of_another_size(one_size: tuple[Path, Path], tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"an image of 129x129 px, but .* takes 61x45 px alone"):
+    with pytest.raises(ValueError, match=r"an image of 129x129 px, but .* accepts only 61x45 px"):
         quantise(one_size[1], tmp_path / "model.onnx", SyntheticCues("train"), 4)
     assert not list(tmp_path.iterdir())

@@ -122,7 +122,10 @@ def test_a_run_knows_where_it_started(mechanism: Any, tmp_path: Path, monkeypatc
         ("smp:Unet/resnet17", r"smp:Unet/resnet17 is not known; is it resnet1"),
         ("smp:Unet/mit_b0/x", "is not known"),
         ("timm:resnet19", "timm:resnet19 is not known; is it resnet"),
-        ("keras:Unet", "keras:Unet is no model: give torchvision:NAME, smp:NAME, timm:NAME, hf:NAME or a run folder"),
+        (
+            "keras:Unet",
+            "keras:Unet is not a model: give torchvision:NAME, smp:NAME, timm:NAME, hf:NAME or a run folder",
+        ),
     ],
 )
 def test_names_that_are_not_known(spec: str, message: str) -> None:
@@ -135,7 +138,7 @@ def test_names_that_are_not_known(spec: str, message: str) -> None:
 def test_folders_that_are_no_models(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="is not a run folder"):
         open_model(str(tmp_path))
-    with pytest.raises(ValueError, match="has weights of its own"):
+    with pytest.raises(ValueError, match="has its own weights"):
         open_model(str(tmp_path), "default")
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"config\.json is damaged or not JSON"):

@@ -113,7 +113,7 @@ def test_a_run_is_compared_with_its_start(tmp_path: Path, monkeypatch: pytest.Mo
     )
     found = run_inspect(InspectConfig("run", out=str(tmp_path), size=(33, 33), count=1), lambda done, total: None)
     assert {title: each.output.field for title, each in found.items()} == {"before": (17, 17), "after": (5, 5)}
-    assert found["before"].name == "run, where it started"
+    assert found["before"].name == "run, at its starting dilation"
 
 
 def test_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,8 +174,11 @@ def test_without_a_folder_nothing_is_written(
     ("words", "message"),
     [
         ("torchvision:deeplab --out x", "torchvision:deeplab is not known; is it "),
-        ("nowhere --out x", "nowhere is not a run folder"),
-        ("torchvision:squeezenet1_1 --out x --weights none.pth", "no weights file none.pth"),
+        ("nowhere --out x", "nowhere is not a run folder: there is no such folder"),
+        (
+            "torchvision:squeezenet1_1 --out x --weights none.pth",
+            'no weights file none.pth; give "default" or the path',
+        ),
         ("torchvision:squeezenet1_1 --out x --images none.jpg", "no image found at none.jpg"),
         ("torchvision:squeezenet1_1 --out x --size 3", "cannot be run on images of 3x3 px"),
         ("torchvision:squeezenet1_1 --out x --size wide", "a size is HEIGHTxWIDTH"),

@@ -85,7 +85,7 @@ def test_wrapped_and_prefixed_weights(
     model, word = loaded(wrap(state))
     assert_loaded(model, state)
     assert word.startswith("the weights of FILE")
-    assert ("loss.weight of the file left out" in word) == ("loss.weight" in wrap(state).get("state_dict", {}))
+    assert ("the file's loss.weight are not used" in word) == ("loss.weight" in wrap(state).get("state_dict", {}))
 
 
 def test_parts_apart(tmp_path: Path) -> None:
@@ -115,7 +115,7 @@ def test_another_number_of_classes_keeps_the_last_layers(
     for key in ("head.weight", "head.bias", "aux_head.weight"):
         assert torch.equal(model.state_dict()[key], first[key])
     assert word == (
-        "the weights of FILE, which are of 7 classes, not 3: the last layers keep their initial values (head, aux_head)"
+        "the weights of FILE, which have 7 classes instead of 3: the last layers keep their initial values (head, aux_head)"
     )
 
 
@@ -123,7 +123,7 @@ def test_an_auxiliary_head_that_the_model_has_not_is_left_out(loaded: Callable[.
     model = Net()
     del model.aux_head
     _, word = loaded(state_of(), model)
-    assert word == "the weights of FILE; aux_head.weight, aux_head.bias of the file left out"
+    assert word == "the weights of FILE; the file's aux_head.weight, aux_head.bias are not used"
 
 
 def test_another_width_inside_is_no_last_layer(loaded: Callable[..., tuple[nn.Module, str]]) -> None:

@@ -186,7 +186,7 @@ def test_the_smoothed_loss_is_the_mean_of_the_finite_neighbours() -> None:
     ("change", "message"),
     [
         ({"step": [], "effective_dilation": [], "receptive_field_px": [], "loss": []}, "step must be a list"),
-        ({"loss": LOSS[:3]}, "step and loss must have one length, got 4 and 3"),
+        ({"loss": LOSS[:3]}, "step and loss must have the same length, got 4 and 3"),
         ({"effective_dilation": [14, float("nan"), 7, 6]}, "effective_dilation must be finite, but 1 of 4"),
         ({"step": [0, 10, 5, 30]}, "step must rise, but it falls after 10"),
         ({"receptive_field_px": [436, 300, 324, 308]}, "affine function of effective_dilation"),

@@ -1,7 +1,7 @@
 """What a training says of how sure its search is, and the images that it is told by."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -116,14 +116,19 @@ class TestHeldOut:
         samples = WholeImages(load_dataset(make().data, "train"), None)
 
         class Void(WholeImages):
+            void: Sequence[int] = (1, 4)
+
             def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
                 image, mask = super().__getitem__(index)
-                return image, torch.full_like(mask, 255) if index in (1, 4) else mask
+                return image, torch.full_like(mask, 255) if index in self.void else mask
 
         void = Void(samples.dataset, None)
         assert HeldOut(void, [0, 1, 2, 4]).indices == [0, 2]
         assert HeldOut(void, [0, 2]).ids == [samples.dataset.ids[0], samples.dataset.ids[2]]
         with pytest.raises(ValueError, match="2 training images out, but none of them has a labelled pixel"):
+            HeldOut(void, [1, 4])
+        void.void = range(len(void))
+        with pytest.raises(ValueError, match=r"none of the \d+ training images has a labelled pixel: label the images"):
             HeldOut(void, [1, 4])
 
 

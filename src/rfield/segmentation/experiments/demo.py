@@ -34,12 +34,12 @@ def run_demo(config: DemoConfig, progress: Progress | None = None) -> str:
     if (out / "config.yaml").is_file():
         earlier = load_config(out / "config.yaml")
         if (earlier.data.data, earlier.model.model) != ("synthetic", "small_cnn"):
-            raise FileExistsError(f"{out} holds a run that is no demo: give another --out")
+            raise FileExistsError(f"{out} holds a run that is not a demo: give another --out")
         clear_run_folder(out)
     try:
         train(_train_config(config), progress)
     except Interrupted as error:
-        raise Interrupted(error.signum, error.done, "a further call starts anew") from error
+        raise Interrupted(error.signum, error.done, "run the command again to start over") from error
     run = load_run(out)
     dataset = SyntheticCues("val")
     dilations = {

@@ -1,4 +1,4 @@
-"""Finished runs as tables."""
+"""Write finished runs as tables."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -38,7 +38,7 @@ class Row:
 
 
 def summarise(trials: Sequence[Trial]) -> list[Row]:
-    """One row for each (search, dilation), in the order in which they occur."""
+    """Return one row for each (search, dilation), in the order in which they occur."""
     rows = []
     for search, dilation in dict.fromkeys((trial.point.search, trial.point.dilation) for trial in trials):
         same = [trial for trial in trials if (trial.point.search, trial.point.dilation) == (search, dilation)]
@@ -51,7 +51,7 @@ def summarise(trials: Sequence[Trial]) -> list[Row]:
 
 
 def deviation(values: Sequence[float]) -> float | None:
-    """The standard deviation of a sample; None for one value.
+    """Return the standard deviation of a sample; None for one value.
 
     >>> deviation([1.0, 3.0]), deviation([1.0])
     (1.4142135623730951, None)
@@ -60,7 +60,7 @@ def deviation(values: Sequence[float]) -> float | None:
 
 
 def sweep_table(rows: Sequence[Row]) -> str:
-    """Rows as a Markdown table; the best mean mIoU is bold."""
+    """Format rows as a Markdown table; the best mean mIoU is bold."""
     best = max((row.miou for row in rows), default=0.0)
     header = ("search", "dilation", "mIoU", "spread", "seeds", "effective dilation", "RF [px]", "seconds")
     return markdown(
@@ -82,7 +82,7 @@ def sweep_table(rows: Sequence[Row]) -> str:
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table with aligned columns.
+    """Format a Markdown table with aligned columns.
 
     >>> print(markdown(["d", "mIoU"], [["2", "0.69"], ["14", "0.7"]]))
     | d  | mIoU |
@@ -98,9 +98,9 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def runs_of(trials: Sequence[Trial]) -> list[dict[str, Any]]:
-    """Each run in one flat row: its name, point and figures, exactly as its `metrics.json` has them, and its verdict.
+    """Return one flat row for each run: its name, point, figures (exactly as in `metrics.json`) and verdict.
 
-    The verdict is how sure the run's search is; a run without a search has none.
+    The verdict is the certainty of the run's search; a run without a search has none.
     """
     return [
         {
@@ -120,7 +120,7 @@ def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def curve_of(trials: Sequence[Trial]) -> dict[str, dict[float, list[float]]]:
-    """mIoU for `plots.rf_curve`: {search: {dilation: one value a seed}}."""
+    """Return the mIoU for `plots.rf_curve`: {search: {dilation: one value for each seed}}."""
     curves: dict[str, dict[float, list[float]]] = {}
     for trial in trials:
         name = "fixed" if trial.point.search == "none" else trial.point.search
@@ -134,7 +134,7 @@ def own_dilation(model: str) -> int:
 
 
 def field_of(config: SweepConfig) -> tuple[float, float]:
-    """(slope, offset) of a network's receptive field in input px over its dilation in feature px."""
+    """Return (slope, offset) of a network's receptive field in input px over its dilation in feature px."""
     with torch.device("meta"):
         one, two = (
             receptive_field_px(build_network(config.run_config("", dilation, 0, "none"), num_classes=2))[0]

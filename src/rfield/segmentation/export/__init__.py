@@ -1,1 +1,1 @@
-"""Trained networks for others: ONNX, int8, plain run folders, the Hugging Face Hub."""
+"""Export trained networks: ONNX, int8, plain run folders, the Hugging Face Hub."""

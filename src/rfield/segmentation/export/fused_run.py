@@ -1,4 +1,4 @@
-"""A run folder becomes one whose network is plain: fixed dilations, no learned layer."""
+"""Turn a run folder into one with a plain network: fixed dilations, no learned layer."""
 
 from pathlib import Path
 
@@ -21,17 +21,17 @@ def fuse_run(
 ) -> dict[str, str]:
     """Write a run's network as a plain one, into a run folder that `rfield predict` and `evaluate` read.
 
-    The folder holds `config.yaml` (search none, the dilation that was found), `classes.json`, the weights in
+    The folder holds `config.yaml` (search none, the learned dilation), `classes.json`, the weights in
     `model.safetensors`, and `fused.json`, which describes the network, see `describe_network`.
 
     Args:
-        run_folder: what `rfield train` has left.
-        out: the folder to make; an earlier one of this kind is replaced.
+        run_folder: a run folder of `rfield train`.
+        out: the folder to create; an earlier one of this kind is replaced.
         mode: see `rfield.fuse`.
         checkpoint: `last` or `best`.
 
     Returns:
-        What became of each learned layer, by its name.
+        What each learned layer became, by its name.
 
     Raises:
         FileExistsError: if `out` holds a run that was trained.
@@ -42,7 +42,7 @@ def fuse_run(
         raise FileExistsError(f"{out} holds a run that was trained: give another --out")
     run = load_run(run_folder, checkpoint)
     if not (run.folder / "config.yaml").is_file():
-        raise ValueError(f"{run_folder} comes from the Hub and is plain already")
+        raise ValueError(f"{run_folder} comes from the Hub and has no learned layers to fuse")
     plain = fuse(run.network, mode)
     description = describe_network(plain)
     config = run.config.replace(
@@ -77,7 +77,7 @@ def score_change(
     progress: Progress,
     ignore_names: bool = False,
 ) -> tuple[float, float]:
-    """The mean IoU of a run's network, and that of the plain one that `fuse_run` has made of it."""
+    """Return the mean IoU of a run's network, and that of the plain network that `fuse_run` has made from it."""
     before, after = (
         evaluate_run(run, dataset, progress, ignore_names)["miou"]
         for run in (load_run(run_folder, checkpoint), load_run(out))
@@ -86,5 +86,5 @@ def score_change(
 
 
 def _conv_of(name: str, layer: LearnedFactor) -> str:
-    """Under which name the plain network has the convolution that a layer dilates."""
+    """Return the plain network's name of the convolution that a layer dilates."""
     return name if isinstance(layer, AdaptiveConv2d) else f"{name}.fc6"

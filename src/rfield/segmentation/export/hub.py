@@ -1,4 +1,4 @@
-"""A run on the Hugging Face Hub: its plain network, and a card with its scores and its receptive field."""
+"""Publish a run on the Hugging Face Hub: its plain network, and a card with scores and receptive field."""
 
 import shutil
 import tempfile
@@ -11,16 +11,17 @@ from rfield.segmentation.files.untrusted import read_json
 from rfield.segmentation.models import ParsingNetwork
 from rfield.segmentation.runs import Run, load_run
 from rfield.surgery.fuse import fuse
+from rfield.text import format_pair
 
 _PICTURES = {"curve.png": "Loss over the receptive field", "factor.png": "The receptive field in training"}
 
 
 def push_run(run_folder: str | Path, repo_id: str, checkpoint: str = "last", private: bool = False) -> str:
-    """Uploads what `share_run` writes, and returns the repository's address.
+    """Upload the files of `share_run`, and return the repository's address.
 
     Raises:
         FileNotFoundError, ValueError: as `load_run`, `rfield.fuse` and `HubMixin.save_pretrained` do.
-        OSError: if the Hub refuses it or cannot be reached.
+        OSError: if the Hub refuses the files or cannot be reached.
     """
     with tempfile.TemporaryDirectory() as folder:
         share_run(run_folder, folder, checkpoint, repo_id)
@@ -28,13 +29,13 @@ def push_run(run_folder: str | Path, repo_id: str, checkpoint: str = "last", pri
 
 
 def share_run(run_folder: str | Path, out: str | Path, checkpoint: str = "last", repo_id: str = "USER/NAME") -> None:
-    """Writes a run's network, fused, as `rfield predict` and `ParsingNetwork.from_pretrained` read it.
+    """Write a run's network, fused, in the form that `rfield predict` and `ParsingNetwork.from_pretrained` read.
 
     The folder holds no paths of the run's config, and no data.
 
     Args:
-        run_folder: what `rfield train` or `rfield fuse` has left.
-        out: the folder to fill.
+        run_folder: a run folder of `rfield train` or `rfield fuse`.
+        out: the folder for the files.
         checkpoint: `last` or `best`.
         repo_id: the name on the Hub, for the card.
 
@@ -94,19 +95,14 @@ def _card(run: Run, network: ParsingNetwork, pictures: list[str], repo_id: str) 
 def _field(network: ParsingNetwork) -> list[str]:
     try:
         pixels = receptive_field_px(network)
-    except ValueError:  # The fixed resizes of a network that was fused before have no rule.
+    except ValueError:  # there is no rule for the resizes of a fused network
         return []
     dilation = network.head.effective_dilation
-    return [f"Receptive field {_pair(pixels)} px (dilation {_pair(dilation)} in its head).", ""]
-
-
-def _pair(values: tuple[float, float]) -> str:
-    height, width = values
-    return f"{height:.4g}" if height == width else f"{height:.4g} x {width:.4g}"
+    return [f"Receptive field {format_pair(pixels)} px (dilation {format_pair(dilation)} in its head).", ""]
 
 
 def _scores(folder: Path) -> list[str]:
-    """Those of the validation at the end of the training, if the folder has them."""
+    """Return the scores of the validation at the end of the training, or [] if the folder has none."""
     try:
         scores: dict[str, Any] = read_json(folder / "metrics.json")
         rows = [(name, value) for name, value in scores["per_class"].items() if value is not None]

@@ -1,4 +1,4 @@
-"""An exported network that computes in whole numbers of 8 bits."""
+"""Export a network that computes with 8-bit integers."""
 
 import tempfile
 from collections.abc import Iterator
@@ -27,19 +27,19 @@ def export_int8(
     progress: Progress,
     ignore_names: bool = False,
 ) -> tuple[Exported, float, float]:
-    """Writes a run's network as ONNX (see `export_run`), whose convolutions are then quantised.
+    """Write a run's network as ONNX (see `export_run`), and quantise its convolutions.
 
     Args:
         run, size, mode: see `export_run`.
-        out: the .onnx file to make; an earlier one is replaced.
-        images: what to calibrate on.
-        count: how many of them, evenly spaced.
-        dataset: what to score on.
-        progress: called with (images done, images in all).
+        out: the .onnx file to create; an earlier one is replaced.
+        images: the data set to calibrate on.
+        count: number of its images that are used, evenly spaced.
+        dataset: the data set to score.
+        progress: called with (images done, all images).
         ignore_names: see `rfield.segmentation.data.match_classes`.
 
     Returns:
-        What `export_run` says of the network before it is quantised; the mean IoU before and after.
+        The result of `export_run`, before quantisation; the mean IoU before and after it.
 
     Raises:
         ValueError: as `export_run` and `quantise` do, or if the data set has other classes, see
@@ -59,19 +59,19 @@ def export_int8(
 
 
 def quantise(source: Path, out: Path, images: ParsingDataset, count: int) -> None:
-    """Writes an ONNX file of `export_run` with the convolutions in 8 bits.
+    """Write an ONNX file of `export_run` with the convolutions in 8 bits.
 
-    The range of each activation is what the images give (static quantisation), that of weights its channel's own; what
-    is not a convolution, such as the resizes, stays in float32.
+    The range of an activation is measured on the images (static quantisation); weights have one range for each channel.
+    All other operations, such as the resizes, stay in float32.
 
     Args:
         source: the file to quantise.
-        out: the file to make.
-        images: what to calibrate on; evenly spaced ones are taken.
-        count: how many.
+        out: the file to create.
+        images: the data set to calibrate on.
+        count: number of its images that are used, evenly spaced.
 
     Raises:
-        ValueError: if an image is of a size that the network does not take, or the file cannot be quantised.
+        ValueError: if the network does not accept the size of an image, or the file cannot be quantised.
     """
     import onnx
     from onnxruntime import quantization
@@ -89,12 +89,12 @@ def quantise(source: Path, out: Path, images: ParsingDataset, count: int) -> Non
                 quant_format=quantization.QuantFormat.QDQ,
                 op_types_to_quantize=["Conv"],
                 per_channel=True,
-                # 7 bits of weight: sums of products of 8 bits overflow on processors without VNNI.
+                # 7 bits for weights, because sums of 8-bit products overflow on processors without VNNI.
                 reduce_range=True,
                 activation_type=quantization.QuantType.QUInt8,
                 weight_type=quantization.QuantType.QInt8,
             )
-    except Exception as error:  # The quantiser has an exception for each of its faults.
+    except Exception as error:  # the quantiser has many types of exceptions
         raise ValueError(f"the network cannot be quantised: {error}") from error
     finally:
         prepared.unlink(missing_ok=True)
@@ -105,7 +105,7 @@ def quantise(source: Path, out: Path, images: ParsingDataset, count: int) -> Non
 
 
 class _Reader:
-    """What the quantiser asks for its inputs, one by one."""
+    """Give the quantiser its inputs, one by one."""
 
     def __init__(self, batches: list[Any]) -> None:
         self.batches = iter(batches)

@@ -1,4 +1,4 @@
-"""A trained network as a file for other runtimes, ONNX or torch.export, kept if it computes what the network does."""
+"""Export a trained network to ONNX or torch.export, and keep the file only if its results match the network's."""
 
 import contextlib
 import dataclasses
@@ -21,24 +21,24 @@ from rfield.segmentation.runs import Run
 from rfield.surgery.fuse import Mode, fuse
 
 MAX_DIFFERENCE = 1e-3
-"""The largest difference of two logits, over the range of all, that an exported network may have."""
+"""Maximum difference of two logits, divided by the range of all, between the exported network and the original."""
 MIN_AGREEMENT = 0.999
-"""The least share of pixels that it must label as the network does."""
+"""Minimum share of pixels that both must label alike."""
 
-# No side is a multiple of a stride plus 1: the padding and the crop would be traced as if they did nothing.
+# No side is a multiple of a stride plus 1; otherwise padding and crop would be traced as no-ops.
 _TRACED = (98, 131)
 _OTHER = (70, 61)
-# Every side is.
+# Every side is a multiple of a stride plus 1.
 _WHOLE = (97, 129)
 
 
 @dataclasses.dataclass(frozen=True)
 class Exported:
-    """What a file holds, and how near it is to the network."""
+    """An exported file, and how well it matches the network."""
 
     path: Path
     size: tuple[int, int] | None
-    """The only (height, width) in px that it takes; None for any."""
+    """The only (height, width) in px that it accepts; None for any."""
     difference: float
     """Largest difference of two logits over the range of all."""
     agreement: float
@@ -46,18 +46,18 @@ class Exported:
 
 
 def export_run(run: Run, out: str | Path, size: tuple[int, int] | None = None, mode: Mode = "resize") -> Exported:
-    """Writes a run's network, fused, as an ONNX (.onnx) or torch.export (.pt2) file that takes batches of any number.
+    """Write a run's network, fused, as an ONNX (.onnx) or torch.export (.pt2) file for batches of any size.
 
     The input `image` is float32 [N, 3, H, W], normalised by ImageNet's mean and deviation; the output `logits` is
     [N, K, H, W]. The file's metadata (`rfield.json` in a .pt2 file) has the class names, the palette, the
-    normalisation and the working size. It is written under another name and gets its own once ONNX Runtime, or the
-    loaded program, computes what the network does on images of several sizes, alone and in a batch.
+    normalisation and the working size. The file gets its name only if the results of ONNX Runtime, or of the loaded
+    program, match the network's on images of several sizes, alone and in a batch.
 
     Args:
         run: the trained network.
-        out: the file to make; an earlier one is replaced.
-        size: the one (height, width) in px to take; None for any, or for the run's working size where the network has
-            resizes of fixed factors, whose arithmetic on sizes only Python can do.
+        out: the file to create; an earlier one is replaced.
+        size: the only (height, width) in px to accept. None means any size, or the run's working size if the network
+            has resizes of fixed factors, because graphs cannot express their size arithmetic.
         mode: see `rfield.fuse`.
 
     Raises:
@@ -65,10 +65,10 @@ def export_run(run: Run, out: str | Path, size: tuple[int, int] | None = None, m
         OSError: if the file cannot be written.
     """
     out = Path(out)
-    # Tracing works on the CPU's copy; the caller's network stays where it is.
+    # Tracing works on a copy on the CPU; the caller's network stays on its device.
     network = fuse(run.network, mode).cpu().eval()
     if not isinstance(network, ParsingNetwork):
-        raise ValueError(f"{type(network).__name__} is no parsing network")
+        raise ValueError(f"{type(network).__name__} is not a network of rfield.segmentation.models")
     size = size or _needed_size(run, network)
     batches = _batches(network, size)
     notes = _notes(run)
@@ -85,7 +85,7 @@ def export_run(run: Run, out: str | Path, size: tuple[int, int] | None = None, m
 
 
 def write_onnx(program: torch.export.ExportedProgram, notes: dict[str, str], path: Path) -> None:
-    """Writes a traced network and its notes as one ONNX file.
+    """Write a traced network and its metadata as one ONNX file.
 
     Raises:
         ValueError: if it cannot be translated, or a package is missing.
@@ -97,7 +97,7 @@ def write_onnx(program: torch.export.ExportedProgram, notes: dict[str, str], pat
             )
     except ImportError as error:
         raise ValueError(f"ONNX needs a package ({error}): pip install 'rfield[export]'") from error
-    except Exception as error:  # The exporter has an exception for each of its faults.
+    except Exception as error:  # the exporter has many types of exceptions
         raise ValueError(f"the network cannot be translated to ONNX: {error}") from error
     if onnx is None:
         raise ValueError("the network cannot be translated to ONNX")
@@ -111,15 +111,15 @@ def _write_program(program: torch.export.ExportedProgram, notes: dict[str, str],
             torch.export.save(program, path, extra_files={"rfield.json": json.dumps(notes)})
     except OSError:
         raise
-    except Exception as error:  # Such as arithmetic on sizes that the format has no words for.
+    except Exception as error:  # such as size arithmetic that the format cannot express
         cause = (str(error).strip().splitlines() or [type(error).__name__])[-1]
         raise ValueError(
-            f"the traced network cannot be saved as .pt2 ({cause}); as .onnx, or with --size HEIGHTxWIDTH, it may be"
+            f"the traced network cannot be saved as .pt2 ({cause}); try .onnx or --size HEIGHTxWIDTH"
         ) from error
 
 
 def read_exported(path: Path) -> Callable[[Tensor], Tensor]:
-    """What a file computes: maps images Tensor[N, 3, H, W] to logits Tensor[N, K, H, W]."""
+    """Return a function that runs a file: images Tensor[N, 3, H, W] to logits Tensor[N, K, H, W]."""
     if path.suffix == ".onnx":
         return load_onnx(path)
     loaded = torch.export.load(path).module()
@@ -129,7 +129,7 @@ def read_exported(path: Path) -> Callable[[Tensor], Tensor]:
 def compare(
     network: Callable[[Tensor], Tensor], exported: Callable[[Tensor], Tensor], batches: list[Tensor]
 ) -> tuple[float, float]:
-    """The largest difference of two logits over their range, and the share of pixels with the same label.
+    """Return the largest difference of two logits over their range, and the share of pixels with the same label.
 
     >>> network = torch.nn.Conv2d(3, 4, 1)
     >>> compare(network, lambda images: network(images), [torch.randn(1, 3, 5, 5)])
@@ -142,7 +142,7 @@ def compare(
             if got.shape != wanted.shape:
                 return float("inf"), 0.0
             spread = float(wanted.max() - wanted.min()) or 1.0
-            # NaN, which compares with nothing, counts as infinite.
+            # NaN counts as infinite, because it compares with nothing.
             gap = float((got - wanted).abs().max().nan_to_num(nan=float("inf"))) / spread
             difference = max(difference, gap)
             same += int((got.argmax(1) == wanted.argmax(1)).sum())
@@ -161,7 +161,7 @@ def _judge(out: Path, difference: float, agreement: float) -> None:
 class _Cropping(nn.Module):
     """A network whose logits are cropped into new memory.
 
-    As a view they would be contiguous or not, and torch.export would guard that every image is as the traced one.
+    A view could be contiguous or not, and torch.export would require every image to be like the traced one.
     """
 
     def __init__(self, network: ParsingNetwork) -> None:
@@ -177,7 +177,7 @@ class _Cropping(nn.Module):
 
 
 def _needed_size(run: Run, network: ParsingNetwork) -> tuple[int, int] | None:
-    """None where the network takes any size, else the size that its images have."""
+    """Return the size that the network needs its images to have, or None for any."""
     if not any(isinstance(module, fx.GraphModule) and "factor" in module.meta for module in network.modules()):
         return None
     size = run.size or run.config.model.canvas
@@ -190,10 +190,10 @@ def _needed_size(run: Run, network: ParsingNetwork) -> tuple[int, int] | None:
 
 
 def _batches(network: ParsingNetwork, size: tuple[int, int] | None) -> list[Tensor]:
-    """Images to trace and to compare with: two and one of them, of two sizes where any is taken."""
+    """Return images for tracing and comparing: batches of two and one, of several sizes if any size is accepted."""
     generator = torch.Generator().manual_seed(0)
     least = network.min_size
-    # One below the size that images are padded to, if there is one, and one above.
+    # One size below the size to which images are padded, if there is one, and one above.
     other = _OTHER if max(least) <= min(_OTHER) else (least[0] + 9, least[1] + 6)
     sizes = [_TRACED, other, _WHOLE] if size is None else [size, size]
     return [torch.randn(2 - index % 2, 3, *each, generator=generator) for index, each in enumerate(sizes)]
@@ -206,14 +206,14 @@ def _trace(network: nn.Module, images: Tensor, dynamic: bool) -> torch.export.Ex
             return torch.export.export(
                 network, (images,), dynamic_shapes={"image": dict.fromkeys(axes, torch.export.Dim.DYNAMIC)}
             )
-    except Exception as error:  # Tracing runs the backbone's own code.
-        hint = "; with --size HEIGHTxWIDTH it may be" if dynamic else ""
+    except Exception as error:  # tracing runs the backbone's own code
+        hint = "; try --size HEIGHTxWIDTH" if dynamic else ""
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"the network cannot be traced by torch.export ({first}){hint}") from error
 
 
 def _notes(run: Run) -> dict[str, str]:
-    """What a user of the file has to know, in JSON, since ONNX's metadata is text."""
+    """Return the metadata that a user of the file needs, as JSON, because ONNX metadata are text."""
     values = {
         "class_names": run.class_names,
         "palette": run.palette,

@@ -93,11 +93,15 @@ def is_zip_bomb(path: Path) -> bool:
         return sum(record.file_size for record in archive.infolist()) > path.stat().st_size
 
 
-def read_weights(path: Path) -> dict[str, "Tensor"]:
+def read_weights(path: Path, published: str = "imagenet") -> dict[str, "Tensor"]:
     """Return the tensors of a .safetensors file or a file of `torch.save`, by name.
 
     Dicts that training scripts put around a state dict are unwrapped: `{"state_dict": ...}`, `{"model": ...}` and
     others. If a file holds weights and their running average, under the usual names, the weights are returned.
+
+    Args:
+        path: the file.
+        published: the word that stands for the library's published weights, for the error of a missing file.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -110,7 +114,7 @@ def read_weights(path: Path) -> dict[str, "Tensor"]:
         raise ValueError(f"{path} is a folder, not a weights file; give the .pth or .safetensors file")
     if not path.is_file():
         raise FileNotFoundError(
-            f'there is no weights file {path}; give "imagenet" or the path of a .pth or .safetensors file'
+            f'there is no weights file {path}; give "{published}" or the path of a .pth or .safetensors file'
         )
     try:
         if path.suffix == ".safetensors":

@@ -1,1 +1,1 @@
-"""Trained networks at work: labelling images and scoring data sets."""
+"""Label images and score data sets with trained networks."""

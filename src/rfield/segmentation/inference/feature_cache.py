@@ -1,4 +1,4 @@
-"""Backbone features computed once and kept in a memory-mapped file, so that a head trains in minutes."""
+"""Compute a backbone's features once and keep them in a memory-mapped file, so that a head trains in minutes."""
 
 import hashlib
 import os
@@ -28,15 +28,15 @@ _FILES = ("features.npy", "masks.npy", "sizes.npy", "meta.json")
 
 
 def default_cache_folder() -> Path:
-    """`$XDG_CACHE_HOME/rfield`, or `~/.cache/rfield`."""
+    """Return `$XDG_CACHE_HOME/rfield`, or `~/.cache/rfield`."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rfield"
 
 
 def image_features(network: ParsingNetwork, image: Tensor) -> Tensor:
-    """Features of one image at the cache's precision, so that cached and fresh ones are the same numbers.
+    """Compute the features of one image at the cache's precision, so that cached and fresh features are equal.
 
     Args:
-        network: its backbone, in eval mode, and its padding are used.
+        network: in eval mode; only its backbone and its padding are used.
         image: Tensor[3, H, W], normalised.
 
     Returns:
@@ -53,19 +53,20 @@ def image_features(network: ParsingNetwork, image: Tensor) -> Tensor:
 
 
 class CachedFeatures(Dataset[tuple[Tensor, Tensor]]):
-    """Features and masks of every image of a data set on one canvas, plain and mirrored, read from a file.
+    """Features and masks of a data set's images and their mirror images, padded to one size, read from a file.
 
-    Indexed by (epoch, index): features float16 [C, h, w] and mask int64 [H, W] of the canvas, 255 beyond the image;
-    mirrored or not as seed, epoch and index say. A mirrored mask has the data set's `mirrored_classes` exchanged.
+    Indexed by (epoch, index): features float16 [C, h, w] and mask int64 [H, W] of the padded image, 255 outside the
+    image. Seed, epoch and index decide whether it is mirrored. A mirrored mask exchanges the data set's
+    `mirrored_classes`.
 
     Args:
-        folder: where `cache_features` has put them.
-        seed: of the mirroring.
+        folder: the folder that `cache_features` has written.
+        seed: seed of the mirroring.
         flip: mirror every second sample.
 
     Attributes:
-        sizes: (H, W) of every image on the canvas.
-        skipped: the images that could not be read, in whose place others are.
+        sizes: (H, W) of every image, without padding.
+        skipped: the images that could not be read and were replaced by others.
     """
 
     def __init__(self, folder: Path, seed: int = 0, flip: bool = True) -> None:
@@ -76,7 +77,7 @@ class CachedFeatures(Dataset[tuple[Tensor, Tensor]]):
             self._mirrored_classes = meta["mirrored_classes"]
             self.sizes: list[tuple[int, int]] = [(h, w) for h, w in arrays[2].tolist()]
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{folder} is no cache of features: {error}; remove it") from error
+            raise ValueError(f"{folder} is not a feature cache: {error}; remove it") from error
         self._features, self._masks, _ = arrays
         self.seed = seed
         self.flip = flip
@@ -95,7 +96,7 @@ class CachedFeatures(Dataset[tuple[Tensor, Tensor]]):
         return features, mask
 
     def plain(self, index: int) -> tuple[Tensor, Tensor]:
-        """Features float16 [C, h, w], not mirrored, and the mask int64 [H, W] at the image's own size."""
+        """Return the features float16 [C, h, w], not mirrored, and the mask int64 [H, W] at the image's own size."""
         height, width = self.sizes[index]
         mask = np.array(self._masks[index, :height, :width])
         return torch.from_numpy(np.array(self._features[index, 0])), torch.from_numpy(mask).long()
@@ -104,7 +105,7 @@ class CachedFeatures(Dataset[tuple[Tensor, Tensor]]):
 def find_features(
     network: ParsingNetwork, dataset: ParsingDataset, folder: Path | None = None, mirrored: bool = False
 ) -> CachedFeatures | None:
-    """The cache of exactly this data, these weights and this canvas, if there is a whole one."""
+    """Return the cache of this data, these weights and this padded size, or None if there is no complete one."""
     path = _cache_path(network, dataset, folder, mirrored)
     return CachedFeatures(path, flip=mirrored) if _is_whole(path) else None
 
@@ -117,23 +118,23 @@ def cache_features(
     seed: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> CachedFeatures:
-    """Opens the features of a data set; computes what is missing first.
+    """Open the features of a data set. Compute missing ones first.
 
-    The canvas is `network.min_size`. The cache is keyed by the data set's fingerprint, the backbone's layers and
-    weights and the canvas; one that is torn (a wrong size or checksum) is computed again, an unfinished one is
-    continued.
+    Images are padded to `network.min_size`. The key of a cache consists of the data set's fingerprint, the backbone's
+    layers and weights, and this size. A damaged cache (a wrong size or checksum) is computed again, an unfinished one
+    is continued.
 
     Args:
         network: in eval mode; `min_size` holds every image.
         dataset: the images.
-        folder: where caches are kept; default `default_cache_folder()`.
+        folder: the folder of all caches; default `default_cache_folder()`.
         mirrored: keep the features of mirrored images too.
-        seed: of the mirroring in training.
-        progress: called with (images done, images in all).
+        seed: seed of the mirroring in training.
+        progress: called with (images done, all images).
 
     Raises:
-        ValueError: if an image is larger than the canvas.
-        OSError: if the disk has no room for the file, whose size is estimated first.
+        ValueError: if an image is larger than `network.min_size`.
+        OSError: if the disk has too little space for the estimated size of the file.
     """
     path = _cache_path(network, dataset, folder, mirrored)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -182,7 +183,7 @@ def _compute(
         if size[0] > canvas[0] or size[1] > canvas[1]:
             raise ValueError(
                 f"image {name} is {size[0]}x{size[1]} px, larger than the canvas of {canvas[0]}x{canvas[1]}: "
-                "give a canvas that holds every image, or none to have it chosen"
+                "give a canvas that holds every image, or leave it out"
             )
     transform = evaluation_transform()
     probe = image_features(network, torch.zeros(3, *canvas))
@@ -232,7 +233,7 @@ def _write_meta(partial: Path, dataset: ParsingDataset) -> None:
 
 
 def _finished(partial: Path, shape: tuple[int, ...]) -> int:
-    """How many images an interrupted computation has left finished."""
+    """Return the number of images that an interrupted computation has finished."""
     try:
         arrays = [np.lib.format.open_memmap(partial / name, mode="r") for name in _FILES[:3]]
         if arrays[0].shape != shape:
@@ -254,7 +255,7 @@ def _check_room(folder: Path, needed: int) -> None:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """One process at a time; the others wait. The lock goes with its process."""
+    """Let one process at a time in; the others wait. The lock is released when its process ends."""
     import fcntl
 
     with path.open("w", encoding="utf-8") as file:

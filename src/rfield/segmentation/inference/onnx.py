@@ -1,4 +1,4 @@
-"""Exported networks at work: an ONNX file of `rfield export` labels images and is scored through ONNX Runtime."""
+"""Label images and score data sets with an ONNX file of `rfield export`, through ONNX Runtime."""
 
 import dataclasses
 import json
@@ -18,40 +18,40 @@ from rfield.segmentation.runs import read_classes
 
 @dataclasses.dataclass(frozen=True)
 class OnnxModel:
-    """A network in ONNX Runtime, and what its file says of its use."""
+    """A network in ONNX Runtime, with the metadata of its file."""
 
     path: Path
     session: Any
     class_names: tuple[str, ...]
     palette: list[tuple[int, int, int]]
     size: tuple[int, int] | None
-    """(height, width) in px that images are to be brought to, if the data set had a size."""
+    """(height, width) in px to which images are resized first, if the data set had a size."""
     fixed_size: tuple[int, int] | None
-    """The only (height, width) in px that the network takes; None for any."""
+    """The only (height, width) in px that the network accepts; None for any."""
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Maps normalised float32 images Tensor[N, 3, H, W] to logits Tensor[N, K, H, W], on the CPU.
+        """Map normalised float32 images Tensor[N, 3, H, W] to logits Tensor[N, K, H, W], on the CPU.
 
         Raises:
-            ValueError: if the network does not take images of this size.
+            ValueError: if the network does not accept images of this size.
         """
         self.check_size(images)
         values = self.session.run(["logits"], {"image": images.detach().cpu().contiguous().numpy()})
         return torch.from_numpy(values[0])
 
     def check_size(self, images: Tensor) -> None:
-        """Raises the ValueError of a call."""
+        """Raise a ValueError if the network does not accept images of this size."""
         height, width = images.shape[-2:]
         if self.fixed_size not in (None, (height, width)):
             side, other = self.fixed_size or (0, 0)
             raise ValueError(
-                f"an image of {height}x{width} px, but {self.path} takes {side}x{other} px alone: bring images to "
+                f"an image of {height}x{width} px, but {self.path} accepts only {side}x{other} px: resize the images to "
                 f"that size, or export the run with --size {height}x{width}"
             )
 
 
 def load_onnx(path: str | Path) -> OnnxModel:
-    """Opens an ONNX file of `rfield export`.
+    """Open an ONNX file of `rfield export`.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -61,14 +61,14 @@ def load_onnx(path: str | Path) -> OnnxModel:
     if not path.is_file():
         raise FileNotFoundError(f"there is no model {path}")
     try:
-        import onnxruntime  # Local: networks of run folders do without it.
+        import onnxruntime  # imported here, because run folders do not need it
     except ImportError as error:
         raise ValueError(f"{path} needs the package onnxruntime: pip install 'rfield[export]'") from error
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # ONNX Runtime has an exception for each of its faults.
+    except Exception as error:  # ONNX Runtime has many types of exceptions
         raise ValueError(f"{path} cannot be read as an ONNX model: {error}") from error
     notes = session.get_modelmeta().custom_metadata_map
     try:
@@ -76,7 +76,7 @@ def load_onnx(path: str | Path) -> OnnxModel:
         shape = session.get_inputs()[0].shape
         fixed = (shape[2], shape[3]) if isinstance(shape[2], int) and isinstance(shape[3], int) else None
     except (KeyError, IndexError, ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path} has no notes of rfield export (its metadata lacks {error})") from error
+        raise ValueError(f"{path} is not a file of rfield export (its metadata lack {error})") from error
     class_names, palette, size = read_classes(texts, path)
     channels = session.get_outputs()[0].shape[1]
     if isinstance(channels, int) and channels != len(class_names):
@@ -85,19 +85,18 @@ def load_onnx(path: str | Path) -> OnnxModel:
 
 
 def predict_onnx(model: OnnxModel, images: Sequence[Path], out: Path) -> Iterator[Path]:
-    """Labels images, see `rfield.segmentation.inference.predict.label_images`."""
+    """Label images, see `rfield.segmentation.inference.predict.label_images`."""
     yield from label_images(lambda image: model(image[None])[0], model.palette, model.size, images, out)
 
 
 def evaluate_onnx(
     model: OnnxModel, dataset: ParsingDataset, progress: Progress, ignore_names: bool = False
 ) -> dict[str, Any]:
-    """Scores whole images, see `rfield.segmentation.inference.predict.evaluate`.
+    """Score whole images, see `rfield.segmentation.inference.predict.evaluate`.
 
     Raises:
-        ValueError: if the data set has other classes, see `rfield.segmentation.data.match_classes`, or an image is of a
-        size that
-            the network does not take.
+        ValueError: if the data set has other classes (see `rfield.segmentation.data.match_classes`), or the network
+            does not accept the size of an image.
     """
     dataset = match_classes(dataset, model.class_names, ignore_names)
     transform = evaluation_transform()

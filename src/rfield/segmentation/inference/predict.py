@@ -1,4 +1,4 @@
-"""Trained networks at work: load a run, score a data set, label images."""
+"""Score data sets and label images with a run's network."""
 
 import glob
 from collections import Counter
@@ -27,22 +27,22 @@ from rfield.segmentation.runs import Run
 
 
 def _silent(done: int, total: int) -> None:
-    """Progress that nobody watches."""
+    """Ignore the progress."""
 
 
 def compute_device() -> torch.device:
-    """Where networks are trained and used: the GPU if CUDA finds one, else the CPU."""
+    """Return the device for training and use: the GPU if CUDA finds one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @torch.inference_mode()
 def predict_logits(network: ParsingNetwork, image: Tensor, frozen: bool = False) -> Tensor:
-    """Logits of one whole image at its own size.
+    """Compute the logits of one whole image at its own size.
 
     Args:
         network: in eval mode.
         image: Tensor[3, H, W], normalised.
-        frozen: round the features as the feature cache does, as the head has seen them in training.
+        frozen: round the features as the feature cache does, because the head was trained on those.
 
     Returns:
         Tensor[K, H, W], on the network's device.
@@ -56,7 +56,7 @@ def predict_logits(network: ParsingNetwork, image: Tensor, frozen: bool = False)
 
 @torch.inference_mode()
 def feature_logits(network: ParsingNetwork, features: Tensor, size: tuple[int, int]) -> Tensor:
-    """Logits Tensor[K, H, W] of one image of `size` = (H, W) from its features Tensor[C, h, w]."""
+    """Compute the logits Tensor[K, H, W] of one image of `size` = (H, W) from its features Tensor[C, h, w]."""
     device = next(network.head.parameters()).device
     batch = features[None].to(device).float().contiguous(memory_format=torch.channels_last)
     padded = ((features.shape[1] - 1) * network.stride + 1, (features.shape[2] - 1) * network.stride + 1)
@@ -71,20 +71,20 @@ def evaluate(
     features: CachedFeatures | None = None,
     progress: Progress = _silent,
 ) -> dict[str, Any]:
-    """Scores whole images at their own size.
+    """Score whole images at their own size.
 
     Args:
         network: in eval mode, on the device to compute on.
-        dataset: of the same classes.
+        dataset: the images and masks, of the same classes.
         frozen: the network's head was trained on cached features.
         features: the cache of this data set, if there is one; the result is the same without it.
-        progress: called with (images done, images in all).
+        progress: called with (images done, all images).
 
     Returns:
-        What `segmentation_scores` gives, and for the classes of Helen's faces what `helen_scores` gives too.
+        The results of `segmentation_scores`, and of `helen_scores` for the classes of Helen's faces.
 
     Raises:
-        ValueError: if the data set's classes are not as many as the network's.
+        ValueError: if the numbers of classes differ.
     """
     transform = evaluation_transform()
 
@@ -104,13 +104,13 @@ def score(
     dataset: ParsingDataset,
     progress: Progress = _silent,
 ) -> dict[str, Any]:
-    """Scores whatever labels the samples of a data set, as `evaluate` does.
+    """Score a function that labels the samples of a data set, as `evaluate` does.
 
     Args:
-        label: the logits Tensor[K, H, W] and the mask Tensor[H, W] of a sample, by its index.
+        label: returns the logits Tensor[K, H, W] and the mask Tensor[H, W] of a sample, by its index.
         num_classes: K.
-        dataset: the samples' classes and number.
-        progress: called with (images done, images in all).
+        dataset: its classes and its length are used.
+        progress: called with (images done, all images).
 
     Raises:
         ValueError: if the data set has not K classes.
@@ -135,7 +135,7 @@ def score(
 def evaluate_run(
     run: Run, dataset: ParsingDataset, progress: Progress = _silent, ignore_names: bool = False
 ) -> dict[str, Any]:
-    """Scores a run's network on any data set of its classes; uses the feature cache where it holds the data.
+    """Score a run's network on a data set of its classes, with the feature cache of the data if there is one.
 
     Raises:
         ValueError: if the data set has other classes, see `rfield.segmentation.data.match_classes`.
@@ -151,7 +151,7 @@ def evaluate_run(
 
 
 def find_images(pattern: str) -> list[Path]:
-    """The images that a file, a folder (not its subfolders) or a glob names, sorted.
+    """Return the images of a file, a folder (without its subfolders) or a glob, sorted.
 
     Raises:
         FileNotFoundError: if there is none.
@@ -161,7 +161,7 @@ def find_images(pattern: str) -> list[Path]:
         found = image_files(path)
     else:
         found = [path] if path.is_file() else [Path(name) for name in glob.glob(pattern, recursive=True)]
-        # What systems leave behind, as Thumbs.db, is left out of a glob that finds images too.
+        # Files of the system, such as Thumbs.db, are ignored if the glob also finds images.
         found = [file for file in found if is_image_name(file.name)] or found
     images = sorted(file for file in found if file.is_file())
     if not images:
@@ -170,7 +170,7 @@ def find_images(pattern: str) -> list[Path]:
 
 
 def predict_run(run: Run, images: Sequence[Path], out: Path, memory_budget: float = DEFAULT_BUDGET) -> Iterator[Path]:
-    """Labels images with a run's network, see `label_images` and, for those above `memory_budget` bytes, `Tiler`."""
+    """Label images with a run's network, see `label_images`; above `memory_budget` bytes in tiles, see `Tiler`."""
     tiler = Tiler(run.network.to(compute_device()), run.config.model.freeze_backbone, memory_budget)
     yield from label_images(tiler, run.palette, run.size, images, out)
 
@@ -182,23 +182,23 @@ def label_images(
     images: Sequence[Path],
     out: Path,
 ) -> Iterator[Path]:
-    """Labels images: a palette PNG of each at its own size, `NAME.png`, and an overlay, `NAME_overlay.jpg`.
+    """Label images: write a palette PNG `NAME.png` and an overlay `NAME_overlay.jpg` of each, at its own size.
 
-    An image that cannot be read or labelled is passed over, and named at the end.
+    An image that cannot be read or labelled is skipped, and named at the end.
 
     Args:
         logits_of: maps a normalised image Tensor[3, H, W] to logits Tensor[K, H, W], or to tiles of them.
         colours: red, green and blue of each class, 0..255.
-        size: (height, width) in px that images are brought to before; None leaves them as they are.
+        size: (height, width) in px to which images are resized first; None keeps their own.
         images: files to label.
-        out: folder for the results; made if it is missing.
+        out: folder for the results; created if it is missing.
 
     Yields:
         The mask's path, after each image.
 
     Raises:
-        ValueError: if two images would give one result, before anything is written; after the last image, if any could
-            not be read or labelled.
+        ValueError: if two images would have the same result, before anything is written; after the last image, if any
+            could not be read or labelled.
     """
     stems = Counter(image.stem for image in images)
     for image in images:
@@ -240,7 +240,7 @@ def label_images(
 def _labels(
     found: Tensor | Iterable[Tile], size: tuple[int, int], wanted: tuple[int, int] | None
 ) -> npt.NDArray[np.uint8]:
-    """The class of each pixel of an image of `size` = (H, W), or of that image resized to `wanted`."""
+    """Return the class of each pixel of an image of `size` = (H, W), or of that image resized to `wanted`."""
     tiles = [(0, 0, found)] if isinstance(found, Tensor) else found
     if wanted is None:
         labels = torch.empty(size, dtype=torch.uint8)
@@ -248,7 +248,7 @@ def _labels(
             part = logits.argmax(0).to(torch.uint8)
             labels[top : top + part.shape[0], left : left + part.shape[1]] = part
         return labels.numpy()
-    # Class by class: resized all at once they would take as much memory as the whole image's.
+    # Class by class, because all resized logits together would need as much memory as the whole image's.
     best: Tensor | None = None
     labels = torch.zeros(wanted, dtype=torch.uint8)
     for index, logits in enumerate(join_tiles(tiles, size)):

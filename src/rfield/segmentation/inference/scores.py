@@ -1,4 +1,4 @@
-"""Where a network's scores on a data set are written."""
+"""Choose the file of a network's scores, and keep other scores in it."""
 
 import sys
 from pathlib import Path
@@ -8,14 +8,14 @@ from rfield.segmentation.files.untrusted import read_json
 
 
 def scores_path(given: str | None, default: Path, about: dict[str, str]) -> Path:
-    """Where scores go: those of another data set or model are replaced only where the path is given, with a word.
+    """Return the path for scores. Replace those of another data set or model only if the path is given, with a note.
 
-    Those of another checkpoint, or of other files at the same place, are replaced with a word.
+    Scores of another checkpoint, or of other files at the same place, are replaced with a note.
 
     Args:
-        given: the path that was asked for, if one was.
+        given: the path that the user gave, if any.
         default: the path otherwise.
-        about: what the scores are of, as the file holds it beside them.
+        about: the model, data and checkpoint of the scores, as the file holds them.
 
     Raises:
         ValueError: if the default path holds other scores.
@@ -45,7 +45,7 @@ def scores_path(given: str | None, default: Path, about: dict[str, str]) -> Path
 
 
 def _is_same(one: Any, other: str) -> bool:
-    """Whether two texts name one thing, their paths written alike or not."""
+    """Return whether two texts name the same thing, even if their paths are spelled differently."""
     (kind, _, path), (other_kind, _, other_path) = (str(text).rpartition(":") for text in (one, other))
     return one == other or (
         kind == other_kind and Path(path).expanduser().resolve() == Path(other_path).expanduser().resolve()

@@ -1,4 +1,4 @@
-"""Large images, labelled in tiles that overlap by what the network sees: the same logits in less memory."""
+"""Label large images in overlapping tiles: the same logits in less memory."""
 
 import dataclasses
 import math
@@ -20,17 +20,17 @@ Tile = tuple[int, int, Tensor]
 DEFAULT_BUDGET = 2 * 2**30
 """Bytes that the maps of one image may take."""
 
-# Beside the largest layer's input and output, copies of them live, and what a layer works with.
+# Copies of the largest layer's input and output exist at the same time, and a layer's working memory.
 _COPIES = 2
-# Which share of the contributions a tile's margin holds, where the network sees the whole image.
+# The share of the contributions that a tile's margin must hold if the network sees the whole image.
 _SHARE = 0.99
-# px of the images on which that is measured, at most, and their number.
+# Maximum side in px of the images on which it is measured, and their number.
 _MEASURED_SIDE, _MEASURED = 513, 2
 
 
 @dataclasses.dataclass(frozen=True)
 class _Span:
-    """One tile along one axis, in px of the padded image: what is computed, and what of it is kept."""
+    """One tile along one axis, in px of the padded image: the computed range, and the kept range."""
 
     start: int
     stop: int
@@ -39,17 +39,17 @@ class _Span:
 
 
 class Tiler:
-    """Gives the logits of an image in one piece, or in tiles where its maps would take more than a budget.
+    """Compute the logits of an image at once, or in tiles if its maps would exceed a memory budget.
 
-    Tiles overlap by half of what the network sees on each side, and start on multiples of its stride, so that their
-    logits are those of the whole image. Where the network sees the whole image, through global pooling, squeeze-excite
-    or attention, they overlap by half of its effective receptive field, and a line on stderr says that the result is
+    Tiles overlap by half of the receptive field on each side, and start at multiples of the stride, so that their
+    logits equal those of the whole image. If the network sees the whole image (global pooling, squeeze-excite,
+    attention), they overlap by half of its effective receptive field, and a line on stderr says that the result is
     approximate.
 
     Args:
         network: in eval mode, on the device to compute on.
         frozen: round the features as the feature cache does.
-        memory_budget: bytes that the maps of one image may take, as estimated from its layers.
+        memory_budget: maximum number of bytes for the maps of one image, as estimated from its layers.
 
     Example:
         >>> from rfield.segmentation.models import small_cnn
@@ -63,16 +63,16 @@ class Tiler:
         self.frozen = frozen
         self.memory_budget = memory_budget
         self._stride = network.stride
-        # Bytes a px of the backbone's maps and of the others; px of margin. Known once they are needed.
+        # Bytes per px of the backbone's maps and of the others, and px of margin; computed when they are needed.
         self._cost: tuple[float, float] | None = None
         self._margin: int | None = None
-        # Why tiles are not as the whole image, and what has been said.
+        # The reasons why tiles differ from the whole image, and the notes that were printed.
         self._reasons: dict[str, None] = {}
         self._told: set[str] = set()
 
     @torch.inference_mode()
     def __call__(self, image: Tensor) -> Iterator[Tile]:
-        """Yields the tiles of a normalised image Tensor[3, H, W]; together they cover it once."""
+        """Yield the tiles of a normalised image Tensor[3, H, W]; together they cover it once."""
         height, width = image.shape[1:]
         padded = self.network.pad(image[None])
         area = padded.shape[2] * padded.shape[3]
@@ -96,7 +96,7 @@ class Tiler:
             yield rows.kept_start, columns.kept_start, kept
 
     def whole(self, image: Tensor) -> Tensor:
-        """The logits Tensor[K, H, W] of an image, put together."""
+        """Return the logits Tensor[K, H, W] of a whole image."""
         return join_tiles(self(image), (image.shape[1], image.shape[2]))
 
     def _logits(self, padded: Tensor) -> Tensor:
@@ -113,7 +113,7 @@ class Tiler:
         return self.network.logits_of(features, size)
 
     def _head_whole(self, padded: Tensor, cost: float) -> Tensor:
-        """Logits whose head sees all features at once, which come from tiles; for resizes that need the whole map."""
+        """Compute the features in tiles and the logits at once, for resizes that need the whole map."""
         margin = self._margin_of(self.network.backbone, self.network.backbone, padded)
         whole: list[Tensor] = []
         for rows, columns in self._tiles(padded, cost, margin, (padded.shape[2], padded.shape[3])):
@@ -135,7 +135,7 @@ class Tiler:
         return self._logits_of(features, (padded.shape[2], padded.shape[3]))
 
     def _tiles(self, padded: Tensor, cost: float, margin: int, size: tuple[int, int]) -> list[tuple[_Span, _Span]]:
-        """The tiles that cover the first rows and columns of a padded image, row by row."""
+        """Return the tiles that cover the first rows and columns of a padded image, row by row."""
         room = self.memory_budget / cost
         least = 2 * margin + max(margin, 4 * self._stride) + 1
         height = min(padded.shape[2], max(least, math.isqrt(int(room))))
@@ -143,7 +143,7 @@ class Tiler:
         height = min(padded.shape[2], max(height, int(room / width)))
         if height * width > room:
             takes, given = height * width * cost / 2**30, self.memory_budget / 2**30
-            text = f"tiles of {height}x{width} px, the least for what the network sees, take some {takes:.2g} GiB"
+            text = f"tiles of {height}x{width} px, the smallest for this receptive field, take about {takes:.2g} GiB"
             self._tell(f"{text}, more than the memory budget of {given:.2g}")
         tiles = [
             (rows, columns)
@@ -162,18 +162,18 @@ class Tiler:
         return self._margin
 
     def _margin_of(self, part: nn.Module, runs: nn.Module, padded: Tensor) -> int:
-        """px by which tiles reach beyond what is kept of them, a multiple of the stride."""
+        """Return the margin of a tile in px around its kept part, a multiple of the stride."""
         field = _field(part)
         if math.isinf(field):
             self._reasons["the network sees the whole image, through global pooling, squeeze-excite or attention"] = (
                 None
             )
             field = _effective_field(runs, padded, self._stride)
-        # Two strides more: for what the resizes to px and fractional dilations reach beside their px.
+        # Two strides more, for the neighbours that resizes and fractional dilations read.
         return (math.ceil(field / 2 / self._stride) + 2) * self._stride
 
     def _costs(self, padded: Tensor) -> tuple[float, float]:
-        """Bytes a px of the image that the backbone takes, and that the rest takes, with the logits."""
+        """Return the bytes per px of the image for the backbone, and for the rest with the logits."""
         if self._cost is None:
             side = 16 * self._stride + 1
             part = padded[:, :, :side, :side]
@@ -186,14 +186,14 @@ class Tiler:
         return self._cost
 
     def _tell(self, text: str) -> None:
-        """Says something on stderr, once."""
+        """Print a note on stderr, once."""
         if text not in self._told:
             self._told.add(text)
             print(f"note: {text}", file=sys.stderr)
 
 
 def join_tiles(tiles: Iterable[Tile], size: tuple[int, int]) -> Tensor:
-    """The logits Tensor[K, H, W] of an image of size (H, W) from its tiles."""
+    """Join the tiles of an image of size (H, W) to its logits Tensor[K, H, W]."""
     whole: Tensor | None = None
     for top, left, logits in tiles:
         if logits.shape[1:] == size:
@@ -206,7 +206,7 @@ def join_tiles(tiles: Iterable[Tile], size: tuple[int, int]) -> Tensor:
 
 
 class _Unpadded(nn.Module):
-    """A network on images of k * stride + 1 px, without its canvas."""
+    """A network on images of k * stride + 1 px, without its padding."""
 
     def __init__(self, network: ParsingNetwork) -> None:
         super().__init__()
@@ -217,7 +217,7 @@ class _Unpadded(nn.Module):
 
 
 def _spans(length: int, tile: int, margin: int, stride: int, wanted: int) -> list[_Span]:
-    """The tiles along an axis of `length` = k * stride + 1 px that keep each of the first `wanted` px once.
+    """Return the tiles along an axis of `length` = k * stride + 1 px that keep each of the first `wanted` px once.
 
     >>> _spans(41, 29, 4, 4, 40)
     [_Span(start=0, stop=25, kept_start=0, kept_stop=20), _Span(start=16, stop=41, kept_start=20, kept_stop=40)]
@@ -226,7 +226,7 @@ def _spans(length: int, tile: int, margin: int, stride: int, wanted: int) -> lis
         return [_Span(0, length, 0, wanted)]
     core = max(1, (tile - 1 - 2 * margin) // stride) * stride
     parts = max(1, math.ceil(wanted / core))
-    core = math.ceil(wanted / parts / stride) * stride  # As equal as they can be.
+    core = math.ceil(wanted / parts / stride) * stride  # as equal as possible
     spans = []
     for start in range(0, wanted, core):
         stop = min(start + core, wanted)
@@ -236,7 +236,7 @@ def _spans(length: int, tile: int, margin: int, stride: int, wanted: int) -> lis
 
 
 def _resizes(network: ParsingNetwork) -> bool:
-    """Whether a map is resized by a factor that is not 1, whose grid depends on the map's size."""
+    """Return whether a map is resized by a factor that is not 1; its grid then depends on the map's size."""
     for module in network.modules():
         if isinstance(module, ReceptiveFieldRegulator) and not module.snapped:
             if module.realised_dilation != module.base_dilation:
@@ -247,13 +247,13 @@ def _resizes(network: ParsingNetwork) -> bool:
 
 
 def _field(part: nn.Module) -> float:
-    """The larger side of the receptive field in px; infinite for the whole image."""
+    """Return the larger side of the receptive field in px; infinite for the whole image."""
     try:
         return max(theoretical_receptive_field(part))
     except ValueError:
         if not isinstance(part, ParsingNetwork):
             raise
-    # What `fuse` leaves of a resize has no rule: its convolutions see 1 / factor as far.
+    # There is no rule for a fused resize: its convolutions see 1 / factor times as far.
     reaches = [
         sum(max(conv.dilation) * (max(conv.kernel_size) - 1) for conv in _convs(module)) / min(module.meta["factor"])
         for module in part.modules()
@@ -268,7 +268,7 @@ def _convs(part: nn.Module) -> list[nn.Conv2d]:
 
 
 def _effective_field(runs: nn.Module, padded: Tensor, stride: int) -> float:
-    """The side in px of the square from which most contributions to an output come, on noise."""
+    """Measure on noise the side in px of the square that most contributions to an output come from."""
     sides = [min(side, (_MEASURED_SIDE - 1) // stride * stride + 1) for side in padded.shape[2:]]
     with torch.inference_mode(False):
         scores = effective_receptive_field(runs, random_images((sides[0], sides[1]), _MEASURED))
@@ -276,7 +276,7 @@ def _effective_field(runs: nn.Module, padded: Tensor, stride: int) -> float:
 
 
 def _peak(run: Callable[[], Any], *parts: nn.Module) -> tuple[Any, float]:
-    """What a call returns, and the bytes that it is estimated to hold at once."""
+    """Return the result of a call, and an estimate of the bytes that it holds at once."""
     most = 0.0
 
     def see(module: nn.Module, inputs: Any, output: Any) -> None:

@@ -1,1 +1,1 @@
-"""Measuring what a network sees, by the name of a model."""
+"""Measure the receptive field of a model by its name."""

@@ -1,4 +1,4 @@
-"""Models by name: of torchvision, segmentation_models_pytorch, timm, the Hugging Face Hub, or a run folder."""
+"""Open models by name: torchvision, segmentation_models_pytorch, timm, the Hugging Face Hub, or a run folder."""
 
 import dataclasses
 import difflib
@@ -18,31 +18,31 @@ from rfield.segmentation.runs import build_network, load_run
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A model and where it comes from."""
+    """A model and its origin."""
 
     name: str
     model: nn.Module
     """In eval mode."""
     weights: str
-    """What weights it has, in words."""
+    """The origin of its weights, in words."""
     start: nn.Module | None = None
-    """Of a run whose receptive field was learned: the same weights where its receptive field started."""
+    """For a run with a learned receptive field: the same weights with the receptive field of the start."""
 
 
 def open_model(spec: str, weights: str | None = None) -> Source:
-    """Builds the model that a name stands for.
+    """Build a model by its name.
 
     Args:
         spec: `torchvision:NAME`; `smp:NAME` or `smp:NAME/ENCODER`; `timm:NAME`, its last feature map; `hf:ID`, a folder
-            or a model of the Hub, of transformers or of `rfield push`; or a run folder.
-        weights: None leaves models of torchvision, smp and timm random and downloads nothing. `default` takes those
-            that the library publishes; a .pth or .safetensors file is a state dict of the model's own keys, alone or
-            as training scripts wrap it (see `read_weights`), of which no code is run; its last layer may have another
-            number of classes. Runs and models of the Hub have their own.
+            or a model of the Hub (from transformers or `rfield push`); or a run folder.
+        weights: None leaves models of torchvision, smp and timm random and downloads nothing. `default` downloads the
+            weights that the library publishes. A .pth or .safetensors file is a state dict with the model's keys,
+            alone or wrapped as training scripts save it (see `read_weights`); no code in it is run, and its last
+            layer may have another number of classes. Runs and models of the Hub have their own weights.
 
     Raises:
-        FileNotFoundError: there is no such folder, file or model.
-        ValueError: the name is not known, the library is missing, or the weights do not fit.
+        FileNotFoundError: if there is no such folder, file or model.
+        ValueError: if the name is unknown, the library is missing, or the weights do not fit.
 
     Example:
         >>> open_model("torchvision:resnet18").weights
@@ -52,14 +52,14 @@ def open_model(spec: str, weights: str | None = None) -> Source:
     if not colon or kind not in _SOURCES:
         if colon and not Path(spec).exists():
             raise ValueError(
-                f"{spec} is no model: give {', '.join(f'{kind}:NAME' for kind in _SOURCES)} or a run folder"
+                f"{spec} is not a model: give {', '.join(f'{kind}:NAME' for kind in _SOURCES)} or a run folder"
             )
         kind, name = "", spec
     if not name:
         raise ValueError(f"{spec} names no model")
     if kind in ("", "hf"):
         if weights is not None:
-            raise ValueError(f"{spec} has weights of its own: give none")
+            raise ValueError(f"{spec} has its own weights: leave --weights out")
         source = _run(spec) if kind == "" else _hub(name)
         return dataclasses.replace(source, model=source.model.eval())
     model = _SOURCES[kind](name, weights == "default")
@@ -97,7 +97,7 @@ def _smp(name: str, pretrained: bool) -> nn.Module:
 
 
 class _ChannelsFirst(nn.Module):
-    """The last map of a feature extractor of timm that puts the channels last."""
+    """Return the last map of a timm feature extractor with channels last as [N, C, H, W]."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -116,7 +116,7 @@ def _timm(name: str, pretrained: bool) -> nn.Module:
     if not timm.is_model(name):
         raise ValueError(_unknown(f"timm:{name}", timm.list_models(), name.partition(".")[0]))
     options: dict[str, Any] = {"pretrained": pretrained, "features_only": True, "out_indices": (-1,)}
-    try:  # Transformers of any image size, where they can be.
+    try:  # lets transformers accept any image size
         with no_pickles():
             model: nn.Module = timm.create_model(name, **options, dynamic_img_size=True)
     except TypeError:
@@ -149,7 +149,7 @@ def _hub_config(name: str) -> Path:
         raise _missing("hf:", "huggingface_hub", "hub") from error
     try:
         return Path(huggingface_hub.hf_hub_download(name, "config.json"))
-    except Exception as error:  # No network, no such model, no right to it, no name: as many types.
+    except Exception as error:  # each cause has its own type of exception
         raise FileNotFoundError(
             f"there is no folder {name} with a config.json, and no model {name} from the Hub: {error}"
         ) from error
@@ -174,19 +174,19 @@ def _build(spec: str, build: Callable[..., Any], *args: Any, **options: Any) -> 
     try:
         with no_pickles():
             return build(*args, **options)
-    except Exception as error:  # Every library has its own for a network that is off, or an option that is not there.
+    except Exception as error:  # each library has its own types
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ValueError(f"{spec} cannot be opened: {reason}") from error
 
 
 def _load(model: nn.Module, path: Path) -> str:
-    """Fills a model from a file; what its last layers cannot take of another number of classes stays as it is.
+    """Load weights from a file. Last layers with another number of classes keep their initial values.
 
     Returns:
-        What weights it has then, in words.
+        The origin of its weights, in words.
     """
     own = model.state_dict()
-    state, unused = fit_keys(read_weights(path), own)
+    state, unused = fit_keys(read_weights(path, published="default"), own)
     auxiliary = [key for key in state if key not in own and "aux" in key.partition(".")[0].lower()]
     unused += auxiliary
     last = _other_classes(model, state)
@@ -203,16 +203,15 @@ def _load(model: nn.Module, path: Path) -> str:
     if last:
         theirs, ours = next(iter(last.values()))
         kept = "layer keeps its" if len(last) == 1 else "layers keep their"
-        word += f", which are of {counted(theirs, 'class')}, not {ours}: the last {kept} initial values"
+        word += f", which have {counted(theirs, 'class')} instead of {ours}: the last {kept} initial values"
         word += f" ({', '.join(last)})"
-    return word + (f"; {_some(unused)} of the file left out" if unused else "")
+    return word + (f"; the file's {_some(unused)} are not used" if unused else "")
 
 
 def _other_classes(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
-    """The last layers, whose numbers of classes differ: the file's and the model's, by the layer's name.
+    """Return the last layers with different numbers of classes: (the file's, the model's), by the layer's name.
 
-    A layer is one of the last where nothing behind it is of another shape: of the shapes that differ, all differ in the
-    outputs alone, and by the same two numbers.
+    A layer counts as one of the last if all shapes that differ do so only in the outputs, and by the same two numbers.
     """
     found: dict[str, tuple[int, int]] = {}
     for key, tensor in model.state_dict().items():

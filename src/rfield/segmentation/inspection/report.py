@@ -1,4 +1,4 @@
-"""What a network sees, measured and written to a folder: `rfield inspect`."""
+"""Measure the receptive field of a network and write a report: `rfield inspect`."""
 
 import dataclasses
 import math
@@ -23,12 +23,12 @@ from rfield.segmentation.inference.predict import compute_device, find_images
 from rfield.segmentation.inspection.model_names import Source, open_model
 from rfield.segmentation.models import ParsingNetwork
 
-_DRAWN = (0.5, 0.99)  # of the shares of contribution_squares
+_DRAWN = (0.5, 0.99)  # shares of contribution_squares that are drawn
 
 
 @dataclasses.dataclass(frozen=True)
 class Inspection:
-    """What one network sees."""
+    """The receptive field of one network."""
 
     name: str
     weights: str
@@ -36,7 +36,7 @@ class Inspection:
     """The last is the output."""
     warnings: list[str]
     squares: list[Square]
-    """Of the effective field; empty where it was not measured."""
+    """The squares of the effective field; empty if it was not measured."""
     scores: Tensor | None
     """The effective field, Tensor[H, W]."""
 
@@ -46,13 +46,13 @@ class Inspection:
 
     @property
     def whole_image(self) -> list[LayerField]:
-        """The layers by which the output sees the whole image, if it does."""
+        """Return the layers through which the output sees the whole image, if it does."""
         if math.isfinite(max(self.output.field)):
             return []
         return [layer for layer in self.layers[:-1] if layer.kernel is None]
 
     def summary(self, size: tuple[int, int]) -> list[str]:
-        """The fields in sentences, for an image of size (height, width)."""
+        """Describe the fields in sentences, for an image of size (height, width)."""
         local = self.output.local
         lines = []
         if math.isfinite(max(local)):
@@ -70,17 +70,16 @@ class Inspection:
 
 
 def run_inspect(config: InspectConfig, progress: Progress) -> dict[str, Inspection]:
-    """Measures a network, and another one beside it where the config names one or the run knows where it started.
+    """Measure a network, and another one if the config names it or the run has a different start.
 
-    Writes inspect.json and layers.csv, and effective.png if the effective field is measured, where the config has a
-    folder for them.
+    Write inspect.json, layers.csv and (if the effective field is measured) effective.png, if the config names a folder.
 
     Args:
-        config: what to measure.
-        progress: called with (images done, images in all).
+        config: the flags of the command.
+        progress: called with (images done, all images).
 
     Returns:
-        The network's inspection under `after`, and the other one's under `before` in front of it; or only its own,
+        First the other network's inspection under `before`, then the network's under `after`; or only the network's,
         under its name.
 
     Raises:
@@ -94,7 +93,7 @@ def run_inspect(config: InspectConfig, progress: Progress) -> dict[str, Inspecti
         against = open_model(config.against, config.against_weights)
         sources = {"before": against, "after": source}
     elif source.start is not None:
-        start = dataclasses.replace(source, name=f"{source.name}, where it started", model=source.start)
+        start = dataclasses.replace(source, name=f"{source.name}, at its starting dilation", model=source.start)
         sources = {"before": start, "after": source}
     images = [] if config.count == 0 else _images(config)
     total = len(sources) * len(images)
@@ -126,7 +125,7 @@ def _inspect(source: Source, config: InspectConfig, images: Iterable[Tensor]) ->
             scores = effective_receptive_field(model, images, config.measure)
         except ValueError:
             raise
-        except Exception as error:  # Every network has its own words for an image that it cannot take.
+        except Exception as error:  # each network has its own exceptions
             size = f"{config.size[0]}x{config.size[1]}"
             raise ValueError(f"{source.name} cannot be run on images of {size} px: {error}") from error
         squares = contribution_squares(scores, compress=config.measure == "replknet")
@@ -136,7 +135,7 @@ def _inspect(source: Source, config: InspectConfig, images: Iterable[Tensor]) ->
 def _layers(model: nn.Module, size: tuple[int, int]) -> list[LayerField]:
     if not isinstance(model, ParsingNetwork):
         return layer_receptive_fields(model, size=size)
-    # On its canvas a short strip has the map of a longer one, from which no stride can be told.
+    # Padded to `min_size`, a short strip has the map of a longer one, which hides the stride.
     canvas, model.min_size = model.min_size, (1, 1)
     try:
         return layer_receptive_fields(model, size=size)
@@ -180,7 +179,7 @@ def _write_layers(path: Path, found: Inspection, size: tuple[int, int]) -> None:
 
 
 def _plain(found: Inspection) -> dict[str, Any]:
-    """For JSON, where null stands for what is infinite: the whole image, or one output for all of it."""
+    """Return plain values for JSON; null means infinite: the whole image, or one output for all of it."""
     return {
         "model": found.name,
         "weights": found.weights,

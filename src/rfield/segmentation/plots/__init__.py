@@ -1,4 +1,4 @@
-"""Pictures of learned receptive fields and of labelled images: arrays in, matplotlib Figures out."""
+"""Draw learned receptive fields and labelled images: arrays in, matplotlib Figures out."""
 
 from rfield.segmentation.plots.class_paths import class_paths
 from rfield.segmentation.plots.curves import factor_paths, rf_curve

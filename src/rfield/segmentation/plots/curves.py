@@ -1,4 +1,4 @@
-"""A value over the receptive field, and how factors moved in several runs."""
+"""Draw a value over the receptive field, and the factors of several runs over the steps."""
 
 from collections.abc import Mapping, Sequence
 
@@ -30,7 +30,7 @@ def rf_curve(
     field: tuple[float, float] | None = None,
     errors: Mapping[str, Mapping[float, float | None]] | None = None,
 ) -> Figure:
-    """A loss or a score over the dilation (logarithmic): every value, the means, and their spread.
+    """Draw a loss or a score over the dilation (logarithmic): every value, the means, and their spread.
 
     Args:
         curves: one to five names to curves, each {dilation in feature px: its values, one a seed}. A band of one
@@ -101,7 +101,7 @@ def rf_curve(
 
 
 def factor_paths(paths: Mapping[str, Mapping[str, tuple[npt.ArrayLike, npt.ArrayLike]]]) -> Figure:
-    """How factors moved in several runs: one axes a group, one line a run, on a logarithmic axis.
+    """Draw the factors of several runs over the steps: one axes for each group, one line for each run, logarithmic.
 
     Args:
         paths: titles of the groups, each with one to five names of runs to (step [N], factor [N]); steps rise.
@@ -139,7 +139,7 @@ def factor_paths(paths: Mapping[str, Mapping[str, tuple[npt.ArrayLike, npt.Array
 
 
 def _apart(dilations: Sequence[float]) -> list[float]:
-    """Those of the dilations whose labels have room on a logarithmic axis."""
+    """Return the dilations whose labels fit on a logarithmic axis."""
     span = np.log(dilations[-1] / dilations[0]) or 1.0
     kept = [dilations[0]]
     for dilation in dilations[1:]:

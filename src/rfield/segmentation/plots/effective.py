@@ -1,4 +1,4 @@
-"""Heat maps of effective receptive fields, with the boxes that they are compared with."""
+"""Draw heat maps of effective receptive fields, with boxes to compare."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -19,7 +19,7 @@ _DECADES = 4
 def effective_fields(
     fields: Mapping[str, tuple[npt.ArrayLike, Mapping[str, tuple[float, float]]]],
 ) -> Figure:
-    """Effective receptive fields side by side, each relative to its own largest value, on one logarithmic scale.
+    """Draw effective receptive fields side by side, each divided by its maximum, on one logarithmic scale.
 
     Args:
         fields: one to three titles, such as "before" and "after", to what each pixel of an image contributes, [H, W],

@@ -1,4 +1,4 @@
-"""How one receptive field was learned, over the steps and to scale."""
+"""Draw how one receptive field was learned, over the steps and to scale."""
 
 from collections.abc import Mapping, Sequence
 
@@ -37,7 +37,7 @@ def factor_curve(
     loss: npt.ArrayLike,
     known_best: float | None = None,
 ) -> Figure:
-    """How the receptive field was learned: effective dilation and receptive field over the steps, and the loss.
+    """Draw how a receptive field was learned: effective dilation, receptive field and loss over the steps.
 
     Args:
         step: [N], rising.
@@ -72,7 +72,7 @@ def factor_curve(
 
     upper.plot(steps, dilation, color=BLUE, linewidth=2, label="learned")
     upper.plot(steps[[0, -1]], dilation[[0, -1]], "o", color=BLUE, markersize=6, clip_on=False, zorder=5)
-    # Labels stand on the side that the curve leaves free.
+    # Labels are on the side that the curve leaves free.
     side = 1 if dilation[-1] <= dilation[0] else -1
     for index, name, across in ((0, "start", 6), (-1, "end", -2))[: steps.size]:
         text = f"{name}  {number(dilation[index])}  ({field[index]:.0f} px)"
@@ -101,7 +101,7 @@ def factor_curve(
 def learned_field(
     image: npt.NDArray[np.uint8], fields: Mapping[str, float], step: npt.ArrayLike, receptive_field_px: npt.ArrayLike
 ) -> Figure:
-    """Receptive fields to scale on an image, beside the curve along which they were learned.
+    """Draw receptive fields to scale on an image, beside the curve of the learned one.
 
     Args:
         image: uint8 [H, W, 3]; the squares are centred on it, and it is drawn smaller where one is larger.
@@ -149,7 +149,7 @@ def learned_field(
     left.spines[:].set_visible(False)
     for (name, side), edge in zip(sides.items(), labels_at, strict=True):
         x, y = side / 2 * np.array([(-1, 1, 1, -1, -1), (-1, -1, 1, 1, -1)])
-        left.plot(x, y, color="white", linewidth=4.5, zorder=2)  # below every square: none hides its neighbour
+        left.plot(x, y, color="white", linewidth=4.5, zorder=2)  # below every square, so that none hides its neighbour
         square = Rectangle((x[0], y[0]), side, side, fill=False, edgecolor=colours[name], linewidth=2.4, zorder=3)
         left.add_patch(square)
         pill = {"boxstyle": "square,pad=0.22", "facecolor": colours[name], "edgecolor": "none"}
@@ -172,7 +172,7 @@ def learned_field(
 
 
 def _affine(dilation: npt.NDArray[np.float64], field: npt.NDArray[np.float64]) -> tuple[float, float]:
-    """(slope, offset) of the receptive field over the dilation; a constant dilation has slope 0."""
+    """Return (slope, offset) of the receptive field over the dilation; a constant dilation has slope 0."""
     low, high = dilation.argmin(), dilation.argmax()
     span = dilation[high] - dilation[low]
     slope = (field[high] - field[low]) / span if span > 1e-6 * abs(dilation[high]) else 0.0
@@ -181,13 +181,13 @@ def _affine(dilation: npt.NDArray[np.float64], field: npt.NDArray[np.float64]) -
     if error > 1 + 0.01 * np.ptp(field) or slope < 0:
         raise ValueError(
             "receptive_field_px must be an affine function of effective_dilation and rise with it, but its slope is "
-            f"{slope:.3g} and it leaves the straight line by up to {error:.1f} px; are they of one run?"
+            f"{slope:.3g} and it leaves the straight line by up to {error:.1f} px; are they from the same run?"
         )
     return float(slope), float(offset)
 
 
 def _moving_mean(values: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.float64], int]:
-    """The centred mean of the finite values in an odd window of a twentieth of the series, and that window."""
+    """Return the centred mean of the finite values in an odd window of a twentieth of the series, and the window."""
     window = 2 * (values.size // 40) + 1
     finite = np.isfinite(values)
     ones = np.ones(window)
@@ -197,7 +197,7 @@ def _moving_mean(values: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.float6
 
 
 def _label_edges(sides: Sequence[float], label_px: float) -> list[float]:
-    """Where the squares' labels begin, in px from the centre: in turn above (negative) and below, pushed outward."""
+    """Return where the squares' labels begin, in px from the centre, in turn above (negative) and below."""
     edges = [0.0] * len(sides)
     for sign, first in ((-1, 0), (1, 1)):
         reach = 0.0
@@ -209,9 +209,9 @@ def _label_edges(sides: Sequence[float], label_px: float) -> list[float]:
 
 
 def _spread(positions: Sequence[float], gap: float) -> list[float]:
-    """The positions, moved as little as keeps each `gap` from the next, in their order."""
+    """Move positions as little as possible so that neighbours are `gap` apart, in their order."""
     order = sorted(range(len(positions)), key=lambda index: positions[index])
-    groups: list[list[float]] = []  # of positions less the room that those below them need
+    groups: list[list[float]] = []  # positions minus the space of those below them
     for rank, index in enumerate(order):
         groups.append([positions[index] - rank * gap])
         while len(groups) > 1 and np.mean(groups[-2]) > np.mean(groups[-1]):

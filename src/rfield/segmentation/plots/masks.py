@@ -1,4 +1,4 @@
-"""Label maps in colour: alone, over their image, side by side."""
+"""Draw label maps in colour: alone, over their image, side by side."""
 
 from collections.abc import Mapping, Sequence
 
@@ -15,7 +15,7 @@ _VOID_COLOUR = (200, 200, 200)
 
 
 def colourise(mask: npt.NDArray[np.uint8], palette: npt.ArrayLike) -> npt.NDArray[np.uint8]:
-    """A mask in the colours of its classes.
+    """Return a mask in the colours of its classes.
 
     Args:
         mask: uint8 [H, W], class indices; 255 (no label) becomes a neutral grey.
@@ -42,7 +42,7 @@ def colourise(mask: npt.NDArray[np.uint8], palette: npt.ArrayLike) -> npt.NDArra
 def overlay(
     image: npt.NDArray[np.uint8], mask: npt.NDArray[np.uint8], palette: npt.ArrayLike, opacity: float = 0.55
 ) -> npt.NDArray[np.uint8]:
-    """An image under the translucent colours of its mask.
+    """Return an image under the translucent colours of its mask.
 
     Args:
         image: uint8 [H, W, 3].
@@ -65,7 +65,7 @@ def overlay(
     image, mask = checked_image(image), _checked_mask(mask)
     if image.shape[:2] != mask.shape:
         raise ValueError(
-            f"image and mask must have one size, got {image.shape[0]}x{image.shape[1]} and "
+            f"image and mask must have the same size, got {image.shape[0]}x{image.shape[1]} and "
             f"{mask.shape[0]}x{mask.shape[1]} px"
         )
     if not 0 <= opacity <= 1:
@@ -79,7 +79,7 @@ def panel(
     palette: npt.ArrayLike,
     class_names: Sequence[str] | None = None,
 ) -> Figure:
-    """Samples in rows, images and label maps in columns, and a legend of the classes that occur.
+    """Draw samples in rows, images and label maps in columns, and a legend of the classes that occur.
 
     Args:
         columns: title to one picture a sample: uint8 [H, W, 3] is drawn as it is, uint8 [H, W] as a mask in the
@@ -113,7 +113,7 @@ def panel(
 
     cell, gap, margin, title_height = 2.6, 0.08, 0.12, 0.32  # inches
     width = len(columns) * (cell + gap) - gap + 2 * margin
-    # A portrait is as high as its cell is wide, and narrower; a landscape gives its row the height that it needs.
+    # A portrait is as high as its cell is wide; a landscape sets the height of its row.
     heights = [cell * max((min(p.shape[0] / p.shape[1], 1) for p in row if p is not None), default=0) for row in rows]
     per_line = max(1, int(width / (0.62 + 0.085 * max(map(len, names), default=0))))
     lines = -(-len(names) // per_line)

@@ -1,4 +1,4 @@
-"""What the pictures share: colours, axes, labels, checks, and how a figure is saved."""
+"""Common colours, axes, labels and checks of the figures, and how a figure is saved."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 
 from rfield.segmentation.files.atomic import atomic_write
 
-# Told apart by the colour-blind, and dark enough for white letters.
+# Distinct for the colour-blind, and dark enough for white letters.
 FIELD_COLOURS = ("#0072B2", "#D55E00", "#00795B", "#AA3377", "#5B5B5B")
 BLUE, ORANGE, *_ = FIELD_COLOURS
 INK, GRID, PAPER = "#262626", "#E3E3E3", "#F1F1F1"
@@ -34,7 +34,7 @@ LABEL_HEIGHT = 0.24  # inches
 
 
 def save(figure: Figure, path: str | Path) -> None:
-    """Writes a PNG of 150 dots an inch, whole or not at all: a reader never finds half a file.
+    """Write a PNG of 150 dots per inch, atomically: a reader never finds half a file.
 
     Args:
         figure: to draw.
@@ -70,13 +70,13 @@ def checked_series(name: str, values: npt.ArrayLike) -> npt.NDArray[np.float64]:
 def check_curves(steps: npt.NDArray[np.float64], **curves: npt.NDArray[np.float64]) -> None:
     for name, curve in curves.items():
         if curve.shape != steps.shape:
-            raise ValueError(f"step and {name} must have one length, got {steps.size} and {curve.size}")
+            raise ValueError(f"step and {name} must have the same length, got {steps.size} and {curve.size}")
     if (np.diff(steps) < 0).any():
         raise ValueError(f"step must rise, but it falls after {steps[:-1][np.diff(steps) < 0][0]:.0f}")
 
 
 def padded(values: Iterable[float], share: float, least: float) -> tuple[float, float]:
-    """The range of the values and a share of it more at both ends, `least` on either side at the least."""
+    """Return the range of the values, extended at both ends by a share of it, at least by `least`."""
     series = np.asarray(list(values))
     pad = max(share * float(np.ptp(series)), float(least))
     return float(series.min()) - pad, float(series.max()) + pad
@@ -87,13 +87,13 @@ def number(value: float) -> str:
 
 
 def axes_at(figure: Figure, left: float, bottom: float, width: float, height: float) -> Axes:
-    """Axes at a place in inches."""
+    """Return axes at a place in inches."""
     across, up = figure.get_size_inches()
     return figure.add_axes((left / across, bottom / up, width / across, height / up))
 
 
 def note(axes: Axes, text: str, at: tuple[float, float], offset: tuple[float, float], colour: str) -> None:
-    """Text beside a point of the data, on the side to which `offset` (typographic points) leads."""
+    """Write text beside a data point, on the side of `offset` (typographic points)."""
     ha, va = "left" if offset[0] > 0 else "right", "bottom" if offset[1] > 0 else "top"
     halo = [withStroke(linewidth=3, foreground="white")]
     axes.annotate(text, at, offset, textcoords="offset points", ha=ha, va=va, color=colour, path_effects=halo)

@@ -53,6 +53,11 @@ class HeldOut:
         self.samples = samples
         self.indices = [index for index in indices if bool((samples[index][1] != IGNORE_INDEX).any())]
         if indices and not self.indices:
+            if not any(bool((samples[index][1] != IGNORE_INDEX).any()) for index in range(len(samples))):
+                raise ValueError(
+                    f"none of the {counted(len(samples), 'training image')} has a labelled pixel: label the images, or "
+                    "check the values that the data config ignores"
+                )
             raise ValueError(
                 f"the sampled search holds {counted(len(indices), 'training image')} out, but none of them has a "
                 "labelled pixel: label more images, or try another --seed"
