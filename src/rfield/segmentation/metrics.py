@@ -69,8 +69,8 @@ class _LabelConfusionMatrix(MulticlassConfusionMatrix):
             )
         if preds.shape != target.shape:
             raise ValueError(
-                f"preds and target must have the same shape, got {tuple(preds.shape)} and {tuple(target.shape)}; for logits, "
-                "pass logits.argmax(1)"
+                f"preds and target must have the same shape, got {tuple(preds.shape)} and {tuple(target.shape)}; for "
+                "logits, pass logits.argmax(1)"
             )
         if not target.numel():
             return

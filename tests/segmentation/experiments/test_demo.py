@@ -125,7 +125,7 @@ def test_a_stop_says_that_the_next_demo_starts_anew(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(demo_module, "train", stopped)
     with pytest.raises(
-        Interrupted, match=r"^stopped by SIGINT; 5 steps are saved, a further call starts anew$"
+        Interrupted, match=r"^stopped by SIGINT; 5 steps are saved, run the command again to start over$"
     ) as error:
         run_demo(DemoConfig(out=str(tmp_path)))
     assert error.value.signum == 2

@@ -177,7 +177,7 @@ def test_without_a_folder_nothing_is_written(
         ("nowhere --out x", "nowhere is not a run folder: there is no such folder"),
         (
             "torchvision:squeezenet1_1 --out x --weights none.pth",
-            'no weights file none.pth; give "default" or the path',
+            'no weights file none.pth; give "default" or',
         ),
         ("torchvision:squeezenet1_1 --out x --images none.jpg", "no image found at none.jpg"),
         ("torchvision:squeezenet1_1 --out x --size 3", "cannot be run on images of 3x3 px"),

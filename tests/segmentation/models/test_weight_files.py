@@ -115,7 +115,8 @@ def test_another_number_of_classes_keeps_the_last_layers(
     for key in ("head.weight", "head.bias", "aux_head.weight"):
         assert torch.equal(model.state_dict()[key], first[key])
     assert word == (
-        "the weights of FILE, which have 7 classes instead of 3: the last layers keep their initial values (head, aux_head)"
+        "the weights of FILE, which have 7 classes instead of 3: the last layers keep their initial values (head, "
+        "aux_head)"
     )
 
 

@@ -45,8 +45,8 @@ class OnnxModel:
         if self.fixed_size not in (None, (height, width)):
             side, other = self.fixed_size or (0, 0)
             raise ValueError(
-                f"an image of {height}x{width} px, but {self.path} accepts only {side}x{other} px: resize the images to "
-                f"that size, or export the run with --size {height}x{width}"
+                f"an image of {height}x{width} px, but {self.path} accepts only {side}x{other} px: resize images "
+                f"to that size, or export the run with --size {height}x{width}"
             )
 
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, NullLocator
 
@@ -66,23 +67,42 @@ def rf_curve(
     axes.set_xscale("log")
     axes.set_xlabel("dilation [feature px]")
     for (name, curve), colour in zip(curves.items(), FIELD_COLOURS, strict=False):
-        places = sorted(curve)
-        means = np.array([np.mean(curve[place]) for place in places])
-        if all(len(curve[place]) > 1 for place in places):
-            spread = np.array([np.std(curve[place], ddof=1) for place in places])
-            axes.fill_between(places, means - spread, means + spread, color=colour, alpha=0.15, linewidth=0)
-        for place in places:
-            values = curve[place]
-            axes.plot([place] * len(values), values, "o", color=colour, markersize=3.5, alpha=0.55)
-        axes.plot(places, means, "o-", color=colour, linewidth=2, markersize=6, label=name)
-        bars = [(errors or {}).get(name, {}).get(place) or 0.0 for place in places]
-        if any(bars):
-            axes.errorbar(places, means, bars, fmt="none", ecolor=colour, elinewidth=1.2, capsize=3)
+        _draw_curve(axes, name, curve, colour, (errors or {}).get(name, {}))
     for place, (name, dilation) in enumerate(marked.items()):
         axes.axvline(dilation, color=INK, linewidth=1.3, linestyle=(3 * place, DASHES[1]), zorder=1.5)
         text = f" {name}  {number(dilation)}"
         at = (dilation, 0.99 - 0.07 * place)
         axes.annotate(text, at, xycoords=axes.get_xaxis_transform(), color=INK, va="top", fontsize=9.5)
+    _label_dilations(axes, dilations, field)
+    if len(curves) > 1:
+        axes.legend(loc="best", **LEGEND)
+    return figure
+
+
+def _draw_curve(
+    axes: Axes,
+    name: str,
+    curve: Mapping[float, Sequence[float]],
+    colour: str,
+    errors: Mapping[float, float | None],
+) -> None:
+    """Draw the values of one curve, their means, their spread and their standard errors."""
+    dilations = sorted(curve)
+    means = np.array([np.mean(curve[dilation]) for dilation in dilations])
+    if all(len(curve[dilation]) > 1 for dilation in dilations):
+        spread = np.array([np.std(curve[dilation], ddof=1) for dilation in dilations])
+        axes.fill_between(dilations, means - spread, means + spread, color=colour, alpha=0.15, linewidth=0)
+    for dilation in dilations:
+        values = curve[dilation]
+        axes.plot([dilation] * len(values), values, "o", color=colour, markersize=3.5, alpha=0.55)
+    axes.plot(dilations, means, "o-", color=colour, linewidth=2, markersize=6, label=name)
+    bars = [errors.get(dilation) or 0.0 for dilation in dilations]
+    if any(bars):
+        axes.errorbar(dilations, means, bars, fmt="none", ecolor=colour, elinewidth=1.2, capsize=3)
+
+
+def _label_dilations(axes: Axes, dilations: Sequence[float], field: tuple[float, float] | None) -> None:
+    """Label the dilations below the axes and, with (slope, offset), the receptive fields above."""
     axes.xaxis.set_major_locator(NullLocator())
     axes.xaxis.set_minor_locator(NullLocator())
     ticks = _apart(dilations)
@@ -95,9 +115,6 @@ def rf_curve(
         top.set_xlabel("receptive field [px]")
         soften(top)
         top.tick_params(which="minor", length=0)
-    if len(curves) > 1:
-        axes.legend(loc="best", **LEGEND)
-    return figure
 
 
 def factor_paths(paths: Mapping[str, Mapping[str, tuple[npt.ArrayLike, npt.ArrayLike]]]) -> Figure:

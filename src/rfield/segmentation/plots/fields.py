@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
@@ -157,18 +158,31 @@ def learned_field(
         left.text(0, edge, texts[name], ha="center", va=va, color="white", bbox=pill, zorder=4, **LABEL)
 
     right = axes_at(figure, left_width + 0.95, 0.6, right_width, right_height)
-    plain_axes(right, "receptive field [px]")
-    step_axis(right, steps)
-    low, high = padded([*curve, *sides.values()], 0.07, least=0.1 * largest)
-    right.set_ylim(low, high)
-    spread = _spread(list(sides.values()), LABEL_HEIGHT * (high - low) / right_height)
-    for (name, side), label_y in zip(sides.items(), spread, strict=True):
-        right.axhline(side, color=colours[name], linewidth=1.6, linestyle=DASHES, zorder=1.5)
-        beside = right.get_yaxis_transform()
-        right.text(1.02, label_y, texts[name], transform=beside, va="center", color=colours[name], **LABEL)
-    right.plot(steps, curve, color=INK, linewidth=2.2)
-    right.plot(steps[-1:], curve[-1:], "o", color=INK, markersize=6, clip_on=False, zorder=5)
+    _draw_learning(right, steps, curve, sides, colours, texts, right_height)
     return figure
+
+
+def _draw_learning(
+    axes: Axes,
+    steps: npt.NDArray[np.float64],
+    curve: npt.NDArray[np.float64],
+    sides: Mapping[str, float],
+    colours: Mapping[str, str],
+    texts: Mapping[str, str],
+    height: float,
+) -> None:
+    """Draw the receptive field over the steps, with lines at the sides of the squares; `height` is in inches."""
+    plain_axes(axes, "receptive field [px]")
+    step_axis(axes, steps)
+    low, high = padded([*curve, *sides.values()], 0.07, least=0.1 * max(sides.values()))
+    axes.set_ylim(low, high)
+    spread = _spread(list(sides.values()), LABEL_HEIGHT * (high - low) / height)
+    for (name, side), label_y in zip(sides.items(), spread, strict=True):
+        axes.axhline(side, color=colours[name], linewidth=1.6, linestyle=DASHES, zorder=1.5)
+        beside = axes.get_yaxis_transform()
+        axes.text(1.02, label_y, texts[name], transform=beside, va="center", color=colours[name], **LABEL)
+    axes.plot(steps, curve, color=INK, linewidth=2.2)
+    axes.plot(steps[-1:], curve[-1:], "o", color=INK, markersize=6, clip_on=False, zorder=5)
 
 
 def _affine(dilation: npt.NDArray[np.float64], field: npt.NDArray[np.float64]) -> tuple[float, float]:
