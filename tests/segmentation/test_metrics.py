@@ -165,7 +165,7 @@ def test_an_empty_batch_changes_nothing() -> None:
         (torch.tensor([[0]]), torch.tensor([[0.0]]), "must be integer labels, got torch.int64 and torch.float32"),
         (torch.zeros(1, 3, 2, 2), torch.zeros(1, 2, 2, dtype=torch.int64), r"pass logits.argmax\(1\)"),
         (torch.tensor([[0]]), torch.tensor([[0.0]]), "integer labels, got torch.int64 and torch.float32"),
-        (torch.tensor([[0]]), torch.tensor([[0, 1]]), r"one shape, got \(1, 1\) and \(1, 2\)"),
+        (torch.tensor([[0]]), torch.tensor([[0, 1]]), r"the same shape, got \(1, 1\) and \(1, 2\)"),
     ],
 )
 def test_wrong_labels_are_worded_errors(preds: torch.Tensor, truth: torch.Tensor, message: str) -> None:

@@ -251,7 +251,7 @@ def test_learned_field_rejects_bad_input() -> None:
         plots.learned_field(IMAGE, {str(index): 3 for index in range(6)}, [0], [3])
     with pytest.raises(ValueError, match="field 'start' must be above 0 px, got -1"):
         plots.learned_field(IMAGE, {"start": -1}, [0], [3])
-    with pytest.raises(ValueError, match="one length"):
+    with pytest.raises(ValueError, match="the same length"):
         plots.learned_field(IMAGE, {"start": 3}, [0, 1], [3])
 
 
@@ -326,7 +326,7 @@ def test_rf_curve_refuses(curves: dict[str, dict[float, list[float]]], marked: d
 
 @pytest.mark.parametrize("runs", [{}, {"a": ([1, 2], [1.0])}, {"a": ([1], [0.0])}, {"a": ([2, 1], [1.0, 1.0])}])
 def test_factor_paths_refuse(runs: dict[str, tuple[list[int], list[float]]]) -> None:
-    with pytest.raises(ValueError, match=r"1 to 5 runs|one length|above 0|must rise"):
+    with pytest.raises(ValueError, match=r"1 to 5 runs|the same length|above 0|must rise"):
         plots.factor_paths({"group": runs})
 
 
