@@ -1,10 +1,10 @@
 """Draw learned receptive fields and labelled images: arrays in, matplotlib Figures out."""
 
-from rfield.segmentation.plots.class_paths import class_paths
 from rfield.segmentation.plots.curves import factor_paths, rf_curve
 from rfield.segmentation.plots.effective import effective_fields
 from rfield.segmentation.plots.fields import factor_curve, learned_field
 from rfield.segmentation.plots.masks import colourise, overlay, panel
+from rfield.segmentation.plots.path_costs import class_paths
 from rfield.segmentation.plots.style import save
 
 __all__ = [

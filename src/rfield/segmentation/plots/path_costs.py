@@ -1,4 +1,4 @@
-"""Which path of a set serves which class."""
+"""Draw which path of a set serves which class."""
 
 from collections.abc import Sequence
 
