@@ -1,4 +1,4 @@
-"""Runs the benchmarks, prints them as a table, and compares two machines or commits.
+"""Run the benchmarks, print them as a table, and compare two machines or commits.
 
 python -m benchmarks run OUT.json [--only resize,head] [--match "batch 8"] [--rounds 9] [--threads 1,2] [--quick]
 python -m benchmarks table OUT.json
@@ -31,8 +31,9 @@ def run(out: Path, only: list[str], match: str, rounds: int, threads: list[int],
                 rows += [{"threads": count, **row} for row in found]
                 print(group.name + f", {count} threads", flush=True)
                 for row in found:
-                    print(f"    {row['case']:42} {row['ms'][1]:10.3f} ms {row['ratio'][1]:7.2f}", flush=True)
-                # Whole after every group, so that what was measured is not lost.
+                    ratios = f"{row['ratio'][1]:7.2f} {row['cpu_ratio'][1]:7.2f} of CPU time"
+                    print(f"    {row['case']:42} {row['ms'][1]:10.3f} ms {ratios}", flush=True)
+                # Written after every group, so that an interrupted run keeps what it measured.
                 notes = json.dumps({"machine": machine(), "peaks": best, "rounds": rounds})
                 lines = ",\n".join(json.dumps(row) for row in rows)  # One row a line, for readable differences.
                 out.write_text(f'{notes[:-1]}, "rows": [\n{lines}\n]}}\n')
@@ -41,17 +42,20 @@ def run(out: Path, only: list[str], match: str, rounds: int, threads: list[int],
 def table(path: Path) -> None:
     report = json.loads(path.read_text())
     print(", ".join(f"{key} {value}" for key, value in report["machine"].items() if value) + "\n")
-    print("| | | threads | ratio (quartiles) | ms | peak MiB |\n|---|---|---|---|---|---|")
+    print("| | | threads | ratio (quartiles) | of CPU time | ms | peak MiB |\n|---|---|---|---|---|---|---|")
     for row in report["rows"]:
-        low, middle, high = row["ratio"]
+        ratio, cpu_ratio = (
+            f"{middle:.2f} ({low:.2f} to {high:.2f})"
+            for low, middle, high in (row["ratio"], row.get("cpu_ratio", row["ratio"]))
+        )
         print(
-            f"| {row['group']} | {row['case']} | {row['threads']} | {middle:.2f} ({low:.2f} to {high:.2f}) "
+            f"| {row['group']} | {row['case']} | {row['threads']} | {ratio} | {cpu_ratio} "
             f"| {row['ms'][1]:.2f} | {row['peak_mib']:.1f} |"
         )
 
 
 def compare(before: Path, after: Path) -> bool:
-    """Prints each ratio that grew by more than the noise of both; tells whether there was one."""
+    """Print each ratio that grew by more than the noise of both reports, and return whether there is one."""
     keys = ("group", "case", "threads")
     old, new = (
         {tuple(row[key] for key in keys): row["ratio"] for row in json.loads(path.read_text())["rows"]}
@@ -80,7 +84,7 @@ def main() -> None:
     runner.add_argument("--match", default="", help="only groups with this in their names")
     runner.add_argument("--rounds", type=int, default=9)
     runner.add_argument("--threads", default="1")
-    runner.add_argument("--quick", action="store_true", help="a few small sizes, to see that all runs")
+    runner.add_argument("--quick", action="store_true", help="a few small sizes, to check that everything runs")
     commands.add_parser("table").add_argument("report", type=Path)
     comparer = commands.add_parser("compare")
     comparer.add_argument("before", type=Path)

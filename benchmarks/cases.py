@@ -1,4 +1,4 @@
-"""What is timed against what. Every group does equal work in every case; the first case is what ratios are to."""
+"""What is timed against what. The cases of a group do equal work; ratios are to the first case."""
 
 from collections.abc import Iterator
 from itertools import product
@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import DeformConv2d
 
+from benchmarks.steps import steps
 from benchmarks.timing import Case, Group, training_step, without_gradient
 from rfield import AdaptiveConv2d, ReceptiveFieldRegulator, fuse
 from rfield.ops import resize_bilinear, resized_size
@@ -23,7 +24,7 @@ def _map(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, channels_la
 
 
 def resize(quick: bool = False) -> Iterator[Group]:
-    """The inflation, with the factor's gradient: against `F.grid_sample` and ATen's upsampling, which has none."""
+    """Resize with the factor's gradient, beside `F.grid_sample` and ATen's upsampling, which has no such gradient."""
     maps = [(1, 21, 41, 41), (1, 128, 41, 41), (1, 512, 41, 41), (8, 64, 41, 41), (1, 64, 65, 65), (1, 256, 65, 65)]
     maps += [(1, 64, 128, 256), (1, 256, 128, 256)]
     for shape, factor in product(maps[:1] if quick else maps, (0.63,) if quick else (0.5, 0.63, 0.8, 1.0, 1.25, 2.0)):
@@ -49,7 +50,7 @@ def resize(quick: bool = False) -> Iterator[Group]:
 
 
 def _grid_sample(input: Tensor, scale: Tensor, size: tuple[int, int]) -> Tensor:
-    """The same resize as a spatial transformer does it (Jaderberg et al., NeurIPS 2015)."""
+    """Resize as a spatial transformer does (Jaderberg et al., NeurIPS 2015)."""
     rows, columns = (
         torch.arange(target, device=input.device) / scale * (2 / max(source - 1, 1)) - 1
         for target, source in zip(size, input.shape[2:], strict=True)
@@ -95,7 +96,7 @@ class _WeightedDilations(nn.Module):
 
 
 def convolution(quick: bool = False) -> Iterator[Group]:
-    """One dilated 3x3 convolution whose dilation is learned in several ways."""
+    """Run one dilated 3x3 convolution whose dilation is learned in several ways."""
     shapes = [(1, 64, 128, 33, 33), (8, 512, 128, 41, 41), (8, 512, 1024, 41, 41), (1, 512, 1024, 65, 65)]
     shapes += [(1, 256, 128, 128, 256)]
     for shape, channels_last in product(shapes[:1] if quick else shapes, (False, True)):
@@ -103,7 +104,7 @@ def convolution(quick: bool = False) -> Iterator[Group]:
         input = _map((batch, channels, height, width), channels_last=channels_last).requires_grad_()
         plain = nn.Conv2d(channels, out_channels, 3, padding=6, dilation=6).to(_DEVICE)
         drawn, between, learned = (AdaptiveConv2d.from_conv(plain) for _ in range(3))
-        drawn.held = (6.0, 6.0)
+        drawn.dilation_override = (6.0, 6.0)
         between.set_factor(6 / 6.4)
         between.freeze_factor()
         learned.set_factor(6 / 6.4)
@@ -131,7 +132,7 @@ def convolution(quick: bool = False) -> Iterator[Group]:
         for doing, cases in (("inference", inferences), ("training", steps)):
             yield Group(f"convolution, {doing}: {name}", cases)
             if quick or (channels_last and batch == 8):
-                # The others' kernels know float32 alone on a CPU.
+                # The kernels of the others have only float32 on a CPU.
                 plain_or_ours = {key: case for key, case in cases.items() if not key.startswith(("deform", "DCLS"))}
                 lowered = {key: _autocast(case) for key, case in plain_or_ours.items()}
                 yield Group(f"convolution, {doing}: {name}, bfloat16", lowered)
@@ -163,10 +164,10 @@ def _head(width: int, mechanism: str | None = None, factor: float = 1.0) -> nn.M
 
 
 def head(quick: bool = False) -> Iterator[Group]:
-    """The training step of a LargeFOV head: bare, in a regulator at several factors, and as an ASPP of four rates."""
+    """Train a LargeFOV head: bare, in a regulator at several factors, and as an ASPP of four rates."""
     shapes = [(1, 128, 33)] if quick else [(8, 128, 41), (4, 1024, 41)]
     for (batch, width, side), frozen in product(shapes, (False, True)):
-        # A trained backbone wants the gradient of its features; with a frozen one only the factor does.
+        # A trained backbone needs the gradient of its features; with a frozen one only the factor does.
         features = _map((batch, 512, side, side), channels_last=True).requires_grad_(not frozen)
         heads = {"bare": _head(width)}
         heads |= {
@@ -184,15 +185,14 @@ def head(quick: bool = False) -> Iterator[Group]:
 
 
 def network(quick: bool = False) -> Iterator[Group]:
-    """The training step and the inference of a whole LargeFOV VGG16: fixed, in a regulator, with learned dilations."""
+    """Train and run a whole LargeFOV VGG16: fixed, in a regulator, with learned dilations."""
     batch, side = (1, 65) if quick else (2, 161)
     images = _map((batch, 3, side, side), channels_last=True)
     networks = {}
     for key, mechanism in {"fixed": None, "regulator": "regulator", "adaptive convolution": "dilation"}.items():
         torch.manual_seed(0)
-        made = largefov_vgg16(
-            21, 6, 128, regulate=mechanism is not None, mechanism=mechanism or "dilation", dropout=0.0
-        )
+        regulate = {"regulate": mechanism is not None, "mechanism": mechanism or "dilation"}
+        made = largefov_vgg16(21, dilation=6, head_channels=128, dropout=0.0, **regulate)
         networks[key] = made.to(_DEVICE, memory_format=torch.channels_last)
         for module in made.modules():
             if isinstance(module, ReceptiveFieldRegulator | AdaptiveConv2d):
@@ -216,7 +216,7 @@ def _together(steps: list[Case]) -> Case:
 
 
 def fused(quick: bool = False) -> Iterator[Group]:
-    """Inference of a fused head against the same head built with plain convolutions."""
+    """Run a fused head and the same head built of plain convolutions."""
     for batch, side in [(1, 33)] if quick else [(1, 41), (8, 41), (1, 65)]:
         features = _map((batch, 512, side, side), channels_last=True)
         torch.manual_seed(0)
@@ -232,4 +232,11 @@ def fused(quick: bool = False) -> Iterator[Group]:
         yield Group(f"head, inference: batch {batch}, 512 -> 128, {side} x {side}", runs)
 
 
-GROUPS = {"resize": resize, "convolution": convolution, "head": head, "network": network, "fused": fused}
+GROUPS = {
+    "resize": resize,
+    "convolution": convolution,
+    "head": head,
+    "network": network,
+    "fused": fused,
+    "step": steps,
+}

@@ -1,8 +1,8 @@
-"""What an image costs beside the network: reading, augmenting, scoring, against a training step and a forward pass.
+"""Time reading, augmenting and scoring an image, beside a training step and a forward pass.
 
     python -m benchmarks.loading --data camvid:../shared/data/camvid --out loading.json
 
-EfficientNet-Lite0 at stride 16 with a 128-wide head, in float32; one thread; milliseconds an image, by turns.
+EfficientNet-Lite0 at stride 16 with a 128-wide head, in float32, with one thread; milliseconds an image, in turns.
 """
 
 import argparse

@@ -1,13 +1,13 @@
-"""What a search costs: whole training runs of each search and of a fixed dilation, by turns or side by side.
+"""Time whole training runs of each search and of a fixed dilation, in turns or at the same time.
 
     python -m benchmarks.search_cost --out benchmarks/search_cost.json
     python -m benchmarks.search_cost --setting camvid --kinds none,sampled --rounds 1 --side-by-side --out camvid.json
 
 `--setting msrc21` is MSRC-21 on a frozen VGG16, the flags of studies/any_start/any_start.sh; `--setting camvid` is
-CamVid and the whole of an EfficientNet-Lite0, much as configs/camvid_efficientnet_lite0.yaml has it. The ratios to the
-fixed run of the same round are what counts; the seconds depend on the machine. On one that has other work the CPU
-seconds, scoring included, tell more than the wall time. `--side-by-side` gives every kind a process of its own, one
-thread each, all at once: for long runs, where a machine would not stay the same from one to the next.
+CamVid and a whole EfficientNet-Lite0, similar to configs/camvid_efficientnet_lite0.yaml. Compare the ratios to the
+fixed run of the same round, because the seconds depend on the machine. If other work runs on it, the CPU seconds,
+scoring included, are more certain than the wall time. `--side-by-side` runs every kind at the same time, each in a
+process of its own with one thread: for long runs, during which the load of a machine changes.
 """
 
 import argparse
@@ -51,7 +51,7 @@ SETTINGS = {
 
 
 def _run(config: TrainConfig) -> tuple[float, float, float]:
-    """Seconds of training, of the whole run's CPU, and of what the search did between the steps."""
+    """Return the seconds of training, the CPU seconds of the whole run, and the seconds of the search between steps."""
     torch.set_num_threads(1)
     begun = time.process_time()
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""Times callables against each other in one process: by turns, every second round backwards, as ratios."""
+"""Time callables in turns in one process, every second round in reverse order, and compare them by ratios."""
 
 import os
 import platform
@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # Else the profiler talks on stderr.
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # Silence the profiler on stderr.
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 Case = Callable[[], object]
-# A sample of one case in one round lasts at least so long, in seconds.
+# The least seconds of one case in one round.
 _SAMPLE = 0.05
 
 
@@ -27,7 +27,11 @@ class Group:
 
 
 def measure(group: Group, rounds: int) -> list[dict[str, Any]]:
-    """A row a case: median and quartiles of its milliseconds and of its ratio to the first, and its peak memory."""
+    """Return a row a case: quartiles of its milliseconds and of its ratios to the first case, and its peak memory.
+
+    `ratio` is of wall time, `cpu_ratio` of the CPU time of all threads. The second one is the more certain where other
+    processes run; there, start Python with `OMP_WAIT_POLICY=passive`, or waiting counts as work.
+    """
     cuda = torch.cuda.is_available()
     counts, memory = {}, {}
     for name, case in group.cases.items():
@@ -35,19 +39,26 @@ def measure(group: Group, rounds: int) -> list[dict[str, Any]]:
         case()
         counts[name] = max(1, round(_SAMPLE / max(_seconds(case, 1, cuda), 1e-6)))
     seconds: dict[str, list[float]] = {name: [] for name in group.cases}
+    cpu_seconds: dict[str, list[float]] = {name: [] for name in group.cases}
     for number in range(rounds):
         for name in list(group.cases)[:: (-1) ** number]:
+            begun = time.process_time()
             seconds[name].append(_seconds(group.cases[name], counts[name], cuda))
-    first = seconds[next(iter(group.cases))]
+            cpu_seconds[name].append((time.process_time() - begun) / counts[name])
+    first = next(iter(group.cases))
     rows = []
     for name, values in seconds.items():
-        ratios = [value / base for value, base in zip(values, first, strict=True)]
+        ratios, cpu_ratios = (
+            [value / base for value, base in zip(taken[name], taken[first], strict=True)]
+            for taken in (seconds, cpu_seconds)
+        )
         rows.append(
             {
                 "group": group.name,
                 "case": name,
                 "ms": _quartiles([1000 * value for value in values]),
                 "ratio": _quartiles(ratios),
+                "cpu_ratio": _quartiles(cpu_ratios),
                 "peak_mib": memory[name] / 2**20,
             }
         )
@@ -55,7 +66,7 @@ def measure(group: Group, rounds: int) -> list[dict[str, Any]]:
 
 
 def peak_memory(case: Case) -> float:
-    """The most bytes that one call held at once beyond what was there before."""
+    """Return the most bytes that one call holds at a time, in addition to what was in use before."""
     case()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -74,7 +85,7 @@ def peak_memory(case: Case) -> float:
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were taken on."""
+    """Return what the figures were measured on."""
     info = Path("/proc/cpuinfo")
     models = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
     return {
@@ -87,7 +98,7 @@ def machine() -> dict[str, Any]:
 
 
 def peaks() -> dict[str, float]:
-    """What the machine does at best, with as many threads as torch has now: float32 products, and a large copy."""
+    """Return the machine's best rates with torch's present threads: of a float32 product and of a large copy."""
     size, values = 2048, torch.randn(2**24)
     square, target = torch.randn(size, size), torch.empty_like(values)
     cases = {"product": lambda: torch.mm(square, square, out=square.new_empty(0)), "copy": lambda: target.copy_(values)}
@@ -118,7 +129,7 @@ def _quartiles(values: list[float]) -> list[float]:
 
 
 def training_step(forward: Callable[[], torch.Tensor], leaves: list[torch.Tensor]) -> Case:
-    """Forward and backward, with the gradients of all leaves, from an output gradient that is made beforehand."""
+    """Return a forward and backward pass with the gradients of all leaves. The gradient of the output is made once."""
     grad = torch.randn_like(forward())
 
     def step() -> None:
@@ -130,6 +141,8 @@ def training_step(forward: Callable[[], torch.Tensor], leaves: list[torch.Tensor
 
 
 def without_gradient(forward: Callable[[], torch.Tensor]) -> Case:
+    """Return a forward pass that autograd does not record."""
+
     def step() -> None:
         with torch.no_grad():
             forward()

@@ -1,4 +1,4 @@
-"""Operators: one a file, the function with its autograd; loop oracles in `reference.py`."""
+"""Operators: functions of tensors with gradients; `reference.py` holds slow oracles for the tests."""
 
 from rfield.ops.fractional_conv import fractional_conv2d
 from rfield.ops.resize import resize_bilinear, resized_size

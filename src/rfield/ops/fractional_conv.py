@@ -25,7 +25,7 @@ def fractional_conv2d(
     """Convolve with a dilation that may be learned.
 
     Output size and kernel centres are those of the convolution with `base_dilation` and `padding`; tap t of k lies
-    `dilation * (t - (k - 1) / 2)` px from the centre and reads the input bilinearly, zeros beyond its border. At an
+    `dilation * (t - (k - 1) / 2)` px from the centre and reads the input bilinearly, zeros past its border. At an
     integer dilation that needs no gradient this *is* `F.conv2d`, bit for bit. Gradients to the input, weight, bias
     and dilation are exact; at kinks (integer dilations) the dilation's is the mean of the two sides.
 
@@ -63,12 +63,12 @@ def fractional_conv2d(
     if not learned and all(value == round(value) for value in values):
         integer = (round(values[0]), round(values[-1]))
         return _integer_conv2d(input, weight, bias, integer, stride, padding, base_dilation, groups)
-    input, weight = _lowered(input), _lowered(weight)
-    bias = None if bias is None else _lowered(bias)
-    real = dilation.to(torch.promote_types(input.dtype, torch.float32))
+    input, weight = (each.to(_autocast_dtype(each)) for each in (input, weight))
+    bias = None if bias is None else bias.to(_autocast_dtype(bias))
+    dilation = dilation.to(torch.promote_types(input.dtype, torch.float32))
     rows, columns = (
         _taps(
-            real.detach()[place],
+            dilation.detach()[place],
             input.shape[axis + 2],
             weight.shape[axis + 2],
             stride[axis],
@@ -79,8 +79,8 @@ def fractional_conv2d(
     )
     with torch.autocast(input.device.type, enabled=False):
         if has_kernels(input):
-            return ConvolveByRows(rows, columns, groups)(input, weight, bias, real)
-        return convolve_by_matrices(input, weight, bias, real, rows, columns, groups)
+            return ConvolveByRows(rows, columns, groups)(input, weight, bias, dilation)
+        return convolve_by_matrices(input, weight, bias, dilation, rows, columns, groups)
 
 
 def _check(input: Tensor, weight: Tensor, bias: Tensor | None, dilation: Tensor, groups: int) -> None:
@@ -98,20 +98,16 @@ def _check(input: Tensor, weight: Tensor, bias: Tensor | None, dilation: Tensor,
         raise ValueError(f"bias must have shape ({len(weight)},), one number a channel, got shape {tuple(bias.shape)}")
     if dilation.shape not in ((1,), (2,)):
         raise ValueError(f"dilation must have shape (1,) or (2,) (height, width), got shape {tuple(dilation.shape)}")
-    dtypes = [_lower_dtype(each) for each in (input, weight, *(() if bias is None else (bias,)))]
+    dtypes = [_autocast_dtype(each) for each in (input, weight, *(() if bias is None else (bias,)))]
     if not dtypes[0].is_floating_point or len(set(dtypes)) > 1:
         raise TypeError(f"input, weight and bias must be floating-point tensors of one dtype, got {dtypes}")
 
 
-def _lower_dtype(tensor: Tensor) -> torch.dtype:
-    """What autocast makes of a convolution's operand."""
+def _autocast_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype to which autocast casts a convolution's operand."""
     device = tensor.device.type
     kept = tensor.is_meta or tensor.dtype == torch.float64 or not tensor.is_floating_point()
     return tensor.dtype if kept or not torch.is_autocast_enabled(device) else torch.get_autocast_dtype(device)
-
-
-def _lowered(tensor: Tensor) -> Tensor:
-    return tensor.to(_lower_dtype(tensor))
 
 
 def _integer_conv2d(
@@ -124,17 +120,19 @@ def _integer_conv2d(
     base_dilation: Pair,
     groups: int,
 ) -> Tensor:
-    # The kernel's centre stays where it was, so the padding follows the dilation.
+    # The padding changes with the dilation, so that the kernel's centres stay where they are.
     kernel = weight.shape[2:]
-    follow = [padding[axis] + (dilation[axis] - base_dilation[axis]) * (kernel[axis] - 1) // 2 for axis in (0, 1)]
-    if min(follow) < 0:
-        crop_h, crop_w = min(follow[0], 0), min(follow[1], 0)
-        input = F.pad(input, (crop_w, crop_w, crop_h, crop_h))
-    return F.conv2d(input, weight, bias, stride, (max(follow[0], 0), max(follow[1], 0)), dilation, groups)
+    height, width = (
+        padding[axis] + (dilation[axis] - base_dilation[axis]) * (kernel[axis] - 1) // 2 for axis in (0, 1)
+    )
+    crop = min(height, 0), min(width, 0)
+    if any(crop):
+        input = F.pad(input, (crop[1], crop[1], crop[0], crop[0]))
+    return F.conv2d(input, weight, bias, stride, (max(height, 0), max(width, 0)), dilation, groups)
 
 
 def _taps(dilation: Tensor, source: int, kernel: int, stride: int, padding: int, base_dilation: int) -> Axis:
-    """Where every tap of every output pixel of one axis reads, in source pixels: Tensor[output, kernel]."""
+    """Where each tap of each output pixel reads along one axis: positions Tensor[output, kernel]."""
     reach = base_dilation * (kernel - 1)
     target = (source + 2 * padding - reach - 1) // stride + 1
     if target < 1:

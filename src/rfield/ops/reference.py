@@ -1,4 +1,4 @@
-"""Slow loop oracles under the operators' own names, for tests only. They share no code with the operators."""
+"""Slow loops under the operators' own names, for tests only. They share no code with the operators."""
 
 import math
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def _sample(line: list[float], position: float) -> float:
-    """Value of a 1-d signal at a real position, linear between its pixels and constant past the last one."""
+    """The value of a 1-d signal at a real position, linear between its pixels and constant past the last one."""
     if position >= len(line) - 1:
         return line[-1]
     left = math.floor(position)
@@ -15,7 +15,7 @@ def _sample(line: list[float], position: float) -> float:
 
 
 def _slope(line: list[float], position: float) -> float:
-    """Mean of the two one-sided derivatives of `_sample` in the position."""
+    """The mean of the two one-sided derivatives of `_sample` in the position."""
     sides = []
     for cell in (math.floor(position), math.ceil(position) - 1):
         inside = 0 <= cell < len(line) - 1
@@ -24,7 +24,7 @@ def _slope(line: list[float], position: float) -> float:
 
 
 def resize_bilinear(input: Tensor, scale_factor: Tensor, output_size: tuple[int, int]) -> Tensor:
-    """Tensor[N, C, h, w] -> Tensor[N, C, H, W], pixel by pixel."""
+    """Return Tensor[N, C, H, W] of Tensor[N, C, h, w], pixel by pixel."""
     factor_h, factor_w = scale_factor.tolist()[0], scale_factor.tolist()[-1]
     output = input.new_zeros(*input.shape[:2], *output_size)
     for n, c, i, j in torch.cartesian_prod(*(torch.arange(size) for size in output.shape)).tolist():
@@ -34,7 +34,7 @@ def resize_bilinear(input: Tensor, scale_factor: Tensor, output_size: tuple[int,
 
 
 def resize_bilinear_backward(input: Tensor, scale_factor: Tensor, grad_output: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients to the input, Tensor[N, C, h, w], and to the factor, of the factor's shape."""
+    """Return the gradients of the input, Tensor[N, C, h, w], and of the factor, in the factor's shape."""
     factor_h, factor_w = scale_factor.tolist()[0], scale_factor.tolist()[-1]
     h, w = input.shape[2:]
     grad_input = torch.zeros_like(input)
@@ -65,7 +65,7 @@ def fractional_conv2d(
     base_dilation: tuple[int, int] = (1, 1),
     groups: int = 1,
 ) -> Tensor:
-    """Tensor[N, C, h, w] -> Tensor[N, K, H, W], tap by tap; differentiable in input, weight and bias by autograd."""
+    """Return Tensor[N, K, H, W] of Tensor[N, C, h, w], tap by tap; the dilation has no gradient."""
     n, _, h, w = input.shape
     out_channels, in_group, k_h, k_w = weight.shape
     d = dilation.tolist()
@@ -93,7 +93,7 @@ def fractional_conv2d(
 
 
 def _bilinear_with_zeros(input: Tensor, y: float, x: float) -> Tensor:
-    """Tensor[N, C] read at a real position of Tensor[N, C, h, w]; pixels beyond the border are 0."""
+    """Tensor[N, C] read at a real position of Tensor[N, C, h, w]; pixels past the border are 0."""
     total = torch.zeros_like(input[:, :, 0, 0])
     for row in (math.floor(y), math.floor(y) + 1):
         for column in (math.floor(x), math.floor(x) + 1):
