@@ -256,7 +256,7 @@ def test_mistakes_are_answered_with_one_line(
         ("epochs: -2", "epochs must be positive"),
         ("dilation: null", "dilation must be positive, got None"),
         (f"dilation: 1{'0' * 400}", "dilation must be less than 2147483648, got 1000"),
-        ("paths: 65536", "paths must be less than 256, got 65536"),
+        ("paths: 65536", "paths is auto or a number from 1 to 255, got 65536"),
         ("nonsense: 1", "nonsense"),
         ("train: {epochs: 1}", "train"),
         ("flip: perhaps", "not boolean: perhaps"),

@@ -1,6 +1,6 @@
-"""The command line: every command is a typed function, or a dataclass of `rfield.segmentation.config.train`.
+"""The command line: each command is a function of its config, whose fields are the flags.
 
-Torch and the rest are imported inside the commands, so that `rfield --help` answers at once.
+Torch and everything else slow is imported inside the commands, so that `rfield --help` answers at once.
 """
 
 import os
@@ -19,9 +19,9 @@ from rfield.segmentation.parser import parse as parse_words
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs one command. A user's error is one line on stderr and exit status 2.
+    """Run one command. A user's mistake is one line on stderr and exit status 2.
 
-    `RFIELD_DEBUG=1` shows the traceback instead.
+    With `RFIELD_DEBUG=1` the traceback is shown instead.
     """
     escape_what_cannot_be_shown()
     command, config = parse(argv)
@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _words_of(error: ValueError | OSError) -> str:
-    """An error's message; of one of the system's own, what it is of and why."""
+    """Return an error's message; for an error of the operating system, the file and the reason."""
     if isinstance(error, OSError) and error.errno and error.strerror and error.filename:
         return f"{error.filename}: {error.strerror[0].lower()}{error.strerror[1:]}"
     if isinstance(error, UnicodeEncodeError):
@@ -201,7 +201,7 @@ def convert(config: ConvertConfig) -> None:
 
 
 def check_data(config: CheckDataConfig) -> None:
-    """Find what would ruin a training: missing, damaged and unfit files, wrong values, splits that overlap."""
+    """Find what would spoil a training: missing, damaged and unfit files, wrong values, splits that overlap."""
     from rfield.segmentation.data.check import check_data as check
     from rfield.segmentation.data.check import summarise, write_findings
 

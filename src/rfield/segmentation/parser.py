@@ -69,8 +69,12 @@ def make_parser(commands: Commands, command: str | None) -> tuple[ArgumentParser
         allow_abbrev=False,
         description="Semantic segmentation networks that learn their receptive field.",
     )
-    parser.add_argument("--version", action="version", version=f"rfield {__version__}")
-    subcommands = parser.add_subcommands()
+    parser.add_argument(
+        "--version", action="version", version=f"rfield {__version__}", help="Show the version and exit."
+    )
+    subcommands = parser.add_subcommands(
+        title="commands", description="`rfield COMMAND --help` shows the options of a command.", metavar="COMMAND"
+    )
     flags = list(parser._option_string_actions)
     for name, (config_class, function) in commands.items():
         own = _Parser(allow_abbrev=False, description=function.__doc__)
@@ -79,6 +83,7 @@ def make_parser(commands: Commands, command: str | None) -> tuple[ArgumentParser
             _add_options(own, config_class)
             flags = list(own._option_string_actions)
         subcommands.add_subcommand(name, own, help=function.__doc__)
+        own.prog = f"rfield {name}"
     return parser, flags
 
 
@@ -108,10 +113,10 @@ class _Help(DefaultHelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text, place = super()._get_help_string(action), "default: %(default)s"
-        if isinstance(action, ActionYesNo):
-            return text.replace(place, f"default: {'yes' if action.default else 'no'}")
         if action.default is None:
             return text.replace(f", {place}", "").replace(f" ({place})", "")
+        if isinstance(action, ActionYesNo):
+            return text.replace(place, f"default: {'yes' if action.default else 'no'}")
         return text
 
 
@@ -122,8 +127,9 @@ class _Parser(ArgumentParser):
         super().__init__(formatter_class=_Help, **options)
 
     def add_argument(self, *names: str, **options: Any) -> Any:  # Groups have the same: jsonargparse copies it.
-        if options.get("type") is bool:
-            del options["type"]
+        kind = getattr(options.get("action"), "_typehint", options.get("type"))
+        if kind in (bool, bool | None):
+            options = {key: value for key, value in options.items() if key not in ("type", "metavar")}
             options["action"] = ActionYesNo(yes_prefix="", no_prefix="no-")
         names = tuple(re.sub("(?<!^--print)(?<=.)_", "-", name) if name[0] == "-" else name for name in names)
         return super().add_argument(*names, **options)
@@ -138,12 +144,11 @@ def _plain_message(message: str, commands: Commands) -> str:
     for name in commands:
         message = message.replace(f" {name}.", " ")
     key = r'^Parser key "([\w.]+)": '
-    message = re.sub(rf"{key}(?:Does not validate .*?)?Not of type \w+: (.*?)(?: - Expected a .*)?$", r"\2", message)
-    message = re.sub(
-        rf"{key}Does not validate against any .* Subtypes: \[(.*?)(?:, NoneType)?\] Errors: .* Given value: (.*)$",
-        r"\1: expected \2, got \3",
-        message,
-    )
+    # A union of types lists the errors of all: that of our own type says what to give.
+    union = r"Does not validate against any .*"
+    message = re.sub(rf"{key}(?:{union}?)?Not of type \w+: (.*?)(?: - Expected a .*)?$", r"\1: \2", message)
+    subtypes = r"Subtypes: \[(.*?)(?:, NoneType)?\] Errors: .* Given value: (.*)$"
+    message = re.sub(rf"{key}{union} {subtypes}", r"\1: expected \2, got \3", message)
     message = re.sub(rf"{key}Expected an? (.*?)\. Got value: ", r"\1: expected \2, got ", message)
     message = re.sub(r"^Parser key \"config\": File does not exist: '(.*)'", r"there is no config file \1", message)
     message = re.sub(r'^expected "subcommand" .* not provided\.$', f"give a command: {', '.join(commands)}", message)

@@ -153,8 +153,8 @@ def parse_class_weights(value: Any) -> str | tuple[float, ...] | None:
     return weights
 
 
-def positive(name: str, value: Any, limit: int = _LIMIT) -> None:
-    """Raise ValueError unless a number, or each of a tuple, is in (0, limit).
+def positive(name: str, value: Any) -> None:
+    """Raise ValueError unless a number, or each of a tuple, is in (0, 2^31).
 
     >>> positive("epochs", 3)
     >>> positive("dilations", (2, 0))
@@ -164,8 +164,8 @@ def positive(name: str, value: Any, limit: int = _LIMIT) -> None:
     for number in value if isinstance(value, tuple) else [value]:
         if number is None or not number > 0:
             raise ValueError(f"{name} must be positive, got {number}")
-        if not number < limit:
-            raise ValueError(f"{name} must be less than {limit}, got {number}")
+        if not number < _LIMIT:
+            raise ValueError(f"{name} must be less than {_LIMIT}, got {number}")
 
 
 def not_negative(name: str, value: Any) -> None:

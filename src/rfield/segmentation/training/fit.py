@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Timer
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from rfield.segmentation.config.train import DataOptions, ModelOptions, TrainConfig
+from rfield.segmentation.config.train import DataOptions, ModelOptions, RunOptions, TrainConfig
 from rfield.segmentation.conventions import Progress
 from rfield.segmentation.data import (
     AugmentedDataset,
@@ -146,8 +146,8 @@ def build(data: Data, progress: Progress) -> Built:
     train_features: CachedFeatures | None = None
     val_features: CachedFeatures | None = None
     if config.model.freeze_backbone:
-        train_samples = train_features = _cache_features(network, train_set, config, config.data.flip, progress)
-        val_features = _cache_features(network, data.val_set, config, False, progress)
+        train_samples = train_features = _cache_features(network, train_set, config.run, config.data.flip, progress)
+        val_features = _cache_features(network, data.val_set, config.run, False, progress)
     else:
         options = config.data
         transform = training_transform(
@@ -264,8 +264,8 @@ def prepare(config: TrainConfig, progress: Progress | None = None) -> None:
     network = build_network(config, train_set.num_classes, config.model.weights)
     if config.model.freeze_backbone:
         progress = progress or (lambda done, total: None)
-        _cache_features(network, train_set, config, config.data.flip, progress)
-        _cache_features(network, val_set, config, False, progress)
+        _cache_features(network, train_set, config.run, config.data.flip, progress)
+        _cache_features(network, val_set, config.run, False, progress)
 
 
 def _open_data(config: TrainConfig) -> tuple[TrainConfig, ParsingDataset, ParsingDataset]:
@@ -299,11 +299,11 @@ def _note_random_weights(options: ModelOptions) -> None:
 
 
 def _cache_features(
-    network: ParsingNetwork, dataset: ParsingDataset, config: TrainConfig, mirrored: bool, progress: Progress
+    network: ParsingNetwork, dataset: ParsingDataset, options: RunOptions, mirrored: bool, progress: Progress
 ) -> CachedFeatures:
     network.to(compute_device()).backbone.eval()
-    folder = Path(config.run.cache) if config.run.cache else None
-    return cache_features(network, dataset, folder, mirrored, config.run.seed, progress)
+    folder = Path(options.cache) if options.cache else None
+    return cache_features(network, dataset, folder, mirrored, options.seed, progress)
 
 
 def _canvas(datasets: list[ParsingDataset]) -> tuple[int, int]:
