@@ -37,8 +37,29 @@ def test_sizes_are_those_of_regions_not_of_classes() -> None:
 
 def test_auto_groups_by_size_smallest_first() -> None:
     assert class_groups("auto", 2, Squares()) == {"small (4-4 px)": (1,), "large (20-60 px)": (0, 2)}
-    assert list(class_groups("auto", 3, Squares()).values()) == [(1,), (2,), (0,)]
-    assert list(group_by_size({0: 1.0, 1: 2.0, 2: 30.0, 3: 64.0}, 4).values()) == [(0,), (1,), (2,), (3,)]
+    three = class_groups("auto", 3, Squares())
+    assert three == {"small (4-4 px)": (1,), "middle (20-20 px)": (2,), "large (60-60 px)": (0,)}
+    four = group_by_size({0: 1.0, 1: 2.0, 2: 30.0, 3: 64.0}, 4)
+    assert (list(four.values()), list(four)[1]) == ([(0,), (1,), (2,), (3,)], "size 2 (2-2 px)")
+    # The logarithms in each group spread least: with their numbers as weights.
+    assert list(group_by_size({5: 1.0, 3: 1.9, 2: 3.7, 7: 9.0}, 2).values()) == [(3, 5), (2, 7)]
+
+
+def test_regions_touch_at_corners_and_up_to_200_masks_are_measured() -> None:
+    class Many(Squares):
+        seen: list[int] = []  # noqa: RUF012
+
+        def __getitem__(self, index: int) -> tuple[Image, Mask]:
+            self.seen.append(index)
+            mask = np.eye(12, dtype=np.uint8)
+            mask[:2, 4:6] = mask[:2, 7:9] = mask[:2, 10:12] = mask[6:10, :4] = 2
+            return Image(torch.zeros(3, 12, 12, dtype=torch.uint8)), Mask(torch.from_numpy(mask))
+
+    many = Many()
+    many.ids = ["a"] * 400
+    # Half of the pixels of class 2 lie in the largest of its four squares.
+    assert {value: round(size**2) for value, size in class_sizes(many).items() if value} == {1: 12, 2: 16}
+    assert many.seen == list(range(0, 400, 2))
 
 
 def test_classes_by_name_or_by_a_word_of_it() -> None:
