@@ -85,7 +85,13 @@ class TestKinds:
         losses = reading([0.5, 0.1, 1.0, 0.1, 0.5], dilations=(1.0, 1.9, 6.4, 40.5, 41.3))
         assert judge([[losses]], present=6.4, chosen=chosen).kind == kind
         # From 2.5 on, the next integer dilation is 3.
-        assert judge([[reading(VALLEY, dilations=(2.5, 3, 4, 5, 6))]], present=6, chosen=3).kind == "at the edge"
+        losses = reading(VALLEY, dilations=(2.5, 3, 4, 5, 6))
+        assert judge([[losses]], present=6, chosen=3).kind == "at the edge"
+        # Within a thousandth of an end it is at the end, and so near to a whole number it is that number.
+        for near, beside, start in ((2.502, 2.6, 6), (5.995, 5.5, 2.5)):
+            assert judge([[losses]], present=start, chosen=near).kind == "at the edge"
+            assert judge([[losses]], present=start, chosen=beside).kind == "clear"
+        assert [judge([[losses]], 6, chosen=near).dilation for near in (4.0005, 3.9995, 4.05)] == [4, 4, 4.05]
 
 
 class TestNotReliable:

@@ -135,6 +135,15 @@ class TestEvaluation:
         assert current_dilation([layer]) == [4]
         assert current_dilation([regulator]) == [pytest.approx(7.4)]
 
+    def test_a_tenth_is_far(self, toy: Any) -> None:
+        model = toy.model(5)
+        search = SampledSearch(model, toy.loss(6.0), 20, [toy.image])
+        toy.run(search, 1)
+        for away, is_far in ((1.08, False), (1 / 1.08, False), (1.15, True), (1 / 1.15, True)):
+            model[0].set_factor(5 / (6 * away))
+            assert search._minimize(0, 0, {}) is is_far
+            assert model[0].effective_dilation == pytest.approx((6, 6), rel=1e-3)
+
 
 class TestBounds:
     def test_a_window_around_an_integer_dilation_outside_the_range(self, toy: Any) -> None:
