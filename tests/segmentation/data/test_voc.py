@@ -247,7 +247,7 @@ def test_download_is_torchvisions(make_devkit: MakeDevkit, tmp_path: Path, monke
     calls = []
 
     def fetch_voc(root: Path, **options: object) -> None:
-        calls.append(("voc", options["year"], options["download"]))
+        calls.append(("voc", options["year"], options["image_set"], options["download"]))
 
     def fetch_sbd(root: Path, download: bool) -> None:
         calls.append(("sbd", download))
@@ -269,7 +269,7 @@ def test_download_is_torchvisions(make_devkit: MakeDevkit, tmp_path: Path, monke
     (root / "sbd/train.txt").write_text("stale\n")
 
     devkit = download_voc2012(root)
-    assert calls == [("voc", "2012", True)]
+    assert calls == [("voc", "2012", "val", True)]
     assert download_voc2012(root, augmented=True) == devkit
     assert download_voc2012(root, augmented=True) == devkit
     assert calls.count(("sbd", True)) == 1

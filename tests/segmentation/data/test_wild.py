@@ -200,7 +200,8 @@ def test_near_misses_of_numbers_and_letters(tmp_path: Path) -> None:
     (tmp_path / "list.jpg").write_bytes(b"")
     assert "there is list.jpg: give the name without its suffix" in near_miss(tmp_path / "list.jpg.jpg")
     (tmp_path / "JPEGImage").mkdir()
-    assert "but one named JPEGImage" in near_miss(tmp_path / "JPEGImages/a.jpg")
+    (tmp_path / "PEGImages").mkdir()
+    assert near_miss(tmp_path / "JPEGImages/a.jpg").endswith("/JPEGImages, but one named PEGImages)")
     assert Folders().find(tmp_path / "nowhere/a.png") == tmp_path / "nowhere/a.png"
 
 

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import onnx
@@ -16,7 +17,8 @@ from rfield.layers import LearnedFactor
 from rfield.segmentation.cli import main, parse
 from rfield.segmentation.config.export import ExportConfig
 from rfield.segmentation.config.train import TrainConfig
-from rfield.segmentation.data import SyntheticCues
+from rfield.segmentation.data import SyntheticCues, evaluation_transform
+from rfield.segmentation.export import int8
 from rfield.segmentation.export import onnx as exporting
 from rfield.segmentation.export.int8 import quantise
 from rfield.segmentation.export.onnx import compare, export_run, read_exported
@@ -210,6 +212,20 @@ def test_nan_differs() -> None:
     images = [torch.zeros(1, 3, 2, 2)]
     assert compare(lambda x: x, lambda x: x * torch.nan, images)[0] == float("inf")
     assert compare(lambda x: x, lambda x: x[..., :1], images) == (float("inf"), 0.0)
+    # A difference is one of the logits' range, the largest of any batch, and over 1 where there is no range.
+    ramp = torch.arange(4.0).reshape(1, 2, 1, 2)
+    assert compare(lambda x: x, lambda x: x + 0.75, [ramp, ramp * 2]) == (0.25, 1.0)
+    assert compare(lambda x: x, lambda x: x + 0.75, [torch.zeros(1, 2, 1, 2)]) == (0.75, 1.0)
+    assert compare(lambda x: x, lambda x: x.flip(1), [ramp, ramp]) == (pytest.approx(2 / 3), 0.0)
+
+
+def test_images_for_calibration_are_spread_over_the_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(int8, "load_onnx", lambda source: SimpleNamespace(check_size=lambda image: None))
+    data = SyntheticCues("val", size=(9, 7), distance=2, length=6)
+    images = [evaluation_transform()(*data[index])[0].numpy()[None] for index in range(6)]
+    for count, places in ((3, [0, 2, 5]), (9, [0, 1, 2, 3, 4, 5]), (1, [0])):
+        chosen = list(int8._calibration(Path("model.onnx"), data, count))
+        assert [next(i for i in range(6) if (images[i] == each).all()) for each in chosen] == places
 
 
 def test_predict_and_evaluate(any_size: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

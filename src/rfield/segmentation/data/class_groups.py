@@ -59,8 +59,8 @@ def class_sizes(dataset: ParsingDataset) -> dict[int, float]:
         mask = np.asarray(dataset[index][1]).squeeze()
         for value in np.unique(mask):
             if value != IGNORE_INDEX:
-                regions, count = scipy.ndimage.label(mask == value, structure=np.ones((3, 3)))
-                areas.setdefault(int(value), []).append(np.bincount(regions.ravel(), minlength=count + 1)[1:])
+                regions, _ = scipy.ndimage.label(mask == value, structure=np.ones((3, 3)))
+                areas.setdefault(int(value), []).append(np.bincount(regions.ravel())[1:])
     return {value: _median_side(np.concatenate(found)) for value, found in sorted(areas.items())}
 
 

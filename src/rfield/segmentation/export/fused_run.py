@@ -75,7 +75,7 @@ def score_change(
     checkpoint: str,
     dataset: ParsingDataset,
     progress: Progress,
-    ignore_names: bool = False,
+    ignore_names: bool,
 ) -> tuple[float, float]:
     """Return the mean IoU of a run's network, and that of the plain network that `fuse_run` has made from it."""
     before, after = (

@@ -248,23 +248,7 @@ def _resizes(network: ParsingNetwork) -> bool:
 
 def _field(part: nn.Module) -> float:
     """Return the larger side of the receptive field in px; infinite for the whole image."""
-    try:
-        return max(theoretical_receptive_field(part))
-    except ValueError:
-        if not isinstance(part, ParsingNetwork):
-            raise
-    # There is no rule for a fused resize: its convolutions see 1 / factor times as far.
-    reaches = [
-        sum(max(conv.dilation) * (max(conv.kernel_size) - 1) for conv in _convs(module)) / min(module.meta["factor"])
-        for module in part.modules()
-        if isinstance(module, fx.GraphModule) and "factor" in module.meta
-    ]
-    decoder = sum(max(conv.kernel_size) - 1 for conv in _convs(part.decoder or nn.Identity()))
-    return _field(part.backbone) + part.stride * (max(reaches, default=0.0) + decoder)
-
-
-def _convs(part: nn.Module) -> list[nn.Conv2d]:
-    return [module for module in part.modules() if isinstance(module, nn.Conv2d)]
+    return max(theoretical_receptive_field(part))
 
 
 def _effective_field(runs: nn.Module, padded: Tensor, stride: int) -> float:
