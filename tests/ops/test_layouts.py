@@ -83,3 +83,18 @@ def test_fractional_conv(
 def test_nothing_to_resize_is_an_error(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="must not be empty"):
         resize_bilinear(torch.zeros(shape), torch.ones(1), (3, 3))
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_outputs_and_gradients_have_the_layout_of_the_map(memory_format: torch.memory_format) -> None:
+    input = torch.randn(2, 3, 5, 6).contiguous(memory_format=memory_format).requires_grad_()
+    weight, spacing = torch.randn(4, 3, 3, 3), torch.tensor([1.5], requires_grad=True)
+    for output in (
+        resize_bilinear(input, spacing, (7, 9)),
+        fractional_conv2d(input, weight, None, spacing, padding=(1, 1)),
+        fractional_conv2d(input, weight, None, spacing.detach(), padding=(1, 1)),
+    ):
+        grad_output = torch.randn(output.shape).contiguous(memory_format=memory_format)
+        (grad,) = torch.autograd.grad(output, input, grad_output)
+        assert output.is_contiguous(memory_format=memory_format)
+        assert grad.is_contiguous(memory_format=memory_format)
