@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rfield.ops import fractional_conv2d, resize_bilinear
+from rfield.ops.matrices import separable_product
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -98,3 +99,5 @@ def test_outputs_and_gradients_have_the_layout_of_the_map(memory_format: torch.m
         (grad,) = torch.autograd.grad(output, input, grad_output)
         assert output.is_contiguous(memory_format=memory_format)
         assert grad.is_contiguous(memory_format=memory_format)
+    by_matrices = separable_product(torch.randn(7, 5), input, torch.randn(9, 6))
+    assert by_matrices.is_contiguous(memory_format=memory_format)

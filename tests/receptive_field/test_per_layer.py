@@ -238,3 +238,7 @@ def test_warnings_of_layers_that_differ_along_the_axes() -> None:
     # Where one axis has been pooled to a pixel, the other one has padding alone.
     padded = dataclasses.replace(far, pads=True, tap_spacing=(math.inf, 72.0))
     assert field_warnings([padded, output], (400, 400)) == []
+    # Short sight beside a look at the whole image is none.
+    assert field_warnings([dataclasses.replace(output, field=INF, local=(3.0, 3.0))], (400, 400)) == []
+    plain = dataclasses.replace(near, dilation=(1.0, 1.0))
+    assert field_warnings([plain, dataclasses.replace(output, field=INF, local=(3.0, 3.0))], (400, 400)) == []

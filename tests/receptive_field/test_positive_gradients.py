@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rfield import fuse, regulate
 from rfield.receptive_field.absolute_gradient import UnknownFieldError, without_cancellation
+from rfield.receptive_field.gradient_rules import of_weights
 from rfield.receptive_field.per_layer import layer_receptive_fields
 from rfield.receptive_field.probe import probe_receptive_field, probe_window
 from rfield.receptive_field.theoretical import theoretical_receptive_field
@@ -128,6 +129,12 @@ def test_no_path_cancels_another(function: Callable[[Tensor, Tensor, Tensor], Te
 def test_a_selection_of_one_channel_does_not_depend_on_chance() -> None:
     for function in (torch.maximum, torch.min, lambda one, other: torch.cat([one, other], 1).amax(1, keepdim=True)):
         assert fields(Two(lambda near, far, image, choose=function: choose(far, near), channels=1)) == (7, 7)  # type: ignore[misc]
+
+
+def test_views_of_uniform_weights_stay_uniform() -> None:
+    one, other = torch.tensor(1.0).expand(3, 2), torch.tensor(1.0).expand(3, 2)
+    assert all(part.stride() == (0, 0) for part in of_weights(torch.broadcast_tensors, (one, other), {}))
+    assert of_weights(torch.sub, (one, one.mean()), {}).abs().min() > 0
 
 
 def test_an_argument_that_has_no_part_in_the_result() -> None:

@@ -8,7 +8,7 @@ from torch import nn
 
 from rfield.layers import AdaptiveConv2d, ReceptiveFieldRegulator
 from rfield.search import factor_parameters, learned_layers, parameter_groups
-from rfield.search.factors import dilation_range
+from rfield.search.factors import dilation_range, searchable_layers
 
 
 class TestParameterGroups:
@@ -29,6 +29,18 @@ class TestParameterGroups:
         model[1].freeze_factor()
         assert len(factor_parameters(model)) == 1
         assert [len(group["params"]) for group in parameter_groups(model, lr=0.1, factor_lr=0.01)] == [2]
+
+
+def test_one_frozen_layer_freezes_its_group_in_the_middle_of_a_search() -> None:
+    layers = [AdaptiveConv2d(1, 1, 3) for _ in range(2)]
+    layers[1].share_factor(layers[0])
+    assert searchable_layers(layers) == layers
+    for layer in layers:
+        layer.freeze_factor()
+        layer.in_search = True  # as a search that sets the factors itself leaves them
+    assert searchable_layers(layers) == layers
+    layers[0].freeze_factor()
+    assert searchable_layers(layers) == []
 
 
 class TestDilationRange:

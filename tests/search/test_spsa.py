@@ -28,10 +28,11 @@ class TestSpsa:
 
         def loss_fn(model: nn.Module, batch: Any) -> Any:
             seen.append(model(batch).mean())
-            return seen[-1]
+            return seen[-1], seen[-1].bfloat16()[None]
 
         search = SpsaSearch(toy.model(5), loss_fn, 10)
         loss = search.loss(toy.image)
+        assert search._loss_pairs[0].dtype is torch.float32, "to be added up"
         above, below = seen
         assert above.item() != below.item()
         assert loss.item() == pytest.approx((above.item() + below.item()) / 2)

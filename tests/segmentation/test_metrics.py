@@ -174,6 +174,9 @@ def test_wrong_labels_are_worded_errors(preds: torch.Tensor, truth: torch.Tensor
 
 
 def test_wrong_arguments_are_worded_errors() -> None:
+    for count in (1, 255):
+        assert confusion_matrix(count).num_classes == count
+    assert segmentation_scores(torch.tensor([[1, 0], [0, 0]]), ["a", "b"])["pixel_accuracy"] == 1.0
     with pytest.raises(ValueError, match="num_classes must be from 1 to 255, got 0"):
         confusion_matrix(0)
     with pytest.raises(ValueError, match=r"\[3, 3\] for 3 class names, got \[2, 2\]"):

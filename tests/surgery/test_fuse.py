@@ -65,6 +65,7 @@ class TestAdaptiveConv:
             {"padding": "same"},
             {"padding": 0},
             {"padding": (1, 5)},
+            {"padding": (0, 7)},
             {"kernel_size": (5, 3), "padding": (10, 0)},
         ],
         ids=str,
@@ -129,6 +130,7 @@ class TestResize:
     def test_to_an_output_size(self) -> None:
         regulator = ReceptiveFieldRegulator(dilated(), (0.7, 1.3))
         plain = fixed_resize(copy.deepcopy(regulator.module), tuple(regulator.factor.tolist()))
+        assert plain.graph._tracer_cls is torch.fx.Tracer, "pickled with the graph"
         expected = regulator(MAP, output_size=(73, 1))
         torch.testing.assert_close(plain(MAP, (73, 1)), expected, rtol=0, atol=1e-5)
 
@@ -178,8 +180,10 @@ class TestDilation:
         assert plain(MAP).shape == model(MAP).shape
 
     def test_a_larger_field_from_a_plain_convolution(self) -> None:
-        model = nn.Sequential(ReceptiveFieldRegulator(nn.Conv2d(4, 4, 3, padding=1), 0.34))
-        assert dilations(rfield.fuse(model, mode="dilation")) == {"0": (3, 3)}
+        part = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1))
+        model = nn.Sequential(ReceptiveFieldRegulator(part, 0.34))
+        assert dilations(rfield.fuse(model, mode="dilation")) == {"0.0": (3, 3)}
+        assert part[1].dilation == rfield.fuse(model, mode="dilation")[0][1].dilation == (1, 1)
         model = nn.Sequential(ReceptiveFieldRegulator(nn.Conv2d(4, 4, (1, 2), padding=(0, 2), dilation=4), 2.0))
         assert dilations(rfield.fuse(model, mode="dilation")) == {"0": (2, 2)}
 

@@ -125,7 +125,8 @@ def test_regulate_goes_where_the_part_is() -> None:
     with pytest.warns(UserWarning, match="sees more than one pixel"):
         regulator = regulate(model, "0")
     assert regulator.log_factor.device.type == regulator.snapped_dilation.device.type == "meta"
-    assert adapt(model, "1")[0].log_factor.device.type == "meta"
+    (layer,) = adapt(model, "1")
+    assert layer.log_factor.device.type == layer.snapped_dilation.device.type == "meta"
 
 
 def test_probes_change_nothing() -> None:

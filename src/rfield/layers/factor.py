@@ -171,8 +171,9 @@ class LearnedFactor(nn.Module):
         for value, base in zip(dilation, self.base_dilation, strict=True):
             least = 1.0 if self.max_factor is None else base / self.max_factor
             greatest = float(sys.maxsize) if self.min_factor is None else base / self.min_factor
-            low, high = integer_range(least, greatest) or (1, sys.maxsize)
-            nearest.append(min(max(round_dilation(value), low), high))
+            nearest.append(round_dilation(value))
+            if bounds := integer_range(least, greatest):
+                nearest[-1] = min(max(nearest[-1], bounds[0]), bounds[1])
         return nearest[0], nearest[1]
 
     def _move_factor(self, device: torch.device) -> None:

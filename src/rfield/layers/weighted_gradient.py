@@ -61,7 +61,7 @@ def weight_gradient(input: Tensor, mask: Tensor, classes: Collection[int], weigh
         for of, to in zip(mask.shape[1:], input.shape[2:], strict=True)
     )
     labels = mask[:, rows[:, None], columns]
-    of_classes = torch.isin(labels, torch.tensor([*classes], dtype=torch.long, device=labels.device))
+    of_classes = torch.isin(labels, torch.tensor([*classes], device=labels.device))
     scale = torch.where(of_classes, weight, 1.0)[:, None]
     result: Tensor = _ScaleGradient.apply(input, scale)
     return result

@@ -40,7 +40,7 @@ def resized_size(size: int, factor: float) -> int:
         raise ValueError(f"size must be at least 1, got {size}")
     if not (math.isfinite(factor) and factor > 0):
         raise ValueError(f"factor must be positive and finite, got {factor}")
-    return max(0, math.ceil((size - 1) * factor - _SIZE_SLACK)) + 1
+    return math.ceil((size - 1) * factor - _SIZE_SLACK) + 1
 
 
 def resize_bilinear(input: Tensor, scale_factor: Tensor, output_size: tuple[int, int]) -> Tensor:

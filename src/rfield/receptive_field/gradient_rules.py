@@ -147,8 +147,7 @@ def max_pool(
     names = ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode")
     defaults = {"stride": None, "padding": 0, "dilation": 1, "ceil_mode": False}
     given = {**defaults, **dict(zip(names, args, strict=False)), **kwargs}
-    with torch.no_grad():
-        result = func(*args, **kwargs)
+    result = func(*args, **kwargs)
     real, indices = result if isinstance(result, tuple) else (result, None)
     input: Tensor = given["input"]
     dims = int(name[len("max_pool")])
@@ -178,8 +177,7 @@ def max_unpool(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
     """Return the value that max unpooling writes to one pixel of a window at every pixel of the window."""
     names = ("input", "indices", "kernel_size", "stride", "padding")
     given = {"stride": None, "padding": 0, **dict(zip(names, args, strict=False)), **kwargs}
-    with torch.no_grad():
-        shape = func(*args, **kwargs).shape
+    shape = func(*args, **kwargs).shape
     input: Tensor = given["input"]
     dims = int(func.__name__[len("max_unpool")])
     kernel, padding = _per_dim(given["kernel_size"], dims), _per_dim(given["padding"], dims)
@@ -201,8 +199,7 @@ def _per_dim(value: Any, dims: int) -> list[int]:
 def mean_of_selection(name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Return the mean of all elements from which a maximum, a median or a sort selects, in the result's shape."""
     first: Tensor = args[0]
-    with torch.no_grad():
-        result = func(*args, **kwargs)
+    result = func(*args, **kwargs)
     position, default = SELECTIONS[name]
     dim = kwargs.get("dim", kwargs.get("axis", args[position] if len(args) > position else default))
     reduced, kept = (first.mean(dim, keepdim=keep) for keep in (False, True))

@@ -308,7 +308,6 @@ def _plain_conv(layer: AdaptiveConv2d) -> nn.Module:
         layer.groups,
         layer.bias is not None,
         device="meta",
-        dtype=layer.weight.dtype,
     )
     for name in ("weight", "bias"):
         value = getattr(layer, name)

@@ -184,6 +184,9 @@ def test_median_frequency() -> None:
     expected = [5 / 12 * 2, 5 / 12 * 6, 5 / 12 * 3, 5 / 12 * 2, 1.0]
     weights = median_frequency_weights(masks, K)
     assert weights == pytest.approx(expected)
+    # 8/17 and 9/17, in doubles.
+    exact = median_frequency_weights([torch.tensor([0] * 3 + [1] * 7), torch.tensor([0] * 5 + [1] * 2)], 2)
+    assert exact == pytest.approx((17 / 16, 17 / 18), rel=1e-14)
     one_pixel = [torch.tensor([[0, 255]]), torch.tensor([[1, 1], [1, 1]])]
     assert median_frequency_weights(one_pixel, 2) == (1.0, 1.0)
     with pytest.raises(ValueError, match="no pixel of the training masks has a label"):
