@@ -1,4 +1,4 @@
-"""Fixtures for every test: tiny runs, and the real images and weights, where they are at hand."""
+"""Fixtures for every test: tiny runs, and the real images and weights if they are available."""
 
 import multiprocessing
 import runpy
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 SHARED = Path(__file__).parents[1] / ".." / "shared"
 
 
-# Its server has everything imported, and forks: a process of its own then costs a test next to nothing.
+# The server has everything imported and forks, so a separate process costs a test very little.
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
     [
@@ -93,7 +93,7 @@ def make(tmp_path: Path) -> "Callable[..., TrainConfig]":
 
 @pytest.fixture(scope="session")
 def in_processes() -> "Callable[..., None]":
-    """Runs a file in several processes at once, each with its own global names; all must end well."""
+    """Run a file in several processes at once, each with its own global names; all must succeed."""
 
     def run(worker: Path, *names: dict[str, Any]) -> None:
         processes = [SERVER.Process(target=runpy.run_path, args=(str(worker), each, "__main__")) for each in names]
@@ -108,7 +108,7 @@ def in_processes() -> "Callable[..., None]":
     return run
 
 
-# Before the code that a process of its own runs.
+# runs before the code of a separate process
 _FORKED = """
 import os, sys
 for number, suffix in ((1, "out"), (2, "err")):
@@ -120,7 +120,7 @@ sys.argv = {words!r}
 
 @pytest.fixture
 def forked(tmp_path: Path) -> "Callable[..., subprocess.CompletedProcess[str]]":
-    """Runs Python code in a process of its own, with `sys.argv` given: `subprocess.run` without the imports."""
+    """Run Python code in a separate process with the given `sys.argv`, like `subprocess.run` without the imports."""
 
     def run(code: str, *words: str) -> "subprocess.CompletedProcess[str]":
         script = tmp_path / "forked.py"

@@ -1,4 +1,4 @@
-"""The examples run, on a few generated images, and end with a plain model whose dilations have moved."""
+"""The examples run on a few generated images, and end with a plain model whose dilations have changed."""
 
 import re
 import runpy

@@ -1,4 +1,4 @@
-"""A few of the inputs of studies/fuzz/fuzz.py, so that it keeps running and its parsers keep refusing."""
+"""A few of the inputs of studies/fuzz/fuzz.py, so that the study keeps running and the parsers keep refusing."""
 
 import importlib.util
 import signal
@@ -60,7 +60,7 @@ def test_hostile_inputs_are_refused(fuzz: Any, parsers: Any, name: str) -> None:
 
 
 def test_the_frame_of_a_format_stays_whole(fuzz: Any, parsers: Any) -> None:
-    """Among what is drawn is also what gets through."""
+    """Some of the drawn inputs are accepted."""
     for name in NAMES:
         found = {fuzz.try_input(parsers[name], sample)[0] for sample in parsers[name].seeds}
         assert "accepted" in found, name

@@ -1,4 +1,4 @@
-"""Files of a stranger, in every way in: none of them runs code, each is refused with the declared error, by name."""
+"""Hostile files of every kind run no code, and each is refused with an error that names it."""
 
 import io
 import json
@@ -37,7 +37,7 @@ LAUGHS = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" fo
 
 
 class Evil:
-    """Unpickled, it makes a file."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -48,7 +48,7 @@ class Evil:
 
 @pytest.fixture
 def marker(tmp_path: Path) -> Any:
-    """What a stranger's code would make; a test that leaves it has run that code."""
+    """The file that hostile code would create; a test that finds it has run that code."""
     path = tmp_path / "marker"
     yield path
     assert not path.exists()
@@ -68,7 +68,7 @@ def pickled(marker: Path, kind: str) -> bytes:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """A run folder with a sound checkpoint."""
+    """A run folder with an intact checkpoint."""
     config = TrainConfig(data="synthetic", out="x", model="small_cnn", dilation=3, head_channels=2, search="none")
     folder = tmp_path / "run"
     (folder / "checkpoints").mkdir(parents=True)
@@ -281,7 +281,7 @@ class TestHugeHeaders:
 
 @pytest.fixture
 def pair(tmp_path: Path) -> Callable[[], Path]:
-    """Writes a data set of one image and its mask."""
+    """Write a data set of one image and its mask."""
 
     def make() -> Path:
         root = tmp_path / "pair"
@@ -297,7 +297,7 @@ def pair(tmp_path: Path) -> Callable[[], Path]:
 def test_pictures_are_given_to_no_program(
     pair: Callable[[], Path], tmp_path: Path, marker: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Pillow knows a picture by its contents, and hands EPS to Ghostscript."""
+    """Pillow detects the format by the contents, and passes EPS to Ghostscript."""
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin/gs").write_text(f"#!/bin/sh\nmkdir {marker}\n")
     (tmp_path / "bin/gs").chmod(0o755)
@@ -343,7 +343,7 @@ def test_a_palette_in_a_broken_file(tmp_path: Path) -> None:
 
 
 def test_a_palette_that_is_none(pair: Callable[[], Path]) -> None:
-    """Pillow reads the pixels and stumbles over the colours."""
+    """Pillow reads the pixels, but fails on the colours."""
     root = pair()
     chunks = [(b"IHDR", struct.pack(">IIBBBBB", 8, 6, 8, 3, 0, 0, 0)), (b"PLTE", b"\1" * 776)]
     chunks += [(b"IDAT", zlib.compress(b"\0" * 54)), (b"IEND", b"")]
@@ -379,7 +379,7 @@ def test_sbd_names_nothing_outside(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["above", "absolute", "link"])
 def test_downloads_unpack_nothing_outside(tmp_path: Path, kind: str) -> None:
-    """torchvision unpacks what `download_voc2012` fetches, after a look at its MD5, in this context."""
+    """torchvision unpacks the downloads of `download_voc2012` in this context, after a check of their MD5."""
     from torchvision.datasets.utils import extract_archive
 
     from rfield.segmentation.data.voc import unpacking_inside

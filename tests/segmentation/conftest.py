@@ -12,7 +12,7 @@ from rfield.segmentation.data import voc_palette
 
 @pytest.fixture
 def make_devkit(tmp_path: Path) -> Callable[..., Path]:
-    """Writes a devkit of images of 12x16 px (height x width) and returns its root; `classes` None: no classes.txt."""
+    """Write a devkit of images of 12x16 px (height x width) and return its root; `classes` None: no classes.txt."""
 
     def make(
         lists: dict[str, Sequence[str]] | None = None,

@@ -1,4 +1,4 @@
-"""Class lists that meet are compared by name: mapped in another order, refused where the names are others."""
+"""Class lists are matched by name: reordered if the order differs, refused if the names differ."""
 
 import json
 from collections.abc import Callable
@@ -32,7 +32,7 @@ MakeData = Callable[..., str]
 
 @pytest.fixture
 def make_data(tmp_path: Path) -> MakeData:
-    """A folder of images whose masks mean the same, whatever the order of the names."""
+    """A folder of images whose masks have the same meaning with every order of the names."""
 
     def make(names: tuple[str, ...] = NAMES, folder: str = "data") -> str:
         root, random = tmp_path / folder, np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""What the command line understands, and how it answers a mistake. `test_training` holds what it then does."""
+"""The flags of the command line, and its errors. The tests of each package cover the commands themselves."""
 
 import dataclasses
 import re

@@ -1,4 +1,4 @@
-"""What the command line shows: help, hints for what is mistyped, and text on consoles of any encoding."""
+"""Output of the command line: help, hints for typos, and text on consoles of any encoding."""
 
 import io
 import re

@@ -1,4 +1,4 @@
-"""What ruins data is found, at the right file; clean data are left in peace."""
+"""Faults of data sets are found at the right file, and clean data have no findings."""
 
 import importlib.util
 import json

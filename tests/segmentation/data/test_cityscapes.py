@@ -42,7 +42,7 @@ def test_label_ids_become_train_ids(root: Path) -> None:
     image, mask = dataset[1]
     assert (image.dtype, image.shape, mask.dtype, mask.shape) == (torch.uint8, (3, 12, 16), torch.uint8, (12, 16))
     assert np.array_equal(image.permute(1, 2, 0), PIL.Image.open(root / IMAGE))
-    # Written out once more, so that a slip in reading torchvision's table shows.
+    # Written out again, to notice an error in reading torchvision's table.
     scored = [7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33]
     expected = [
         [scored.index(id) if id in scored else 255 for id in row] for row in np.array(PIL.Image.open(root / MASK))

@@ -8,7 +8,7 @@ from rfield.segmentation.data.class_groups import class_groups, class_sizes, gro
 
 
 class Squares(ParsingDataset):
-    """On a background a square of 4 px of class 1 twice, and one of 20 px of class 2; class 3 never; a void frame."""
+    """Two squares of 4 px of class 1 and one of 20 px of class 2 on a background; no class 3; a void frame."""
 
     class_names = ("background", "left eye", "face skin", "hat")
 

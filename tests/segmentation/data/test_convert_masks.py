@@ -22,7 +22,7 @@ SIZE = (12, 16)
 
 
 def write(root: Path, image: str, mask: str, colours: tuple[tuple[int, ...], ...] = (SKY, ROAD, CAR)) -> None:
-    """Writes an image and a mask of stripes of the colours, in RGB."""
+    """Write an image and a mask of stripes of the colours, in RGB."""
     random = np.random.default_rng(list(image.encode()))
     mask_pixels = np.array(colours, np.uint8)[np.arange(16) * len(colours) // 16][None].repeat(12, 0)
     for name, pixels in ((image, random.integers(0, 256, (*SIZE, 3), np.uint8)), (mask, mask_pixels)):

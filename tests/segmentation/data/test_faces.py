@@ -12,7 +12,7 @@ from rfield.segmentation.data.faces import Conversion
 
 Box = tuple[int, int, int, int]  # top, bottom, left, right; in px of a 16x16 mask
 
-# A face as the viewer sees it, drawn over one another in this order; skin lies under everything.
+# A face as the viewer sees it; the parts are drawn in this order, with skin below all others.
 PARTS: dict[str, Box] = {
     "skin": (2, 14, 2, 14),
     "nose": (7, 9, 7, 9),
@@ -29,7 +29,7 @@ PARTS: dict[str, Box] = {
     "hat": (0, 1, 1, 15),
     "cloth": (15, 16, 0, 16),
 }
-# The same face in Helen's classes, worked out by hand.
+# The same face in Helen's classes, derived by hand.
 FACE: list[tuple[str, Box]] = [
     ("face skin", (2, 14, 2, 14)),
     ("nose", (7, 9, 7, 9)),
@@ -166,7 +166,7 @@ def test_lapa_keeps_its_classes(tmp_path: Path, persons_side: bool) -> None:
 
 
 def test_sides_are_those_of_most_faces_and_kept_where_none_shows_both(tmp_path: Path) -> None:
-    """One face upside down, and faces in profile, do not decide."""
+    """A single face upside down, and faces in profile, do not change the decision."""
     source = write_lapa(tmp_path / "source", face_mask())
     PIL.Image.fromarray(face_mask()[::-1, ::-1]).save(source / "train/labels/a_0.png")
     assert not convert_lapa(source, tmp_path / "upright").exchanged

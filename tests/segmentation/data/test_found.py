@@ -1,4 +1,4 @@
-"""Folders, colours and orientations as strangers have them: what is read, and what is said."""
+"""Folders, colours and orientations from other sources: what is read, and which errors they have."""
 
 import re
 import warnings
@@ -20,7 +20,7 @@ COLOURS = [0, 0, 0, 250, 0, 0, 0, 250, 0]
 
 
 def pair(image: Path, mask: Path, values: np.ndarray | None = None) -> None:
-    """Writes an image and its mask."""
+    """Write an image and its mask."""
     for path in (image, mask):
         path.parent.mkdir(parents=True, exist_ok=True)
     random = np.random.default_rng(list(image.name.encode()))

@@ -44,7 +44,7 @@ def test_labels_are_the_surest_classes(root: Path) -> None:
     assert (image.dtype, image.shape, mask.dtype, mask.shape) == (torch.uint8, (3, 12, 16), torch.uint8, (12, 16))
     expected = np.zeros((12, 16), np.uint8)
     expected[2], expected[2:4, 5] = 6, 9
-    assert np.array_equal(mask, expected)  # 99 is not surer than 100, and of 100 and 100 the first counts
+    assert np.array_equal(mask, expected)  # 100 is higher than 99, and of two equal values the first counts
     assert dataset.sizes() == [(12, 16)] * 2
 
 
@@ -106,7 +106,7 @@ def test_no_map_may_be_a_link_out_of_the_root(root: Path, label: int) -> None:
     path.unlink()
     (root.parent / "outside.png").rename(root / "labels/inside.png")
     path.symlink_to(root / "labels/inside.png")
-    assert len(HelenDataset(root)) == 2  # within the root a link may lead anywhere
+    assert len(HelenDataset(root)) == 2  # a link may point to any place in the root
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,7 @@ def test_whole_data_are_left_in_peace(tmp_path: Path, values: tuple[int, ...]) -
 
 
 def test_the_quick_check_looks_for_a_second_class(tmp_path: Path) -> None:
-    """It reads a few masks, but all of them before it says that a class is alone."""
+    """The quick check reads a few masks, but all of them before it reports a single class."""
     spec = write(tmp_path / "own", "a\nb\n", (0,), count=9)
     path = tmp_path / "own/train/masks/7.png"
     PIL.Image.new("L", (40, 33), 1).save(path)
@@ -111,7 +111,7 @@ def test_masks_that_cannot_be_read_are_not_called_empty(tmp_path: Path) -> None:
 def test_training_shows_all_warnings_of_its_quick_check(
     tmp_path: Path, make: Callable[..., TrainConfig], capsys: pytest.CaptureFixture[str], skip_bad: bool
 ) -> None:
-    """Those that say the same of many files once, and those of files too."""
+    """Equal warnings for many files are shown once, and warnings for single files are shown too."""
     spec = write(tmp_path / "own", "left_hand\nright_hand\n", (0, 255), count=3)
     for path in (tmp_path / "own/train/images").iterdir():
         PIL.Image.open(path).convert("RGBA").save(path)

@@ -1,4 +1,4 @@
-"""One reader for every image: depth, colours, orientation; and masks that are held against it."""
+"""One reader for every image (depth, colours, orientation), and masks that are compared with it."""
 
 import struct
 import zlib
@@ -49,7 +49,7 @@ def test_orientation_is_applied(tmp_path: Path, kind: str, pixels: np.ndarray, o
     shallow = (pixels >> 8 if pixels.dtype == np.uint16 else pixels).astype(np.uint8)
     if shallow.ndim == 2:
         shallow = np.stack([shallow] * 3, axis=2)
-    # The first row and column of what is stored are at these sides of what is seen (EXIF 2.3, tag 274).
+    # The first stored row and column are at these sides of the displayed image (EXIF 2.3, tag 274).
     seen = {
         1: shallow,
         2: shallow[:, ::-1],
@@ -129,7 +129,7 @@ def test_deep_images_that_use_little_of_their_range_are_told(root: Path) -> None
 
 
 def test_prediction_sees_what_training_sees(tmp_path: Path) -> None:
-    """A mask has the size of the turned image, and the network is given the turned, scaled pixels."""
+    """A mask has the size of the rotated image, and the network gets the rotated, scaled pixels."""
     save_turned(tmp_path / "turned.png", COLOURS, 6)
     PIL.Image.fromarray(DEEP).save(tmp_path / "deep.png")
     given: list[torch.Tensor] = []
@@ -183,7 +183,7 @@ def test_a_turned_mask_of_another_image_is_no_matter_of_exif(root: Path, orienta
 
 @pytest.mark.parametrize("marked", [False, True])
 def test_a_mask_of_the_turned_image_fits(root: Path, marked: bool) -> None:
-    """Its pixels turned, or with the same orientation in its own EXIF data."""
+    """A mask with rotated pixels, or with the same orientation in its own EXIF data."""
     save_turned(root / "train/images/a.png", COLOURS, 6)
     stored = COLOURS[..., 0] % 2
     if marked:

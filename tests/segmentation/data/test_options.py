@@ -1,4 +1,4 @@
-"""What a data config says of masks: values without a label, a zero label, colours, suffixes, mirrored classes."""
+"""Mask options of a data config: values without a label, a zero label, colours, suffixes, mirrored classes."""
 
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ LISTS = {
 
 
 def make(root: Path, layout: str, mask: np.ndarray, classes: str | None = None) -> Path:
-    """A data set of one sample in a layout; returns a data config without options."""
+    """Make a data set of one sample in a layout, and return a data config without options."""
     for path in (root / MASKS[layout], root / IMAGES[layout]):
         path.parent.mkdir(parents=True, exist_ok=True)
     PIL.Image.fromarray(IMAGE).save(root / IMAGES[layout])
@@ -89,16 +89,16 @@ def test_values_without_a_label(tmp_path: Path, layout: str) -> None:
 
 @pytest.mark.parametrize("layout", FORMATS)
 def test_a_zero_label_is_left_out(tmp_path: Path, layout: str) -> None:
-    """The first class has the value 1; a background that a format names itself is left out."""
+    """The first class has the value 1; a background of the format's own classes is left out."""
     classes = "\n".join("abcdefghijk") if layout in ("folder", "camvid") else None
     config = make(tmp_path / "data", layout, columns(0, 8, 1, 10), classes)
     names = load_dataset(str(config)).class_names
     spec = say(config, reduce_zero_label=True)
     reduced = load_dataset(spec).class_names
     assert reduced == (names[1:] if layout in ("voc", "helen") else names)
-    # Of Cityscapes the value 8 is then the label id 7 (road), and 1 and 10 are the unscored 0 and 9.
+    # In Cityscapes the value 8 then means the label id 7 (road); 1 and 10 mean the unscored 0 and 9.
     assert stripes(spec) == ([255, 0, 255, 255] if layout == "cityscapes" else [255, 7, 0, 9])
-    assert stripes(say(config, ignore=10))[3] == 255  # values are meant as the file has them
+    assert stripes(say(config, ignore=10))[3] == 255  # the values are those in the file
 
 
 def test_a_zero_label_moves_every_value_by_one(tmp_path: Path) -> None:
@@ -299,7 +299,7 @@ def test_palettes_that_contradict_each_other(tmp_path: Path) -> None:
     write("a", columns(0, 1, 2, 255), black, red, red)  # two values of one colour in one file
     assert check_data(str(config), ["train"]) == []
     write("a", columns(0, 1, 2, 255), black, red, green)
-    write("b", columns(0, 1, 1, 255), black, red, black, red)  # what no pixel has may be of any colour
+    write("b", columns(0, 1, 1, 255), black, red, black, red)  # unused values may have any colour
     assert check_data(str(config), ["train"]) == []
     write("c", columns(0, 2, 2, 255), black, green, red)
     (finding,) = check_data(str(config), ["train"])
@@ -322,7 +322,7 @@ def test_palettes_that_contradict_each_other(tmp_path: Path) -> None:
 
 
 def test_masks_are_of_their_own(tmp_path: Path) -> None:
-    """No option of one data set changes the table of another."""
+    """The options of one data set do not change the table of another."""
     config = make(tmp_path / "data", "cityscapes", columns(7, 8, 11, 12))
     plain = stripes(str(config))
     say(config, ignore=7)

@@ -29,7 +29,7 @@ class OneSample(ParsingDataset):
 
 @pytest.mark.parametrize("size", [(21, 70), (80, 33), (40, 60), (2, 3)])
 def test_the_image_is_pillows_bilinear_and_the_mask_keeps_its_labels(size: tuple[int, int]) -> None:
-    """Pillow's bilinear filter grows with the reduction: antialiasing by another's hand."""
+    """Pillow's bilinear filter grows with the reduction, an independent implementation of antialiasing."""
     generator = torch.Generator().manual_seed(0)
     image = torch.randint(0, 256, (3, 40, 60), dtype=torch.uint8, generator=generator)
     labels = torch.randint(0, 11, (40, 60), dtype=torch.uint8, generator=generator)

@@ -6,7 +6,7 @@ from rfield.segmentation.data import SyntheticCues
 
 
 def test_the_label_is_told_by_the_blobs_at_the_distance() -> None:
-    """Up to the blobs' soft edges and the noise, the label follows from the image at the distance, and only there."""
+    """Except for the blobs' soft edges and the noise, only the image at the distance determines the label."""
     dataset = SyntheticCues("train", size=(97, 129), distance=24, length=20)
 
     def agreement(distance: int) -> float:
@@ -50,7 +50,7 @@ def test_samples_depend_on_seed_split_and_index_alone() -> None:
 
 
 def test_the_first_sample_never_changes() -> None:
-    """Published figures were measured on it."""
+    """Published figures were measured on this data set, so it must not change."""
     dataset = SyntheticCues()
     assert (dataset.split, dataset.size, dataset.distance, dataset.seed) == ("train", (129, 129), 48, 0)
     image, mask = dataset[0]

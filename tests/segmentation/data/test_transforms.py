@@ -26,7 +26,7 @@ def _seeded() -> None:
 
 
 def position_sample(height: int, width: int) -> tuple[Image, Mask]:
-    """Red and green tell where a pixel was; the mask holds the same row number."""
+    """Red and green encode the original position of a pixel; the mask holds the same row number."""
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     image = torch.stack([rows, columns, torch.zeros_like(rows)]).to(torch.uint8)
     return Image(image), Mask(rows.to(torch.uint8))
@@ -85,7 +85,7 @@ def test_a_mirrored_mask_has_classes_exchanged() -> None:
 
 @pytest.mark.parametrize("scale", [0.5, 0.7, 1.3, 2.0])
 def test_a_scaled_mask_stays_on_its_image(scale: float) -> None:
-    """The mask takes the nearest row: at most half a row off the image's interpolated one, and without a drift."""
+    """The mask takes the nearest row: at most half a row from the image's interpolated one, without a drift."""
     size = (round(120 * scale), round(80 * scale))
     image, mask = training_transform(size, scale_range=(scale, scale), flip=False)(*position_sample(120, 80))
     off = (mask - pixels(image)[0])[4:-4]
@@ -104,7 +104,7 @@ def test_scale_is_drawn_within_its_range() -> None:
 
 
 def test_colour_jitter_changes_colours_alone() -> None:
-    """The mask and the places of the pixels stay: equal pixels are equal afterwards, others are not."""
+    """The mask and the positions of the pixels do not change: equal pixels stay equal, others stay different."""
     rows = torch.arange(40)[:, None].expand(40, 60)
     sample = Image(torch.stack([60 + 2 * rows, 90 + rows, 150 - rows]).to(torch.uint8)), Mask(rows.to(torch.uint8))
     plain, plain_mask = training_transform((40, 60), (1, 1), flip=False)(*sample)
@@ -258,7 +258,7 @@ def test_held_out_samples_are_replaced_and_come_back() -> None:
 
 
 def test_other_samples_stand_in_at_other_epochs() -> None:
-    """So that no sample is seen twice as often as others over a training."""
+    """No sample may be seen twice as often as others during a training."""
     sampler = EpochSampler(range(6), shuffle=False)
     sampler.held_out = frozenset({2, 5})
     stand_ins = []

@@ -21,7 +21,7 @@ MakeDevkit = Callable[..., Path]
 
 
 def write_sbd_mask(path: Path, mask: np.ndarray) -> None:
-    """As SBD has them: a struct GTcls with the fields Boundaries, Segmentation and CategoriesPresent."""
+    """Write a mask as in SBD: a struct GTcls with the fields Boundaries, Segmentation and CategoriesPresent."""
     path.parent.mkdir(parents=True, exist_ok=True)
     boundaries = np.empty((20, 1), object)
     boundaries[:, 0] = [np.zeros(mask.shape, bool)] * 20
@@ -243,7 +243,7 @@ def test_sbd_masks_become_a_split(make_devkit: MakeDevkit, tmp_path: Path) -> No
 
 
 def test_download_is_torchvisions(make_devkit: MakeDevkit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a network: what torchvision would leave stands there already, and each download is counted."""
+    """Replace the downloads: the files that torchvision would write exist already, and each download is counted."""
     calls = []
 
     def fetch_voc(root: Path, **options: object) -> None:

@@ -1,4 +1,4 @@
-"""Files as they are found in the wild: suffixes, dot files, folders, and what is said where a pair is not found."""
+"""Unusual files: suffixes, dot files, folders, and the errors for pairs that are not found."""
 
 import unicodedata
 from pathlib import Path
@@ -74,7 +74,7 @@ def test_a_list_prefers_the_file_it_names(tmp_path: Path) -> None:
 
 
 def test_an_image_is_never_its_own_mask(tmp_path: Path) -> None:
-    """In one folder, where the mask is missing, the image has its name."""
+    """If the mask is missing in a common folder, the image has the mask's name."""
     sample(tmp_path / "data", "camvid")
     (tmp_path / "data/train.txt").write_text("train/a.png train/a.tif")
     with pytest.raises(ValueError, match=r"but both are the file .*train/a.png; add the mask"):

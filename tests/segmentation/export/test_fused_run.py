@@ -28,7 +28,7 @@ MakeRun = Callable[..., Path]
 
 @pytest.fixture
 def make_run(tmp_path: Path) -> MakeRun:
-    """The folder of a run of a random network whose search has ended at other dilations than it began with."""
+    """The folder of a run of a random network whose search has ended at other dilations than its start."""
 
     def make(factors: Any = ((4 / 7,),), snap: bool = True, **values: Any) -> Path:
         out = tmp_path / "run"
@@ -53,7 +53,7 @@ def make_run(tmp_path: Path) -> MakeRun:
 
 
 def assert_same(run: Path, plain: Path, close: bool = True) -> None:
-    """Both folders' networks compute the same, and the second has nothing learned in it."""
+    """Both folders' networks compute the same, and the second has no learned layer."""
     before, after = load_run(run), load_run(plain)
     assert not [module for module in after.network.modules() if isinstance(module, LearnedFactor)]
     assert after.config.search.search == "none"

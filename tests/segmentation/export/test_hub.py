@@ -1,4 +1,4 @@
-"""Networks as folders and on the Hub, whose downloads and uploads are played here."""
+"""Networks as folders and on the Hub, with simulated downloads and uploads."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`rfield export`: files that compute what the network does, and are not kept where they do not."""
+"""`rfield export`: files match the network, and are not kept otherwise."""
 
 import json
 import shutil
@@ -170,7 +170,7 @@ REAL = {
 @pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
 @pytest.mark.parametrize("name", REAL)
 def test_real_networks(name: str, suffix: str, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Export compares at three sizes, alone and in a batch, before it keeps a file; here smaller ones, for speed.
+    # Export compares at three sizes, alone and in a batch, before it keeps a file; smaller ones here, for speed.
     for size, sides in {"_TRACED": (34, 43), "_OTHER": (26, 29), "_WHOLE": (33, 49)}.items():
         monkeypatch.setattr(exporting, size, sides)
     values, factors = REAL[name]
@@ -181,7 +181,7 @@ def test_real_networks(name: str, suffix: str, make_run: MakeRun, monkeypatch: p
 
 
 def test_sizes_that_pt2_cannot_hold(make_run: MakeRun) -> None:
-    # Its pooling rounds sizes up by math.ceil, for which torch.export's files have no word.
+    # Its pooling rounds sizes up by math.ceil, which torch.export's files cannot express.
     folder = make_run(model="timm:resnet10t", output_stride=16, weights="random")
     with pytest.raises(ValueError, match=r"cannot be saved as .pt2 \(.*ceil.*\); try .onnx or --size"):
         export_run(load_run(folder), folder / "model.pt2")

@@ -1,4 +1,4 @@
-"""The feature cache: the same numbers as fresh features, whatever happened to its files."""
+"""The feature cache returns the same numbers as fresh features, even after damage to its files."""
 
 import fcntl
 import os
@@ -43,7 +43,7 @@ def dataset(make_devkit: MakeDevkit) -> VOCDataset:
 
 
 def contents(cached: CachedFeatures) -> list[Tensor]:
-    """All that a cache can give."""
+    """Return all samples of a cache."""
     samples = [cached[epoch, index] for epoch in range(4) for index in range(len(cached))]
     return [tensor for sample in samples + [cached.plain(i) for i in range(len(cached))] for tensor in sample]
 
@@ -61,7 +61,7 @@ def cache_of(folder: Path) -> Path:
 
 
 def count_images(monkeypatch: pytest.MonkeyPatch, fail_at: int | None = None) -> list[int]:
-    """Counts calls of `image_features` in the returned list; the call of number `fail_at` raises."""
+    """Count calls of `image_features` in the returned list; call number `fail_at` raises."""
     calls: list[int] = []
 
     def counted(network: ParsingNetwork, image: Tensor) -> Tensor:
@@ -225,10 +225,10 @@ def test_a_torn_cache_is_found_and_rebuilt(
 def interrupted(
     folder: Path, dataset: ParsingDataset, monkeypatch: pytest.MonkeyPatch, images: int, flush_every: int = 2
 ) -> None:
-    """Leaves the computation of a mirrored cache unfinished after so many images."""
+    """Interrupt the computation of a mirrored cache after a number of images."""
     with monkeypatch.context() as patch:
         patch.setattr(cache_module, "_FLUSH_EVERY", flush_every)
-        count_images(patch, fail_at=2 + 2 * images)  # one call for the shape; in the midst of an image
+        count_images(patch, fail_at=2 + 2 * images)  # one call is for the shape; this one is in the middle of an image
         with pytest.raises(KeyboardInterrupt):
             cache_features(make_network(), dataset, folder)
     assert find_features(make_network(), dataset, folder, mirrored=True) is None
@@ -310,7 +310,7 @@ def test_default_folder(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_one_process_computes_at_a_time(tmp_path: Path, dataset: VOCDataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The lock is held from before a cache is looked for until it is whole, and goes then."""
+    """The lock is held from the search for a cache until the cache is complete, and then released."""
     looked: list[bool] = []
     (is_whole, compute) = cache_module._is_whole, cache_module._compute
 

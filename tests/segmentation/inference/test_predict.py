@@ -1,4 +1,4 @@
-"""Scoring and labelling with networks that need no training for it."""
+"""Score and label with networks that are not trained."""
 
 import json
 from collections.abc import Callable
@@ -67,7 +67,7 @@ def make_run(tmp_path: Path) -> MakeRun:
 
 @pytest.fixture
 def image_folder(tmp_path: Path) -> Path:
-    """A folder of images of all kinds, odd sizes among them, and files that are none."""
+    """A folder of images of all kinds and sizes, and of other files."""
     folder = tmp_path / "image_folder"
     (folder / "deeper").mkdir(parents=True)
     random = np.random.default_rng(0)
@@ -221,7 +221,7 @@ def test_masks_have_the_images_size_and_the_data_s_palette(
 def test_images_are_seen_at_the_size_of_the_training_data(
     make_run: MakeRun, image_folder: Path, tmp_path: Path
 ) -> None:
-    """Masks are the network's at that size, brought back to the image's own."""
+    """Masks are the network's at that size, resized to the image's own."""
     folder = make_run()
     classes = json.loads((folder / "classes.json").read_text())
     (folder / "classes.json").write_text(json.dumps(classes | {"size": [12, 20]}))
@@ -364,7 +364,7 @@ def test_a_budget_that_means_nothing_is_refused(
 
 @pytest.mark.parametrize("size", [None, (12, 9)])
 def test_faces_are_scored_by_their_parts_too(tmp_path: Path, size: tuple[int, int] | None) -> None:
-    """Also at a working size; the counts behind both kinds of scores are the same."""
+    """Also at a working size; both kinds of scores have the same counts."""
     random = np.random.default_rng(0)
     for folder in ("images", "labels/a"):
         (tmp_path / folder).mkdir(parents=True)

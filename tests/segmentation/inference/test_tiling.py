@@ -1,4 +1,4 @@
-"""Tiles of large images have the logits of the whole image; where they cannot, a line says so."""
+"""Tiles of large images have the logits of the whole image, or a line says that they do not."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ from rfield.surgery.fuse import fuse
 
 
 def opinionated(network: ParsingNetwork, factors: tuple[float, ...] = (), snap: bool = True) -> ParsingNetwork:
-    """A random network whose logits differ from px to px, its biases and what zeros do at the borders included."""
+    """A random network whose logits differ from px to px, also because of biases and zero padding at the borders."""
     generator = torch.Generator().manual_seed(0)
     for name, parameter in network.named_parameters():
         if name.endswith("log_factor"):
@@ -34,7 +34,7 @@ def opinionated(network: ParsingNetwork, factors: tuple[float, ...] = (), snap: 
 
 
 def assert_same(network: ParsingNetwork, size: tuple[int, int], budget: float, least: int = 4) -> None:
-    """The tiles' logits are those of the whole image, at the image's borders too, and cover it once."""
+    """The tiles have the logits of the whole image, also at its borders, and cover it once."""
     image = torch.randn(3, *size, generator=torch.Generator().manual_seed(1))
     expected = Tiler(network, memory_budget=1e12).whole(image)
     tiler = Tiler(network, memory_budget=budget)
@@ -103,7 +103,7 @@ def test_features_rounded_as_the_cache_rounds_them() -> None:
 def test_resizes_see_the_whole_map_while_it_fits(
     fused: bool, decoder: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A regulator that is not snapped has another grid for each size of map."""
+    """A regulator that is not snapped has a different grid for each size of the map."""
     network = opinionated(small_cnn(4, dilation=4, head_channels=6, decoder=decoder), (1.37,), snap=False)
     network = fuse(network) if fused else network
     network.backbone.layers.conv1 = nn.Conv2d(3, 32, 3, stride=2, padding=1)  # fresh, as fuse copies
@@ -125,7 +125,7 @@ def test_resizes_see_the_whole_map_while_it_fits(
 
 
 class SqueezeExcite(nn.Module):
-    """Scales channels by what the whole image says of them, little."""
+    """Scale channels slightly, by a statistic of the whole image."""
 
     receptive_field = (float("inf"), float("inf"))
     stride = 1

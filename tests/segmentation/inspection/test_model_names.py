@@ -1,4 +1,4 @@
-"""Models by name: what is built, and how a name that cannot be built is answered."""
+"""Models by name: which models are built, and the errors of other names."""
 
 import sys
 from pathlib import Path

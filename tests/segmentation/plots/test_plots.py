@@ -41,7 +41,7 @@ def test_colourise_takes_the_palette_and_greys_what_has_no_label() -> None:
     assert coloured.dtype == np.uint8
     assert coloured.tolist() == [[[10, 20, 30], [200, 100, 0], GREY], [[0, 0, 250], [0, 0, 250], [200, 100, 0]]]
     assert plots.colourise(MASK, PALETTE.tolist()).tolist() == coloured.tolist()
-    assert PALETTE[255].tolist() == [0, 0, 0]  # the caller's palette stays as it is
+    assert PALETTE[255].tolist() == [0, 0, 0]  # the caller's palette does not change
 
 
 def test_overlay_mixes_by_hand_computed_shares_and_keeps_what_has_no_label() -> None:
