@@ -382,7 +382,7 @@ def test_downloads_unpack_nothing_outside(tmp_path: Path, kind: str) -> None:
     """torchvision unpacks the downloads of `download_voc2012` in this context, after a check of their MD5."""
     from torchvision.datasets.utils import extract_archive
 
-    from rfield.segmentation.data.voc import unpacking_inside
+    from rfield.segmentation.data.voc import safe_unpacking
 
     outside = tmp_path / "outside.txt"
     member = tarfile.TarInfo({"above": "../outside.txt", "absolute": str(outside), "link": "link"}[kind])
@@ -392,10 +392,10 @@ def test_downloads_unpack_nothing_outside(tmp_path: Path, kind: str) -> None:
         archive.addfile(member, io.BytesIO())
     (tmp_path / "here").mkdir()
     if kind == "absolute":  # becomes a path within
-        with unpacking_inside():
+        with safe_unpacking():
             extract_archive(str(tmp_path / "slip.tar"), str(tmp_path / "here"))
     else:
-        with unpacking_inside(), pytest.raises(tarfile.FilterError):
+        with safe_unpacking(), pytest.raises(tarfile.FilterError):
             extract_archive(str(tmp_path / "slip.tar"), str(tmp_path / "here"))
     assert not outside.exists()
 

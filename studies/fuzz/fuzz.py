@@ -45,7 +45,7 @@ from rfield.segmentation.config.train import TrainConfig
 from rfield.segmentation.config.values import parse_groups
 from rfield.segmentation.data import FolderDataset, SyntheticCues, check_data, faces, load_dataset
 from rfield.segmentation.data.class_groups import class_groups
-from rfield.segmentation.data.paths import lies_in
+from rfield.segmentation.data.paths import is_inside
 from rfield.segmentation.export import hub as sharing
 from rfield.segmentation.export.fused_run import fuse_run
 from rfield.segmentation.files.untrusted import read_json, read_weights
@@ -325,7 +325,7 @@ def lists(folder: Path) -> dict[str, Parser]:
     def read(layout: str, content: bytes) -> None:
         dataset: Any = load_dataset(f"{layout}:{root / layout}", "train")
         for path in [*dataset.image_paths, *getattr(dataset, "mask_paths", ())]:
-            assert lies_in(path, root / layout), f"{path} lies outside"
+            assert is_inside(path, root / layout), f"{path} lies outside"
         dataset[0]
 
     escapes = [

@@ -14,7 +14,7 @@ from rfield.segmentation.config.experiments import DemoConfig, ReproduceConfig, 
 from rfield.segmentation.config.export import EvaluateConfig, ExportConfig, FuseConfig, PredictConfig, PushConfig
 from rfield.segmentation.config.inspect import InspectConfig
 from rfield.segmentation.config.train import TrainConfig, counted
-from rfield.segmentation.console import escape_what_cannot_be_shown, print_layers, print_scores, show_progress
+from rfield.segmentation.console import escape_unencodable, print_layers, print_scores, show_progress
 from rfield.segmentation.parser import parse as parse_words
 
 
@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> None:
 
     With `RFIELD_DEBUG=1` the traceback is shown instead.
     """
-    escape_what_cannot_be_shown()
+    escape_unencodable()
     command, config = parse(argv)
     try:
         COMMANDS[command][1](config)

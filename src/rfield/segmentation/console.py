@@ -10,7 +10,7 @@ from typing import Any
 from rfield.text import format_pair
 
 
-def escape_what_cannot_be_shown() -> None:
+def escape_unencodable() -> None:
     """Let stdout and stderr escape characters outside their encoding, so that printing a name never fails."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

@@ -10,7 +10,7 @@ import pytest
 from tests.segmentation.data.test_options import MASKS, columns, make, say
 
 from rfield.segmentation.data import check_data, load_dataset, paths, voc_palette
-from rfield.segmentation.data.check_split import in_yaml
+from rfield.segmentation.data.check_split import quote_yaml
 from rfield.segmentation.data.class_groups import class_groups
 from rfield.segmentation.data.images import image_files, read_image
 from rfield.segmentation.data.sides import unlisted_pairs
@@ -166,7 +166,15 @@ def test_a_palette_with_transparency_is_read_without_a_warning(tmp_path: Path) -
 
 def test_names_in_advice_are_yaml() -> None:
     names = ["left hand", "hand_l", "hand, l", "no", "a: b", "Straße", "1"]
-    assert [in_yaml(name) for name in names] == ["left hand", "hand_l", '"hand, l"', '"no"', '"a: b"', "Straße", '"1"']
+    assert [quote_yaml(name) for name in names] == [
+        "left hand",
+        "hand_l",
+        '"hand, l"',
+        '"no"',
+        '"a: b"',
+        "Straße",
+        '"1"',
+    ]
 
 
 @pytest.mark.parametrize(

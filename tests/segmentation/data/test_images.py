@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from rfield.segmentation.data import FolderDataset, check_data
-from rfield.segmentation.data.images import image_files, image_sizes, read_image, turn
+from rfield.segmentation.data.images import apply_orientation, image_files, image_sizes, read_image
 from rfield.segmentation.inference.predict import find_images, label_images
 
 RANDOM = np.random.default_rng(0)
@@ -189,7 +189,7 @@ def test_a_mask_of_the_turned_image_fits(root: Path, marked: bool) -> None:
     if marked:
         save_turned(root / "train/masks/a.png", stored, 6)
     else:
-        PIL.Image.fromarray(turn(stored, 6)).save(root / "train/masks/a.png")
+        PIL.Image.fromarray(apply_orientation(stored, 6)).save(root / "train/masks/a.png")
     assert check_data(f"folder:{root}") == []
     image, mask = FolderDataset(root)[0]
     assert np.array_equal(mask, image[0].numpy() % 2)

@@ -15,7 +15,7 @@ import torch
 from scipy.io import savemat
 
 from rfield.segmentation.data import VOCDataset, convert_sbd, download_voc2012, voc_palette
-from rfield.segmentation.data.voc import unpacking_inside
+from rfield.segmentation.data.voc import safe_unpacking
 
 MakeDevkit = Callable[..., Path]
 
@@ -282,7 +282,7 @@ def test_download_is_torchvisions(make_devkit: MakeDevkit, tmp_path: Path, monke
 def test_the_filter_of_archives_is_as_before(monkeypatch: pytest.MonkeyPatch, before: Any, fails: bool) -> None:
     monkeypatch.setattr(tarfile.TarFile, "extraction_filter", before)
     was = tarfile.TarFile.extraction_filter
-    with contextlib.suppress(OSError), unpacking_inside():
+    with contextlib.suppress(OSError), safe_unpacking():
         assert tarfile.TarFile.extraction_filter is tarfile.data_filter
         if fails:
             raise OSError("no network")

@@ -9,7 +9,13 @@ from pathlib import Path
 
 from rfield.segmentation.data.camvid import list_camvid
 from rfield.segmentation.data.check_sample import Finding, Sample, check_sample, ignore_bomb_warnings
-from rfield.segmentation.data.check_split import Palettes, find_in_classes, find_in_names, find_repeated, shown_classes
+from rfield.segmentation.data.check_split import (
+    Palettes,
+    check_class_names,
+    check_classes,
+    check_repeated,
+    labelled_classes,
+)
 from rfield.segmentation.data.cityscapes import list_cityscapes
 from rfield.segmentation.data.folder import list_folder, mask_suffixes, splits_of
 from rfield.segmentation.data.helen import HELEN_LISTS, list_helen
@@ -87,7 +93,7 @@ def check_data(
     palettes = Palettes()
     first = next((listing for listing in listings.values() if listing), None)
     if first is not None:
-        findings += find_in_names(source, first, next(iter(listings)), flip)
+        findings += check_class_names(source, first, next(iter(listings)), flip)
     with warnings.catch_warnings():
         ignore_bomb_warnings()
         for split, listing in listings.items():
@@ -95,7 +101,7 @@ def check_data(
             for index, sample in enumerate(_samples(listing, split, workers, quick) if listing else ()):
                 findings += sample.findings
                 if listing and sample.digest:
-                    findings += find_repeated(str(listing.entries[index].image), split, index, sample.digest, seen)
+                    findings += check_repeated(str(listing.entries[index].image), split, index, sample.digest, seen)
                 if listing:
                     palettes.add(sample.palette, listing.entries[index].masks[0], split, index)
                 sample.findings, sample.palette = [], {}
@@ -103,7 +109,7 @@ def check_data(
                 done += 1
                 progress(done, total)
             if listing:
-                findings += find_in_classes(listing, split, samples, source.root, quick)
+                findings += check_classes(listing, split, samples, source.root, quick)
     return findings + palettes.findings()
 
 
@@ -192,7 +198,7 @@ def _samples(listing: Listing, split: str, workers: int | None, quick: bool) -> 
 
     if quick:  # reading headers holds the interpreter lock
         samples = [check(index, index % few == 0) for index in range(len(listing.entries))]
-        shown = shown_classes(samples)
+        shown = labelled_classes(samples)
         for index in range(len(samples)):
             if len(shown) < 2 and samples[index].classes is None:
                 samples[index] = check(index, values=True)

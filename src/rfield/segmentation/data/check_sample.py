@@ -14,7 +14,7 @@ import PIL.Image
 from rfield.segmentation.conventions import IGNORE_INDEX
 from rfield.segmentation.data.images import (
     deep_bits,
-    deep_problem,
+    depth_problem,
     load_named,
     open_image,
     orientation,
@@ -141,7 +141,7 @@ def _open(path: Path, near: NearMisses, found: Found) -> PIL.Image.Image | None:
 
 def _load(image: PIL.Image.Image, path: Path, pixels: bool, found: Found) -> bool:
     """Decode an opened image (without `pixels` only if its end is missing). Return whether it is complete."""
-    if not pixels and _ends_well(path, image.format):
+    if not pixels and _has_end(path, image.format):
         return True
     try:
         load_named(image, path)
@@ -158,7 +158,7 @@ def _load(image: PIL.Image.Image, path: Path, pixels: bool, found: Found) -> boo
     return True
 
 
-def _ends_well(path: Path, kind: str | None) -> bool:
+def _has_end(path: Path, kind: str | None) -> bool:
     if kind not in _TAILS:
         return True
     with path.open("rb") as file:
@@ -168,7 +168,7 @@ def _ends_well(path: Path, kind: str | None) -> bool:
 
 def _check_kind_of_image(image: PIL.Image.Image, path: Path, found: Found) -> bool:
     """Return whether an opened image can be converted to 8 bits."""
-    problem = deep_problem(image)
+    problem = depth_problem(image)
     if problem is not None:
         found("error", path, problem)
         return False

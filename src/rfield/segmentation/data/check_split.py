@@ -19,12 +19,12 @@ _BACKGROUND = ("background", "void", "unlabeled", "unlabelled", "ignore", "ignor
 _MOST_SHOWN = 3
 
 
-def shown_classes(samples: Sequence[Sample]) -> set[int]:
+def labelled_classes(samples: Sequence[Sample]) -> set[int]:
     """Return the classes in the masks that were read."""
     return {label for sample in samples for label in sample.classes or ()}
 
 
-def find_repeated(
+def check_repeated(
     path: str, split: str, index: int, digest: bytes, seen: dict[bytes, tuple[str, str]]
 ) -> list[Finding]:
     """Return a finding if the pixels of an image occurred before, in this split or another."""
@@ -42,7 +42,7 @@ def find_repeated(
     ]
 
 
-def find_in_names(source: DataSource, listing: Listing, split: str, flip: bool) -> list[Finding]:
+def check_class_names(source: DataSource, listing: Listing, split: str, flip: bool) -> list[Finding]:
     """Check the names of the classes: a single class, left and right that mirroring confuses."""
     names, texts = listing.class_names, []
     if len(names) == 1:
@@ -52,7 +52,7 @@ def find_in_names(source: DataSource, listing: Listing, split: str, flip: bool) 
         )
     pairs = unlisted_pairs(names, listing.mirrored_classes) if flip and source.masks.mirrored != () else []
     if pairs:
-        listed = ", ".join(f"[{in_yaml(one)}, {in_yaml(other)}]" for one, other in pairs)
+        listed = ", ".join(f"[{quote_yaml(one)}, {quote_yaml(other)}]" for one, other in pairs)
         texts.append(
             f"the classes {pairs[0][0]!r} and {pairs[0][1]!r} look like the left and right of one thing, which a "
             f"mirrored image exchanges; write `mirrored: [{listed}]` in a data config, or train with --no-flip "
@@ -66,9 +66,9 @@ def find_in_names(source: DataSource, listing: Listing, split: str, flip: bool) 
     return [Finding("warning", str(source.root), split, None, text) for text in texts]
 
 
-def find_in_classes(listing: Listing, split: str, samples: Sequence[Sample], root: Path, quick: bool) -> list[Finding]:
+def check_classes(listing: Listing, split: str, samples: Sequence[Sample], root: Path, quick: bool) -> list[Finding]:
     """Check which classes occur in the masks of a split."""
-    shown, names = shown_classes(samples), listing.class_names
+    shown, names = labelled_classes(samples), listing.class_names
     if (len(names) == 1 and shown) or all(sample.classes is None for sample in samples):
         return []
     void = {value for sample in samples for value in sample.void}
@@ -95,10 +95,10 @@ def find_in_classes(listing: Listing, split: str, samples: Sequence[Sample], roo
     return [Finding("warning", str(root), split, None, text)]
 
 
-def in_yaml(name: str) -> str:
+def quote_yaml(name: str) -> str:
     """Return a class's name as YAML, quoted if necessary.
 
-    >>> in_yaml("left hand"), in_yaml("hand, left"), in_yaml("no")
+    >>> quote_yaml("left hand"), quote_yaml("hand, left"), quote_yaml("no")
     ('left hand', '"hand, left"', '"no"')
     """
     plain = re.fullmatch(r"[^\W\d][\w -]*", name) and yaml.safe_load(name) == name
@@ -109,7 +109,7 @@ def _remedy(void: set[int], names: Sequence[str]) -> str:
     """Return advice if values without a label hide the other classes."""
     if IGNORE_INDEX in void:
         two = names if len(names) > 1 else ("background", *names)
-        colours = ", ".join(f"{in_yaml(name)}: {[level] * 3}" for name, level in zip(two, (0, 255), strict=False))
+        colours = ", ".join(f"{quote_yaml(name)}: {[level] * 3}" for name, level in zip(two, (0, 255), strict=False))
         return (
             "255 means no label: if it stands for a class, save that class's index instead, or give the colours in a "
             f"data config, such as `colours: {{{colours}}}`"

@@ -18,7 +18,7 @@ from rfield.segmentation.data.files import new_folder, read_lines
 from rfield.segmentation.data.helen import HELEN_CLASSES, HELEN_LISTS, HelenDataset
 from rfield.segmentation.data.images import image_files, image_sizes, read_image
 from rfield.segmentation.data.masks import UNKNOWN, MaskCode, plain_labels, read_mask
-from rfield.segmentation.data.paths import Folders, lies_in, near_miss
+from rfield.segmentation.data.paths import Folders, is_inside, near_miss
 from rfield.segmentation.data.resized import resize_mask
 from rfield.text import format_size
 
@@ -170,7 +170,7 @@ def _images(folder: Path) -> list[Path]:
 
 def _inside(path: Path) -> Path:
     """Return the file, or raise an error if it is a link out of its folder."""
-    if path.is_symlink() and not lies_in(path, path.parent):
+    if path.is_symlink() and not is_inside(path, path.parent):
         raise ValueError(f"{path} is a link to a file outside {path.parent}; put the file itself there")
     return path
 
@@ -257,7 +257,7 @@ def _convert(faces: list[_Face], read: Callable[[_Face], Tensor], target: Path, 
         seen[face.name] = face.image
         splits[face.split].append(face.name)
     with new_folder(target) as made:
-        exchanged = _left_is_the_persons(read(face) for face in faces[:: max(1, len(faces) // _LOOKED_AT)])
+        exchanged = _is_persons_left(read(face) for face in faces[:: max(1, len(faces) // _LOOKED_AT)])
         (made / "images").mkdir()
         for done, face in enumerate(faces, start=1):
             mask = exchange_classes(read(face), HelenDataset.mirrored_classes if exchanged else ())
@@ -269,7 +269,7 @@ def _convert(faces: list[_Face], read: Callable[[_Face], Tensor], target: Path, 
     return Conversion(target, {split: len(names) for split, names in splits.items()}, exchanged)
 
 
-def _left_is_the_persons(masks: Iterable[Tensor]) -> bool:
+def _is_persons_left(masks: Iterable[Tensor]) -> bool:
     """Return whether the classes named left are on the right in most of the faces with both sides."""
     votes = 0
     for mask in masks:

@@ -90,7 +90,7 @@ def list_folder(root: Path, split: str, options: MaskOptions, refuse: Refuse = r
         if other != path:
             refuse(path, ValueError(f"{other} and {path} would have the same mask; rename or remove one of them"))
     own = _masks_of(own_images, mask_paths, suffixes, refuse)
-    _refuse_single(own_images, own, mask_paths, masks, images, suffixes[0], refuse)
+    _refuse_unpaired(own_images, own, mask_paths, masks, images, suffixes[0], refuse)
     if not own_images:
         inside = "".join(
             f", but the folder {path.name}; move the files of that folder to {images}"
@@ -135,7 +135,7 @@ def _folders(root: Path, split: str, suffixes: Sequence[str]) -> tuple[Path, Pat
     if split not in found:
         known = ", ".join(sorted(found)) or "none"
         raise FileNotFoundError(
-            f"there is no folder {split}/images in {root}; there are the splits: {known}{_unsplit(root, split)}"
+            f"there is no folder {split}/images in {root}; there are the splits: {known}{_split_advice(root, split)}"
         )
     images, masks = found[split]
     if len(masks) > 1 and masks[0].name.lower() != _MASKS[0]:
@@ -146,12 +146,12 @@ def _folders(root: Path, split: str, suffixes: Sequence[str]) -> tuple[Path, Pat
         raise FileNotFoundError(
             f"there is no folder of masks beside {images}, which holds none either; looked for {', '.join(_MASKS)}, "
             f"found the folders: {others}; rename the one that holds the masks to {images.with_name(_MASKS[0])}"
-            f"{_ending_of_half(images)}"
+            f"{_suffix_advice(images)}"
         )
     return images, masks[0] if masks else images
 
 
-def _unsplit(root: Path, split: str) -> str:
+def _split_advice(root: Path, split: str) -> str:
     """Return what is in the place of a missing split, as the end of the error."""
     for folder in _named(root, _IMAGES):
         if image_files(folder):
@@ -161,11 +161,11 @@ def _unsplit(root: Path, split: str) -> str:
     inside = ", ".join(path.name for path in subfolders(root / split)) or "no folder"
     return (
         f"; {root / split} holds {counted(len(image_files(root / split)), 'image')} and {inside}: put the images in "
-        f"{split}/{_IMAGES[0]} and the masks in {split}/{_MASKS[0]}{_ending_of_half(root / split)}"
+        f"{split}/{_IMAGES[0]} and the masks in {split}/{_MASKS[0]}{_suffix_advice(root / split)}"
     )
 
 
-def _ending_of_half(folder: Path) -> str:
+def _suffix_advice(folder: Path) -> str:
     """Return advice on a suffix that half of a folder's images add to the names of the others, or ""."""
     stems = {path.stem for path in image_files(folder)}
     gaps = ((stem, gap.start()) for stem in stems for gap in re.finditer(r"[-_.]", stem))
@@ -216,7 +216,7 @@ def _masks_of(
     return own
 
 
-def _refuse_single(
+def _refuse_unpaired(
     images: dict[str, Path],
     own: dict[str, Path],
     mask_paths: Sequence[Path],

@@ -74,7 +74,7 @@ def read_image(path: Path) -> Image:
         ValueError: if the format does not define the range of its values (32-bit integers, floats), or it is not RGB.
     """
     with open_named(path) as file:
-        problem = deep_problem(file)
+        problem = depth_problem(file)
         if problem is not None:
             raise ValueError(f"{path} {problem}")
         load_named(file, path)
@@ -92,7 +92,7 @@ def read_single_image(path: Path) -> Image:
 
 
 def rgb_pixels(image: PIL.Image.Image, path: Path) -> npt.NDArray[np.uint8]:
-    """Return the upright pixels uint8 [H, W, 3] of the loaded image of `path`. `deep_problem` must allow it.
+    """Return the upright pixels uint8 [H, W, 3] of the loaded image of `path`. `depth_problem` must allow it.
 
     Raises:
         ValueError: if it cannot be read as RGB; names the file.
@@ -112,7 +112,7 @@ def rgb_pixels(image: PIL.Image.Image, path: Path) -> npt.NDArray[np.uint8]:
             raise ValueError(
                 f"{path} cannot be read as RGB (Pillow mode {image.mode!r}: {error}); save it as RGB"
             ) from error
-    return turn(pixels, orientation(image, path))
+    return apply_orientation(pixels, orientation(image, path))
 
 
 def deep_bits(image: PIL.Image.Image) -> int:
@@ -123,7 +123,7 @@ def deep_bits(image: PIL.Image.Image) -> int:
     return 16 if image.mode == "I" and image.format == "PNG" else 0  # Pillow before 11
 
 
-def deep_problem(image: PIL.Image.Image) -> str | None:
+def depth_problem(image: PIL.Image.Image) -> str | None:
     """Return why an image cannot be converted to 8 bits and what to do, or None if it can."""
     if deep_bits(image) or image.mode not in ("I", "F"):
         return None
@@ -150,10 +150,10 @@ def orientation(image: PIL.Image.Image, path: Path) -> int:
     return value if value in range(2, 9) else 1
 
 
-def turn(pixels: npt.NDArray[Any], orientation: int) -> npt.NDArray[Any]:
+def apply_orientation(pixels: npt.NDArray[Any], orientation: int) -> npt.NDArray[Any]:
     """Apply an EXIF orientation to pixels [H, W, ...], in a new array.
 
-    >>> turn(np.array([[1, 2, 3]]), 6).tolist(), turn(np.array([[1, 2, 3]]), 8).tolist()
+    >>> apply_orientation(np.array([[1, 2, 3]]), 6).tolist(), apply_orientation(np.array([[1, 2, 3]]), 8).tolist()
     ([[1], [2], [3]], [[3], [2], [1]])
     """
     if orientation >= 5:
@@ -173,7 +173,7 @@ def upright_size(image: PIL.Image.Image, path: Path) -> tuple[int, int]:
     return (width, height) if orientation(image, path) >= 5 else (height, width)
 
 
-def turned_size_problem(image: Path, mask: tuple[int, ...], size: tuple[int, int]) -> str | None:
+def orientation_problem(image: Path, mask: tuple[int, ...], size: tuple[int, int]) -> str | None:
     """Return how the image's EXIF orientation explains another size of its mask and what to do, or None."""
     with open_named(image) as file:
         value = orientation(file, image)

@@ -40,7 +40,7 @@ class ListedDataset(ParsingDataset):
             first = {label: colour for colour, label in reversed(listing.code.colours.items())}
             colours = [first[label] for label in range(len(listing.class_names))]
         elif colours is None:
-            colours = _of_classes(palette_of(self.mask_paths), listing)
+            colours = _class_colours(palette_of(self.mask_paths), listing)
         self.palette = colours + voc_palette()[len(colours) :]
 
     def __getitem__(self, index: int) -> tuple[Image, Mask]:
@@ -65,7 +65,7 @@ class ListedDataset(ParsingDataset):
         return image_sizes(self.image_paths)
 
 
-def _of_classes(levels: list[tuple[int, int, int]], listing: Listing) -> list[tuple[int, int, int]]:
+def _class_colours(levels: list[tuple[int, int, int]], listing: Listing) -> list[tuple[int, int, int]]:
     """Return the colours of the classes and the remaining values, from the colours of the masks' values."""
     by_value = levels + voc_palette()[len(levels) :]
     labels = listing.code.labels.tolist()

@@ -12,7 +12,7 @@ import numpy as np
 from rfield.segmentation.conventions import IGNORE_INDEX
 from rfield.segmentation.data.mask_options import MaskOptions
 from rfield.segmentation.data.masks import UNKNOWN, Colour, MaskCode
-from rfield.segmentation.data.paths import NearMisses, lies_in
+from rfield.segmentation.data.paths import NearMisses, is_inside
 
 Refuse = Callable[[Path, Exception], None]
 T = TypeVar("T")
@@ -149,7 +149,7 @@ def entries_inside(entries: Iterable[Entry], root: Path, refuse: Refuse) -> list
     inside = []
     for entry in entries:
         links = [path for path in (entry.image, *entry.masks) if path.is_symlink()]
-        outside = [path for path in links if not lies_in(path, *_folders_between(root, path))]
+        outside = [path for path in links if not is_inside(path, *_folders_between(root, path))]
         for path in outside:
             refuse(path, ValueError(f"{path} is a link to a file outside {root}; put the file itself there"))
         if not outside:

@@ -10,14 +10,14 @@ import PIL.Image
 
 from rfield.segmentation.conventions import IGNORE_INDEX
 from rfield.segmentation.data.images import (
+    apply_orientation,
     deep_bits,
-    deep_problem,
+    depth_problem,
     load_named,
     open_named,
     orientation,
+    orientation_problem,
     rgb_pixels,
-    turn,
-    turned_size_problem,
     upright_size,
 )
 
@@ -44,7 +44,7 @@ class MaskCode:
     def wrong_kind(self, mask: PIL.Image.Image) -> tuple[str, str] | None:
         """Return what is wrong with the kind of an opened mask or map and what to do, or None."""
         if self.colours is not None:
-            if deep_bits(mask) or deep_problem(mask):
+            if deep_bits(mask) or depth_problem(mask):
                 return f"has more than 8 bits a pixel (Pillow mode {mask.mode!r})", "save its colours with 8 bits each"
             return None
         few_bits = _has_few_bits(mask)
@@ -54,7 +54,7 @@ class MaskCode:
         fix = "a mask must be a palette image or 8-bit grey whose values are class indices"
         if self.maps:
             fix = "a map must be 8-bit grey and hold the certainty of each pixel"
-        if deep_bits(mask) or deep_problem(mask):
+        if deep_bits(mask) or depth_problem(mask):
             return f"has more than 8 bits a pixel {kind}", fix
         by_colour = "name the colour of each class in a data config (`colours`)"
         if few_bits or mask.mode == "1":
@@ -75,7 +75,7 @@ class MaskCode:
     def values(self, mask: PIL.Image.Image, path: Path) -> npt.NDArray[Any]:
         """Return the upright values of a loaded mask: uint8 [H, W], or with `colours` int64 of their bits."""
         if self.colours is None:
-            return turn(np.asarray(mask), orientation(mask, path))
+            return apply_orientation(np.asarray(mask), orientation(mask, path))
         red, green, blue = rgb_pixels(mask, path).astype(np.int64).transpose(2, 0, 1)
         codes: npt.NDArray[np.int64] = red << 16 | green << 8 | blue
         return codes
@@ -146,7 +146,7 @@ def wrong_size(mask: PIL.Image.Image, path: Path, size: tuple[int, int], image: 
     own = upright_size(mask, path)
     if own == size:
         return None
-    fix = turned_size_problem(image, own, size) or "; both must have the same size"
+    fix = orientation_problem(image, own, size) or "; both must have the same size"
     return f"is {own[0]}x{own[1]} px (height x width) but its image is {size[0]}x{size[1]}{fix}"
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rfield.segmentation.data.images import image_files, open_named
-from rfield.segmentation.data.paths import lies_in, near_miss
+from rfield.segmentation.data.paths import is_inside, near_miss
 
 _MASK_WORDS = r"masks?|labels?|annotations?|annots?|anns?|gt|groundtruth|seg|segmentations?|targets?"
 _IMAGE_WORDS = r"images?|imgs?|photos?|pictures?|rgb|jpegimages|inputs?"
@@ -84,7 +84,7 @@ def images_below(root: Path) -> dict[Path, list[Path]]:
         inside[:] = sorted(name for name in inside if not name.startswith("."))
         files = image_files(Path(path))
         for file in files:
-            if file.is_symlink() and not lies_in(file, root):
+            if file.is_symlink() and not is_inside(file, root):
                 raise ValueError(f"{file} is a link to a file outside {root}; put the file itself there")
         if files:
             folders[Path(path)] = files

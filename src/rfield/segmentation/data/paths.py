@@ -72,14 +72,14 @@ def sample_path(root: Path, folder: str, name: str, suffix: str, listed_in: str,
     plain = not {"/", os.sep} & {*name, *suffix} and name not in ("", ".", "..")
 
     def inside(path: Path) -> Path:
-        if (not plain or path.is_symlink()) and not lies_in(path, root, root / folder):
+        if (not plain or path.is_symlink()) and not is_inside(path, root, root / folder):
             raise ValueError(f"{listed_in} names {name!r}, a file outside {root}; remove that line")
         return path
 
     return inside(folders.find(inside(path)))
 
 
-def lies_in(path: Path, *folders: Path) -> bool:
+def is_inside(path: Path, *folders: Path) -> bool:
     """Return whether a file, with all links resolved, is in one of the folders. The folders may be links."""
     try:
         resolved = path.resolve()

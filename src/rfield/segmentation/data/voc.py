@@ -140,7 +140,7 @@ def download_voc2012(root: str | os.PathLike[str], augmented: bool = False) -> P
     """
     root = Path(root)
     devkit = root / "VOCdevkit" / "VOC2012"
-    with unpacking_inside():
+    with safe_unpacking():
         VOCSegmentation(root, year="2012", image_set="val", download=True)
     if augmented:
         sbd = root / "sbd"
@@ -149,14 +149,14 @@ def download_voc2012(root: str | os.PathLike[str], augmented: bool = False) -> P
             for name in ("cls", "img", "inst", "benchmark_RELEASE"):
                 shutil.rmtree(sbd / name, ignore_errors=True)
             (sbd / "train.txt").unlink(missing_ok=True)
-            with unpacking_inside():
+            with safe_unpacking():
                 SBDataset(sbd, download=True)
         convert_sbd(sbd, devkit)
     return devkit
 
 
 @contextlib.contextmanager
-def unpacking_inside() -> Iterator[None]:
+def safe_unpacking() -> Iterator[None]:
     """Prevent archives from unpacking files outside their folder, in any release of torchvision.
 
     Raises:

@@ -17,7 +17,7 @@ from optuna.trial import TrialState
 
 from rfield.segmentation.config.experiments import SweepConfig
 from rfield.segmentation.config.train import TrainConfig, differences
-from rfield.segmentation.console import escape_what_cannot_be_shown
+from rfield.segmentation.console import escape_unencodable
 from rfield.segmentation.conventions import Progress
 from rfield.segmentation.data import class_difference, load_dataset
 from rfield.segmentation.experiments.study import (
@@ -208,7 +208,7 @@ def _work_in_processes(config: SweepConfig, jobs: int) -> None:
 def _worker(config: SweepConfig, threads: int) -> None:
     """Run one of several processes; the trial that failed keeps the message."""
     torch.set_num_threads(threads)
-    escape_what_cannot_be_shown()
+    escape_unencodable()
     try:
         _work(config)
     except (ValueError, OSError):

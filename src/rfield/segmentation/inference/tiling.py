@@ -68,7 +68,7 @@ class Tiler:
         self._margin: int | None = None
         # The reasons why tiles differ from the whole image, and the notes that were printed.
         self._reasons: dict[str, None] = {}
-        self._told: set[str] = set()
+        self._printed: set[str] = set()
 
     @torch.inference_mode()
     def __call__(self, image: Tensor) -> Iterator[Tile]:
@@ -144,14 +144,14 @@ class Tiler:
         if height * width > room:
             takes, given = height * width * cost / 2**30, self.memory_budget / 2**30
             text = f"tiles of {height}x{width} px, the smallest for this receptive field, take about {takes:.2g} GiB"
-            self._tell(f"{text}, more than the memory budget of {given:.2g}")
+            self._print_once(f"{text}, more than the memory budget of {given:.2g}")
         tiles = [
             (rows, columns)
             for rows in _spans(padded.shape[2], height, margin, self._stride, size[0])
             for columns in _spans(padded.shape[3], width, margin, self._stride, size[1])
         ]
         for reason in self._reasons if len(tiles) > 1 else ():
-            self._tell(
+            self._print_once(
                 f"{reason}: an image above the memory budget is labelled in tiles, and the result is approximate"
             )
         return tiles
@@ -185,10 +185,10 @@ class Tiler:
             self._cost = backbone / pixels, (rest + held + _COPIES * _bytes(logits)) / pixels
         return self._cost
 
-    def _tell(self, text: str) -> None:
+    def _print_once(self, text: str) -> None:
         """Print a note on stderr, once."""
-        if text not in self._told:
-            self._told.add(text)
+        if text not in self._printed:
+            self._printed.add(text)
             print(f"note: {text}", file=sys.stderr)
 
 

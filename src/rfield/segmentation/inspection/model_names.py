@@ -189,7 +189,7 @@ def _load(model: nn.Module, path: Path) -> str:
     state, unused = fit_keys(read_weights(path, published="default"), own)
     auxiliary = [key for key in state if key not in own and "aux" in key.partition(".")[0].lower()]
     unused += auxiliary
-    last = _other_classes(model, state)
+    last = _class_layers(model, state)
     state = {key: value for key, value in state.items() if key not in auxiliary and key.rpartition(".")[0] not in last}
     shapes = {
         key: tuple(tensor.shape)
@@ -197,7 +197,7 @@ def _load(model: nn.Module, path: Path) -> str:
         if key.rpartition(".")[0] not in last and (key in state or not key.endswith("num_batches_tracked"))
     }
     if faults := state_dict_mismatches(state, shapes, ()):
-        raise ValueError(f"{path} does not fit the model: {_some(faults)}")
+        raise ValueError(f"{path} does not fit the model: {_first_names(faults)}")
     model.load_state_dict(state, strict=False)
     word = f"the weights of {path}"
     if last:
@@ -205,10 +205,10 @@ def _load(model: nn.Module, path: Path) -> str:
         kept = "layer keeps its" if len(last) == 1 else "layers keep their"
         word += f", which have {counted(theirs, 'class')} instead of {ours}: the last {kept} initial values"
         word += f" ({', '.join(last)})"
-    return word + (f"; the file's {_some(unused)} are not used" if unused else "")
+    return word + (f"; the file's {_first_names(unused)} are not used" if unused else "")
 
 
-def _other_classes(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
+def _class_layers(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
     """Return the last layers with different numbers of classes: (the file's, the model's), by the layer's name.
 
     A layer counts as one of the last if all shapes that differ do so only in the outputs, and by the same two numbers.
@@ -228,7 +228,7 @@ def _other_classes(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, t
     return found if len(set(found.values())) == 1 else {}
 
 
-def _some(names: Sequence[str]) -> str:
+def _first_names(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
