@@ -6,7 +6,7 @@ Public names are resolved on first use (PEP 562), so that `import rfield` costs 
 import importlib
 from typing import Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _PUBLIC = {
     "AdaptiveConv2d": "rfield.layers",

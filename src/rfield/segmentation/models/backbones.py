@@ -4,6 +4,7 @@ Every backbone is corner-anchored: feature p is centred on input pixel p * strid
 k * stride + 1 px gives exactly k + 1 features.
 """
 
+import math
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
@@ -95,6 +96,17 @@ class Backbone(nn.Module):
             if name == self.fine_layer:
                 fine = features
         return fine, features
+
+    def set_field(self, size: float, local: float) -> None:
+        """Set the receptive field of layers for which no rule exists, such as residual blocks and squeeze-excite.
+
+        Args:
+            size: in px, as `rfield.receptive_field.probe.probe_window` measures it; infinite with global layers.
+            local: in px without global layers; 1 is recorded if it is infinite too.
+        """
+        self.receptive_field = (size, size)
+        if math.isinf(size):
+            self.nominal_receptive_field_px = local if math.isfinite(local) else 1.0
 
     def _steps(self) -> Iterator[tuple[str, nn.Module]]:
         for name, layer in self.layers.named_children():

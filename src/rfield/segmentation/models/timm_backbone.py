@@ -82,10 +82,7 @@ class TimmBackbone(Backbone):
         self._fine_index = index if finer else None
         self._channels_last = str(getattr(net, "output_fmt", "NCHW")).endswith("NHWC")
         self.placement = _place(self, name)
-        self.receptive_field = (self.placement.field, self.placement.field)
-        if math.isinf(self.placement.field):
-            local = self.placement.local_field
-            self.nominal_receptive_field_px = local if math.isfinite(local) else 1.0
+        self.set_field(self.placement.field, self.placement.local_field)
         self.offset_px = self.placement.offset
 
     def maps(self, image: Tensor) -> list[Tensor]:

@@ -1,13 +1,13 @@
 """Training losses: means over the labelled pixels of a batch, and the classes' weights in them."""
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from rfield.search.factors import mean_over_processes
+from rfield.segmentation.config.train import Loss as LossName
 from rfield.segmentation.data import IGNORE_INDEX, ParsingDataset
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -64,12 +64,12 @@ def _precise(logits: Tensor) -> Tensor:
 
 
 def make_loss(
-    kind: Literal["cross_entropy", "focal", "dice"],
+    kind: LossName,
     num_classes: int,
     class_weights: Sequence[float] | None = None,
     label_smoothing: float = 0.0,
 ) -> Loss:
-    """The loss of a run.
+    """Return the loss of a run.
 
     Focal (Lin et al., ICCV 2017, gamma 2: every class against the rest, their mean) and Dice (Milletari et al., 3DV
     2016: of each class over the whole batch; one that has no pixel in it counts as 0) are those of
@@ -79,7 +79,7 @@ def make_loss(
     mean of what they return, as DistributedDataParallel has it. Dice is that of each process's own images.
 
     Args:
-        kind: which one.
+        kind: `--loss`.
         num_classes: classes K.
         class_weights: K numbers; how much each class counts.
         label_smoothing: for cross-entropy.
@@ -101,10 +101,10 @@ def make_loss(
             )
         if min(class_weights) < 0 or max(class_weights) == 0:
             raise ValueError(f"class_weights must not be negative, nor all 0, got {list(class_weights)}")
+    if label_smoothing and kind != "cross_entropy":
+        raise ValueError(f"label_smoothing goes with the loss cross_entropy, not {kind}")
     if kind == "cross_entropy":
         return lambda logits, mask: cross_entropy(logits, mask, class_weights, label_smoothing)
-    if label_smoothing:
-        raise ValueError(f"label_smoothing goes with the loss cross_entropy, not {kind}")
     try:
         from segmentation_models_pytorch.losses import DiceLoss, FocalLoss
     except ImportError as error:
