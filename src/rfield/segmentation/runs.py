@@ -120,6 +120,10 @@ def load_run(folder: str | Path, checkpoint: str = "last") -> Run:
     class_names, palette, size = read_classes(read_json(folder / "classes.json"), folder / "classes.json")
     network = _set_up(rebuild_network(description, path), config)
     _check_classes(network, class_names, folder / "classes.json")
+    spec, model = network.spec, config.model
+    assert spec is not None
+    if (spec.model, spec.head.dilation, spec.head.head_channels) != (model.model, model.dilation, model.head_channels):
+        raise ValueError(f"{path} is damaged or not a checkpoint of this run: its network is not that of config.yaml")
     try:
         network.load_state_dict(state)
     except Exception as error:  # Strangers' tensors raise a dozen different types.

@@ -83,7 +83,8 @@ def build_from_spec(spec: NetworkSpec, weights: Weights | None = None) -> Parsin
     model = find_model(spec.model)
     if spec.output_stride not in model.output_strides:
         strides = " or ".join(map(str, sorted(model.output_strides)))
-        raise ValueError(f"{spec.model} has an output_stride of {strides}, got {spec.output_stride!r}")
+        advice = "; leave it out" if len(model.output_strides) == 1 else ""
+        raise ValueError(f"{spec.model} has an output_stride of {strides}, got {spec.output_stride!r}{advice}")
     if weights is not None and model.load_weights is None:
         raise ValueError(f"{spec.model} has no pretrained weights, got weights={str(weights)!r}; leave them out")
     backbone = model.backbone(spec.output_stride)
