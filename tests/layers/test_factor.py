@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from rfield import fuse
 from rfield.layers import AdaptiveConv2d, ReceptiveFieldRegulator
-from rfield.layers.dilation import round_dilation
+from rfield.layers.dilation import integer_range, round_dilation
 from rfield.layers.factor import LearnedFactor
 
 
@@ -37,6 +37,9 @@ class TestSnap:
     @pytest.mark.parametrize(("value", "whole"), [(0.1, 1), (1.4, 1), (1.5, 2), (2.5, 3), (2.4999999, 3), (7.95, 8)])
     def test_halves_go_up(self, value: float, whole: int) -> None:
         assert round_dilation(value) == whole
+        # An end that is whole but for rounding belongs to the range.
+        assert integer_range(3.0, 5.0) == integer_range(3.000001, 4.999999) == (3, 5)
+        assert integer_range(3.0001, 4.9999) == (4, 4)
 
     @BOTH
     @pytest.mark.parametrize(

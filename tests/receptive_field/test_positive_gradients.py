@@ -131,6 +131,12 @@ def test_a_selection_of_one_channel_does_not_depend_on_chance() -> None:
         assert fields(Two(lambda near, far, image, choose=function: choose(far, near), channels=1)) == (7, 7)  # type: ignore[misc]
 
 
+def test_the_caller_s_random_numbers_are_left_alone() -> None:
+    model, state = nn.Sequential(Standardised(3, 3, 3), nn.Softmax(1)), torch.get_rng_state()
+    assert fields(model) == (3, 3)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_views_of_uniform_weights_stay_uniform() -> None:
     one, other = torch.tensor(1.0).expand(3, 2), torch.tensor(1.0).expand(3, 2)
     assert all(part.stride() == (0, 0) for part in of_weights(torch.broadcast_tensors, (one, other), {}))

@@ -122,10 +122,12 @@ def test_push(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
 
         def create_repo(self, repo_id: str, private: bool, exist_ok: bool) -> huggingface_hub.RepoUrl:
             sent.update(repo_id=repo_id, private=private)
+            assert exist_ok, "a run may be pushed again"
             return huggingface_hub.RepoUrl(f"https://huggingface.co/{repo_id}")
 
         def upload_folder(self, repo_id: str, folder_path: Path, **options: Any) -> str:
             sent["files"] = sorted(file.name for file in folder_path.iterdir())
+            assert options["commit_message"]
             return f"{repo_id} is there"
 
     assert parse(["push", "r", "me/fields"]) == ("push", PushConfig("r", "me/fields"))

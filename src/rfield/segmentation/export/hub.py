@@ -65,13 +65,13 @@ def _upload(folder: Path, repo_id: str, private: bool) -> str:
         raise ValueError("the Hub needs the package huggingface_hub: pip install 'rfield[hub]'") from error
     try:
         hub = huggingface_hub.HfApi()
-        address = hub.create_repo(repo_id, private=private, exist_ok=True)
+        address: str = hub.create_repo(repo_id, private=private, exist_ok=True)
         hub.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="A network of rfield")
     except (OSError, ValueError):
         raise
     except Exception as error:  # Its exceptions are no OSErrors in every release.
         raise OSError(f"{repo_id} could not be uploaded: {error}") from error
-    return str(address)
+    return address
 
 
 def _card(run: Run, network: ParsingNetwork, pictures: list[str], repo_id: str) -> str:
