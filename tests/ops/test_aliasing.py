@@ -1,4 +1,4 @@
-"""No output and no gradient shares memory with what an operator or a layer was given, so that each may be changed.
+"""Outputs and gradients of operators and layers share no memory with their inputs, so all may be changed in place.
 
 In-place activations change an output, optimizers and clipping change a gradient, and a map of one pixel or one channel
 is contiguous in every order, where copies are easily left out.
@@ -21,7 +21,7 @@ from rfield.layers import (
 from rfield.ops import fractional_conv2d, resize_bilinear
 
 Run = Callable[[Tensor], Tensor]
-Case = tuple[Run, list[Tensor]]  # What is run on an input, and what it reads beside it.
+Case = tuple[Run, list[Tensor]]  # A function of an input, and the other tensors that it reads.
 
 
 def random(*shape: int) -> Tensor:

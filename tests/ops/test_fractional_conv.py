@@ -25,7 +25,7 @@ class TestIntegerDilation:
         assert torch.equal(actual, expected)
 
     @pytest.mark.parametrize("dilation", [(2.0,), (1.0, 3.0)])
-    def test_a_learned_one_is_too_where_no_gradient_is_wanted(self, dilation: tuple[float, ...]) -> None:
+    def test_learned_integer_is_too_without_a_gradient(self, dilation: tuple[float, ...]) -> None:
         input, weight, bias = random_tensor(2, 4, 11, 9).float(), random_tensor(6, 4, 3, 3).float(), torch.rand(6)
         real = torch.tensor(dilation, requires_grad=True)
         with torch.no_grad():
@@ -35,14 +35,14 @@ class TestIntegerDilation:
         assert fractional_conv2d(input, weight, bias, real, padding=(1, 1)).requires_grad
 
     @pytest.mark.parametrize("dilation", [(1.0, 4.0), (4.0, 1.0), (2.0, 7.0), (5.0, 3.0)])
-    def test_each_axis_is_cropped_and_padded_by_itself(self, dilation: tuple[float, float]) -> None:
+    def test_each_axis_is_cropped_and_padded_separately(self, dilation: tuple[float, float]) -> None:
         input, weight, real = random_tensor(1, 2, 13, 12), random_tensor(2, 2, 3, 3), torch.tensor(dilation)
         actual = fractional_conv2d(input, weight, None, real, (1, 2), (1, 0), (4, 3))
         expected = reference.fractional_conv2d(input, weight, None, real, (1, 2), (1, 0), (4, 3))
         torch.testing.assert_close(actual, expected)
 
     def test_unpadded_convolution_keeps_its_size_and_centres(self) -> None:
-        """With padding 0 a smaller dilation reads inside: the padding would be negative."""
+        """With padding 0 a smaller dilation would need a negative padding, so the input is cropped."""
         input, weight = random_tensor(1, 1, 12, 12), random_tensor(1, 1, 3, 3)
         actual = fractional_conv2d(input, weight, None, torch.tensor([1.0]), base_dilation=(4, 4))
         assert torch.equal(actual, F.conv2d(input[..., 3:-3, 3:-3], weight))
@@ -133,7 +133,7 @@ class TestGradients:
     @pytest.mark.parametrize("groups", [1, 2])
     @pytest.mark.parametrize(("images", "rows"), [(400, 3), (1, 401)])
     def test_bfloat16_sums_in_float32(self, images: int, rows: int, groups: int) -> None:
-        """Many ones, one by one: a sum of bfloat16 stays at 256. Over images, and over the rows of a kernel."""
+        """Sum many ones, over images and over the rows of a kernel: a sum of bfloat16 would stay at 256."""
         input, weight, bias = torch.ones(images, 2, 5, 1), torch.ones(2, 2 // groups, rows, 1), torch.ones(2)
         lower = [each.bfloat16().requires_grad_() for each in (input, weight, bias)]
         exact = [each.requires_grad_() for each in (input, weight, bias)]
@@ -147,7 +147,7 @@ class TestGradients:
             torch.testing.assert_close(actual.float(), expected, rtol=0.01, atol=0.01 * expected.abs().max().item())
         assert [each.dtype for each in found[0]] == [torch.bfloat16] * 4 + [torch.float32]
 
-    def test_autocast_lowers_it_as_the_plain_convolution(self) -> None:
+    def test_autocast_casts_it_as_the_plain_convolution(self) -> None:
         input, weight, real = random_tensor(1, 4, 9, 7).float(), random_tensor(4, 4, 3, 3).float(), torch.tensor([1.7])
         with torch.autocast("cpu", torch.bfloat16):
             output = fractional_conv2d(input, weight, None, real, padding=(1, 1))
@@ -209,7 +209,7 @@ class TestBadInput:
     @pytest.mark.parametrize("size", [(5, 9), (8, 9), (9, 8)])
     @pytest.mark.parametrize("stride", [1, 2])
     def test_map_smaller_than_the_reach(self, size: tuple[int, int], stride: int) -> None:
-        """The reach is of 8 px beside the centre's own: a map as long as that holds no kernel."""
+        """The kernel spans 8 px and its centre, 9 px: a map of 8 px is too small."""
         rest = (torch.rand(1, 1, 3, 3), None, torch.tensor([1.5]), (stride, stride))
         with pytest.raises(ValueError, match=f"a map of {min(size)} px, .* smaller than the kernel's reach of 8 px"):
             fractional_conv2d(torch.rand(1, 1, *size), *rest, base_dilation=(4, 4))

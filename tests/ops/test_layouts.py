@@ -1,4 +1,4 @@
-"""Both operators at any shape, dtype, memory layout and factor: the numbers of contiguous maps, and finite ones."""
+"""Both operators at any shape, dtype, memory layout and factor give the finite numbers of contiguous maps."""
 
 from collections.abc import Callable
 from typing import Any
@@ -36,14 +36,14 @@ def random_map(shape: tuple[int, ...], layout: str, dtype: torch.dtype) -> Tenso
 
 
 def differentiated(op: Callable[..., Tensor], *inputs: Tensor) -> list[Tensor]:
-    """The output and the gradients to the inputs."""
+    """Return the output and the gradients of the inputs."""
     leaves = [input.detach().requires_grad_() for input in inputs]
     output = op(*leaves)
     return [output.detach(), *torch.autograd.grad(output.float().square().mean(), leaves)]
 
 
 def check(op: Callable[..., Tensor], input: Tensor, *others: Tensor) -> None:
-    """A layout changes nothing but the order of sums; no number of any of them is lost."""
+    """Check that a layout changes only the order of sums, and that all numbers are finite."""
     found = differentiated(op, input, *others)
     expected = differentiated(op, input.contiguous(), *others)
     tolerance: dict[str, Any] = {"rtol": 1e-2, "atol": 1e-2} if input.dtype.itemsize == 2 else {}

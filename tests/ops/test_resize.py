@@ -36,7 +36,7 @@ class TestResizedSize:
         assert last_position < size - 1 + 1 / factor
 
     @pytest.mark.parametrize("noise", [-1e-6, 0, 1e-6])
-    def test_float_noise_does_not_flip_it(self, noise: float) -> None:
+    def test_float_noise_does_not_change_it(self, noise: float) -> None:
         assert resized_size(41, 1 + noise) == 41
         assert resized_size(41, 2 + noise) == 81
         assert resized_size(41, 0.5 + noise) == 21
@@ -182,7 +182,7 @@ class TestGradients:
 
     @pytest.mark.parametrize(("factor", "size"), [(1.0, (5, 4)), (0.5, (3, 3))])
     def test_second_derivatives_of_a_copy(self, factor: float, size: tuple[int, int]) -> None:
-        """All four, against those of the matrices."""
+        """Compare all four with those of the matrices."""
         input = random_map(2, 2, 5, size[1] if factor == 1 else 5).contiguous(memory_format=torch.channels_last)
         input.requires_grad_()
         scale = torch.tensor([factor], dtype=torch.float64, requires_grad=True)

@@ -11,7 +11,7 @@ from rfield.ops.resize import sampled_axes
 @pytest.mark.parametrize("factors", [(0.9,), (1.1, 0.8)])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_several_images(factors: tuple[float, ...], memory_format: torch.memory_format) -> None:
-    """Values, and both gradients each by itself and together."""
+    """Compare values and gradients; each gradient is the same whether it is needed alone or with the other."""
     input = torch.randn(5, 24, 73, 75, generator=torch.Generator().manual_seed(0))
     input = input.contiguous(memory_format=memory_format).requires_grad_()
     size, scale = (61, 60), torch.tensor(factors, requires_grad=True)

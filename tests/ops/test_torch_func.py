@@ -33,7 +33,7 @@ def resize(input: Tensor, factor: Tensor) -> Tensor:
     return resize_bilinear(input, factor, (6, 5))
 
 
-# Between pixels, and on them, where values come by another way and the derivative is the mean of both sides.
+# Between pixels, and on pixels, where another algorithm runs and the derivative is the mean of both sides.
 OPERATORS = [(convolve, 1.3), (convolve, 2.0), (convolve_by_groups, 1.3), (resize, 1.3), (resize, 1.0), (resize, 0.5)]
 Operator = Callable[[Tensor, Tensor], Tensor]
 
@@ -43,7 +43,7 @@ def loss_of(operator: Operator) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def differentiated(operator: Operator, value: float) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """An input, a learned number, and the gradients of the loss to both as autograd finds them."""
+    """Return an input, a learned number, and autograd's gradients of the loss in both."""
     input = random(2, 3, 6, 5).contiguous(memory_format=torch.channels_last).requires_grad_()
     learned = torch.tensor([value], dtype=torch.float64, requires_grad=True)
     gradients = torch.autograd.grad(loss_of(operator)(input, learned), (input, learned), create_graph=True)
@@ -76,7 +76,7 @@ class TestFunctionTransforms:
             torch.testing.assert_close(forward_ad.unpack_dual(dual).tangent, directional)
 
     def test_levels_differ_in_what_they_differentiate(self, operator: Operator, value: float) -> None:
-        """The inner level sees no gradient wanted of the learned number, the outer one does."""
+        """Only the outer level differentiates in the learned number."""
         input, learned, (grad_input, grad_learned) = differentiated(operator, value)
         (expected,) = torch.autograd.grad(grad_input.sum(), learned, retain_graph=True)
         mixed = grad(lambda number: grad(loss_of(operator))(input.detach(), number).sum())(learned.detach())
@@ -91,7 +91,7 @@ class TestFunctionTransforms:
         expected = torch.stack([each(image, learned) for image in images])
         torch.testing.assert_close(vmap(each, in_dims=(0, None))(images, learned), expected)
 
-    def test_a_learned_number_an_image_is_told_in_one_line(self, operator: Operator, value: float) -> None:
+    def test_one_number_an_image_is_an_error(self, operator: Operator, value: float) -> None:
         numbers = torch.full((4, 1), value, dtype=torch.float64)
         with pytest.raises(ValueError, match=r"must have values that can be read: .* vmap maps over$"):
             vmap(operator)(random(4, 1, 3, 6, 5), numbers)
@@ -108,7 +108,7 @@ class TestFunctionTransforms:
             operator(input, learned.to("meta"))
 
     @pytest.mark.parametrize("shape", [(3, 6, 5), (6, 5), (2, 3, 0, 5), (2, 3, 6, 0)])
-    def test_what_is_no_map_is_told_in_one_line(self, operator: Operator, value: float, shape: tuple[int, ...]) -> None:
+    def test_bad_shapes_are_an_error(self, operator: Operator, value: float, shape: tuple[int, ...]) -> None:
         with pytest.raises(ValueError, match=r"input must .*got shape \("):
             operator(random(*shape), torch.tensor([value]))
 
