@@ -72,7 +72,7 @@ def test_a_whole_file_fills_fc6_and_fc7(conv_state: dict[str, Tensor], tmp_path:
         largefov_vgg16(2, head_channels=4097, weights=path)
 
 
-def test_misfits_are_named_and_nothing_is_loaded(conv_state: dict[str, Tensor], tmp_path: Path) -> None:
+def test_mismatches_are_named_and_nothing_is_loaded(conv_state: dict[str, Tensor], tmp_path: Path) -> None:
     def load(state: object) -> None:
         largefov_vgg16(2, head_channels=HEAD_CHANNELS, weights=save(state, tmp_path))
 

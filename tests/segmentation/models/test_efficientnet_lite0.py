@@ -146,7 +146,7 @@ def test_both_publishers_keys_and_half_precision(whole: Any, suffix: str, tmp_pa
             assert value.is_floating_point() != key.endswith("num_batches_tracked")
 
 
-def test_misfits_are_named_and_nothing_is_loaded(whole: Any, tmp_path: Path) -> None:
+def test_mismatches_are_named_and_nothing_is_loaded(whole: Any, tmp_path: Path) -> None:
     backbone = efficientnet_lite0_backbone()
     before = {key: value.clone() for key, value in backbone.state_dict().items()}
     state = whole.state_dict()

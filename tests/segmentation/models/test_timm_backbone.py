@@ -184,7 +184,7 @@ def test_local_files_with_timms_keys(name: str, suffix: str, tmp_path: Path) -> 
         assert torch.equal(value, expected.to(value.dtype)) or key.endswith("num_batches_tracked")
 
 
-def test_misfits_are_named_and_nothing_is_loaded(tmp_path: Path) -> None:
+def test_mismatches_are_named_and_nothing_is_loaded(tmp_path: Path) -> None:
     torch.save(timm.create_model("resnet10t").state_dict(), tmp_path / "ten.pth")
     with pytest.raises(ValueError, match=r"ten.pth does not fit timm:resnet18: missing \S+, .* and \d+ more; give a"):
         filled("resnet18", 16, tmp_path / "ten.pth")

@@ -45,13 +45,9 @@ def fuse_run(
         raise ValueError(f"{run_folder} comes from the Hub and has no learned layers to fuse")
     plain = fuse(run.network, mode)
     description = describe_network(plain)
+    dilation = description["network"]["head"]["dilation"]
     config = run.config.replace(
-        out=str(out),
-        search="none",
-        search_share=None,
-        factor=1.0,
-        rectangular=False,
-        dilation=description["network"]["head"]["dilation"],
+        out=str(out), search="none", search_share=None, factor=1.0, rectangular=False, dilation=dilation
     )
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / "config.yaml", yaml.safe_dump(config.plain(), sort_keys=False))

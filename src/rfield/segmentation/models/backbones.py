@@ -221,17 +221,21 @@ def load_vgg16_weights(
             f"{weights} has 4096 channels to fill fc6 and fc7 from, but head_channels is {fc6.out_channels}; "
             "use at most 4096, or a file with the conv layers alone"
         )
-
     with torch.no_grad():
         for key, target in targets.items():
             target.copy_(state[key])
         if whole:
-            kept = torch.arange(fc6.out_channels) * 4096 // fc6.out_channels
-            fc6.weight.copy_(state["classifier.0.weight"].reshape(4096, 512, 7, 7)[kept, :, ::3, ::3])
-            fc7.weight.copy_(state["classifier.3.weight"][kept][:, kept, None, None])
-            for layer, key in ((fc6, "classifier.0.bias"), (fc7, "classifier.3.bias")):
-                if layer.bias is not None:
-                    layer.bias.copy_(state[key][kept])
+            _subsample_fc(state, fc6, fc7)
+
+
+def _subsample_fc(state: dict[str, Tensor], fc6: nn.Conv2d | AdaptiveConv2d, fc7: nn.Conv2d) -> None:
+    """Fill fc6 and fc7 from torchvision's fully connected layers, see `load_vgg16_weights`."""
+    kept = torch.arange(fc6.out_channels) * 4096 // fc6.out_channels
+    fc6.weight.copy_(state["classifier.0.weight"].reshape(4096, 512, 7, 7)[kept, :, ::3, ::3])
+    fc7.weight.copy_(state["classifier.3.weight"][kept][:, kept, None, None])
+    for layer, key in ((fc6, "classifier.0.bias"), (fc7, "classifier.3.bias")):
+        if layer.bias is not None:
+            layer.bias.copy_(state[key][kept])
 
 
 def _imagenet_vgg16() -> dict[str, Tensor]:

@@ -133,12 +133,12 @@ class ParsingNetwork(nn.Module, HubMixin):
         """
         if image.dim() != 4 or image.shape[1] != 3 or 0 in image.shape:
             raise ValueError(
-                f"Expected images of shape (N, 3, H, W) with N, H, W of at least 1, got {tuple(image.shape)}; "
+                f"expected images of shape (N, 3, H, W) with N, H, W of at least 1, got {tuple(image.shape)}; "
                 "a single image needs image[None], a grey one must be repeated to three channels"
             )
         if not image.is_floating_point():
             raise ValueError(
-                f"Expected a normalised floating-point image, got {image.dtype}; divide by 255, subtract the "
+                f"expected a normalised floating-point image, got {image.dtype}; divide by 255, subtract the "
                 "mean and divide by the standard deviation that the backbone was trained with"
             )
         missing = []

@@ -105,6 +105,10 @@ def make_loss(
         raise ValueError(f"label_smoothing goes with the loss cross_entropy, not {kind}")
     if kind == "cross_entropy":
         return lambda logits, mask: cross_entropy(logits, mask, class_weights, label_smoothing)
+    return _library_loss(kind, class_weights)
+
+
+def _library_loss(kind: LossName, class_weights: Sequence[float] | None) -> Loss:
     try:
         from segmentation_models_pytorch.losses import DiceLoss, FocalLoss
     except ImportError as error:
