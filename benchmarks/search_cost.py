@@ -28,16 +28,16 @@ from rfield.segmentation.training import train
 
 SETTINGS = {
     "msrc21": TrainConfig(
-        "configs/data/msrc21.yaml",
-        "",
+        data="configs/data/msrc21.yaml",
+        out="",
         weights="../shared/weights/vgg16_features_imagenet_fp16.pth",
         freeze_backbone=True,
         head_channels=128,
         epochs=10,
     ),
     "camvid": TrainConfig(
-        "configs/data/camvid.yaml",
-        "",
+        data="configs/data/camvid.yaml",
+        out="",
         model="efficientnet_lite0",
         output_stride=16,
         decoder=True,
@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("--side-by-side", action="store_true", help="all kinds of a round at once")
     arguments = parser.parse_args()
     kinds = arguments.kinds.split(",")
-    epochs = arguments.epochs or SETTINGS[arguments.setting].epochs
+    epochs = arguments.epochs or SETTINGS[arguments.setting].optim.epochs
     seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
     cpu_seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
     spent: dict[str, list[float]] = {kind: [] for kind in kinds}
