@@ -30,7 +30,7 @@ def blocks(language: str, text: str = README) -> list[str]:
 
 def commands(text: str = README) -> list[list[str]]:
     lines = "\n".join(blocks("sh", text)).splitlines()
-    return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("rfield ")]
+    return [shlex.split(line.partition(" > ")[0], comments=True)[1:] for line in lines if line.startswith("rfield ")]
 
 
 def test_python_blocks_run_one_after_the_other() -> None:
