@@ -1,6 +1,8 @@
 """Networks as folders and on the Hub, with simulated downloads and uploads."""
 
+import importlib.util
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from rfield.segmentation.config.train import TrainConfig
 from rfield.segmentation.data import SyntheticCues
 from rfield.segmentation.export.hub import push_run, share_run
 from rfield.segmentation.files.format import FORMAT
-from rfield.segmentation.models import ParsingNetwork, small_cnn
+from rfield.segmentation.models import ParsingNetwork, hub, small_cnn
 from rfield.segmentation.models.hub import find_folder
 from rfield.segmentation.models.saving import describe_network
 from rfield.segmentation.runs import build_network, load_run
@@ -213,6 +215,19 @@ def test_mistakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ParsingNetwork.from_pretrained(tmp_path / "saved")
     with pytest.raises(ValueError, match="it has no spec: build it with build_model"):
         ParsingNetwork(network.backbone, network.head).save_pretrained(tmp_path)
+
+
+def test_without_huggingface_hub_one_line_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    spec = importlib.util.spec_from_file_location("without_hub", hub.__file__)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    with pytest.raises(ValueError, match=r"needs the package huggingface_hub: pip install 'rfield\[hub\]'"):
+        module.HubMixin().push_to_hub("me/fields")
+    with pytest.raises(ValueError, match=r"hf:me/fields needs the package huggingface_hub"):
+        module.find_folder("hf:me/fields")
 
 
 def test_files_of_other_versions_are_refused_by_name(run: Path, tmp_path: Path) -> None:

@@ -8,6 +8,8 @@ from torch import nn
 
 from rfield.segmentation.files.untrusted import read_json, read_weights
 
+_NEEDS_HUB = "needs the package huggingface_hub: pip install 'rfield[hub]'"
+
 if TYPE_CHECKING:
     from huggingface_hub import PyTorchModelHubMixin
 else:
@@ -16,13 +18,18 @@ else:
     except ImportError:  # It is optional.
 
         class PyTorchModelHubMixin:
-            """Stands for the one of huggingface_hub."""
+            """Takes the place of huggingface_hub's."""
 
             def __init_subclass__(cls, **options: Any) -> None:
                 super().__init_subclass__()
 
+            def save_pretrained(self, *args: Any, **options: Any) -> str | None:
+                """Say what is missing."""
+                raise ValueError(f"saving and sharing a network {_NEEDS_HUB}")
 
-_NEEDS_HUB = "needs the package huggingface_hub: pip install 'rfield[hub]'"
+            push_to_hub = save_pretrained
+
+
 _CARD = "---\n{{ card_data }}\n---\n\n{{ text | default('A semantic segmentation network of rfield.', true) }}\n"
 
 
@@ -53,8 +60,6 @@ class HubMixin(
         """
         from rfield.segmentation.models.saving import describe_network  # Local: networks are defined with this mixin.
 
-        if not hasattr(PyTorchModelHubMixin, "save_pretrained"):
-            raise ValueError(f"save_pretrained {_NEEDS_HUB}")
         described = {**(config or {}), **describe_network(cast(nn.Module, self))}
         return super().save_pretrained(save_directory, config=described, **options)
 
