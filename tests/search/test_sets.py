@@ -21,7 +21,7 @@ def branches(*dilations: int) -> nn.ModuleList:
 
 class TestParallelFactors:
     def test_finds_each_list_on_its_own_and_leaves_single_factors_out(self) -> None:
-        model = nn.ModuleDict({"stem": branches(2)[0], "one": branches(1, 2, 3), "two": branches(4, 5)})
+        model = nn.ModuleDict({"stem": branches(2), "one": branches(1, 2, 3), "two": branches(4, 5)})
         assert parallel_factors(model, learned_layers(model)) == [[1, 2, 3], [4, 5]]
 
     def test_a_shared_factor_and_two_factors_in_one_branch_are_no_set(self) -> None:

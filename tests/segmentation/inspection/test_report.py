@@ -12,10 +12,11 @@ import torch
 from matplotlib.image import imread
 from torch import Tensor, nn
 
+from rfield.receptive_field.per_layer import LayerField
 from rfield.segmentation.cli import main, parse
 from rfield.segmentation.config.inspect import InspectConfig
-from rfield.segmentation.inspection.model_names import Source
-from rfield.segmentation.inspection.report import run_inspect
+from rfield.segmentation.inspection.model_names import Source, _first_names
+from rfield.segmentation.inspection.report import Inspection, run_inspect
 from rfield.segmentation.models import small_cnn
 
 NOTES = {"class_names": ["a", "b"], "palette": [[0, 0, 0], [1, 1, 1]], "size": None}
@@ -209,3 +210,17 @@ def test_blocks_links_and_commands_of_the_page() -> None:
         assert (page.parent / link).exists(), link
     commands = [line.split()[1:] for line in text.splitlines() if line.startswith("rfield ")]
     assert [parse(words)[0] for words in commands] == ["inspect", "inspect"]
+
+
+def test_up_to_three_layers_that_see_the_whole_image_are_named() -> None:
+    inf = (float("inf"), float("inf"))
+    pools = [LayerField(name, "Pool", None, None, inf, None, inf, inf, False, None) for name in "abcd"]
+    conv = LayerField("conv", "Conv2d", (3, 3), (1, 1), (1, 1), (1, 1), (3, 3), (3, 3), True, None)
+    for count, said in ((3, "a (Pool), b (Pool), c (Pool)"), (4, "a (Pool), b (Pool), c (Pool) and 1 more")):
+        layers = [conv, *pools[:count], LayerField("output", "", None, None, inf, None, inf, (3, 3), False, None)]
+        found = Inspection("name", "weights", layers, [], [], None)
+        assert found.whole_image == pools[:count]
+        assert found.summary((6, 4))[-1] == f"the whole image is seen through {said}"
+        assert "3x3 px, 0.50 x 0.75 of the image's sides" in found.summary((6, 4))[0]
+    assert Inspection("name", "weights", [*pools, conv], [], [], None).whole_image == []
+    assert [_first_names(list("abcd"[:count])) for count in (3, 4)] == ["a, b, c", "a, b, c and 1 more"]
