@@ -10,6 +10,7 @@ import torch
 import yaml
 
 from rfield.segmentation.data import AugmentedDataset, check_data, load_dataset, training_transform
+from rfield.segmentation.data.masks import MaskCode, plain_labels
 from rfield.segmentation.data.sides import unlisted_pairs
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)
@@ -329,3 +330,20 @@ def test_masks_are_of_their_own(tmp_path: Path) -> None:
     assert stripes(str(config)) == [255, *plain[1:]]
     assert stripes(f"cityscapes:{tmp_path / 'data'}") == plain
     assert torch.equal(*(load_dataset(f"cityscapes:{tmp_path / 'data'}")[0][1] for _ in range(2)))
+
+
+def test_unknown_colours_are_counted_the_most_frequent_and_of_these_the_last_first() -> None:
+    code = MaskCode(plain_labels(1), colours={(0, 0, 0): 0})
+    values = np.concatenate([np.arange(64), [5, 5, 9, 1 << 16 | 2 << 8 | 3]])
+    shown = ", ".join(
+        [
+            "[0, 0, 5] (3 px)",
+            "[0, 0, 9] (2 px)",
+            "[1, 2, 3] (1 px)",
+            *(f"[0, 0, {n}] (1 px)" for n in (63, 62, 61, 60, 59)),
+        ]
+    )
+    assert code.unknown(values, code.classes(values)) == f"holds the colours {shown} and 56 more, which no class has"
+    plain, labels = MaskCode(plain_labels(3)), np.array([7, 1, 7, 4])
+    assert plain.unknown(labels, plain.classes(labels)) == "holds the values 4 (1 px), 7 (2 px), which no class has"
+    assert plain.unknown(labels[1:2], plain.classes(labels[1:2])) is None

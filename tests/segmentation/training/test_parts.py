@@ -216,6 +216,18 @@ def test_a_canvas_holds_every_image_of_both_splits() -> None:
     assert _canvas(splits) == (7, 11)
 
 
+def test_features_are_cached_in_eval_mode(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def cache_features(network: Any, *given: Any) -> tuple[Any, ...]:
+        return network.backbone.training, *given
+
+    monkeypatch.setattr(fit_module, "cache_features", cache_features)
+    network, data, progress = module_of().network.train(), object(), object()
+    for cache, folder in ((str(tmp_path), tmp_path), (None, None)):
+        options: Any = SimpleNamespace(cache=cache, seed=7)
+        found: Any = fit_module._cache_features(network, data, options, True, progress)  # type: ignore[arg-type]
+        assert found == (False, data, folder, True, 7, progress)
+
+
 def test_where_a_checkpoint_goes_on() -> None:
     for processed, started, batches, expected in ((2, 2, 3, (2, 0)), (1, 2, 2, (1, 2)), (0, 1, 1, (0, 1))):
         epochs = {"current": {"processed": processed, "started": started}}
