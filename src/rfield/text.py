@@ -1,4 +1,4 @@
-"""Sizes as text, for messages and tables."""
+"""Sizes and numbers of things as text, for messages and tables."""
 
 from collections.abc import Iterable
 
@@ -22,3 +22,13 @@ def format_pair(pair: Iterable[float], digits: int = 4) -> str:
     """
     height, width = (format_size([value], digits) for value in pair)
     return height if height == width else f"{height}x{width}"
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number of things in words.
+
+    Example:
+        >>> counted(1, "image"), counted(2, "image"), counted(0, "class")
+        ('1 image', '2 images', '0 classes')
+    """
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}{'es' if noun.endswith('s') else 's'}"

@@ -13,9 +13,10 @@ from rfield.segmentation.config.data import CheckDataConfig, ConvertConfig
 from rfield.segmentation.config.experiments import DemoConfig, ReproduceConfig, SweepConfig, TuneConfig
 from rfield.segmentation.config.export import EvaluateConfig, ExportConfig, FuseConfig, PredictConfig, PushConfig
 from rfield.segmentation.config.inspect import InspectConfig
-from rfield.segmentation.config.train import TrainConfig, counted
+from rfield.segmentation.config.train import TrainConfig
 from rfield.segmentation.console import escape_unencodable, print_layers, print_scores, show_progress
 from rfield.segmentation.parser import parse as parse_words
+from rfield.text import counted
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from rfield.layers import LearnedFactor, ReceptiveFieldRegulator
-from rfield.segmentation.config.train import TrainConfig, counted
+from rfield.segmentation.config.train import TrainConfig
 from rfield.segmentation.config.values import Size
 from rfield.segmentation.files.checkpoints import find_checkpoint, read_checkpoint
 from rfield.segmentation.files.untrusted import read_json, read_weights, read_yaml
 from rfield.segmentation.models import ParsingNetwork, build_model
 from rfield.segmentation.models.hub import find_folder, hub_hint
 from rfield.segmentation.models.saving import rebuild_network
+from rfield.text import counted
 
 # The types that a config's YAML may hold for fields without a parser; whole numbers may stand for floats.
 _KINDS: dict[Any, Any] = {

@@ -245,15 +245,6 @@ class TrainConfig(Config):
         )
 
 
-def counted(number: int, noun: str) -> str:
-    """Return a number of things in words.
-
-    >>> counted(1, "image"), counted(2, "image"), counted(0, "class")
-    ('1 image', '2 images', '0 classes')
-    """
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}{'es' if noun.endswith('s') else 's'}"
-
-
 def differences(old: dict[str, Any], new: dict[str, Any], ignored: Sequence[str] = ()) -> list[str]:
     """Return the keys whose values differ, each as `key: old -> new`.
 

@@ -13,7 +13,6 @@ import numpy as np
 import numpy.typing as npt
 import PIL.Image
 
-from rfield.segmentation.config.train import counted
 from rfield.segmentation.conventions import IGNORE_INDEX, Progress
 from rfield.segmentation.data.dataset import voc_palette
 from rfield.segmentation.data.files import draw_names, new_folder
@@ -26,6 +25,7 @@ from rfield.segmentation.data.masks import Colour, MaskCode, plain_labels, wrong
 from rfield.segmentation.data.pairing import Pair, find_pairs
 from rfield.segmentation.files.atomic import write_text
 from rfield.segmentation.files.untrusted import read_yaml
+from rfield.text import counted
 
 _MOST_COLOURS = IGNORE_INDEX
 _MANY = 2**14

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from rfield.segmentation.config.train import counted
 from rfield.segmentation.conventions import IGNORE_INDEX
 from rfield.segmentation.data.paths import near_miss
+from rfield.text import counted
 
 
 def fingerprint_of(root: Path, paths: Sequence[Path], *facts: object) -> str:

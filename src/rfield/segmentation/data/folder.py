@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from rfield.segmentation.config.train import counted
 from rfield.segmentation.data.files import read_class_names
 from rfield.segmentation.data.images import IMAGE_SUFFIXES, image_files
 from rfield.segmentation.data.listed import ListedDataset
@@ -14,6 +13,7 @@ from rfield.segmentation.data.listing import Entry, Listing, Refuse, entries_ins
 from rfield.segmentation.data.mask_options import MaskOptions
 from rfield.segmentation.data.masks import MaskCode, plain_labels
 from rfield.segmentation.data.paths import NearMisses, mask_ending, subfolders
+from rfield.text import counted
 
 _IMAGES = ("images", "image", "imgs", "img")
 _MASKS = ("masks", "mask", "labels", "label", "annotations", "gt")

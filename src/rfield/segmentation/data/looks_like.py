@@ -3,13 +3,13 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from rfield.segmentation.config.train import counted
 from rfield.segmentation.data.files import read_lines
 from rfield.segmentation.data.folder import splits_of
 from rfield.segmentation.data.images import image_files
 from rfield.segmentation.data.labelme import find_labelme
 from rfield.segmentation.data.pairing import find_pairs
 from rfield.segmentation.data.paths import subfolders
+from rfield.text import counted
 
 
 def looks_like(root: Path) -> str:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torchvision.tv_tensors import Image, Mask
 
-from rfield.segmentation.config.train import counted
 from rfield.segmentation.data.dataset import ParsingDataset
+from rfield.text import counted
 
 _SHOWN = 8
 

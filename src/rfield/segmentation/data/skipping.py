@@ -7,9 +7,9 @@ from collections.abc import Iterable
 import torch
 from torchvision.tv_tensors import Image, Mask
 
-from rfield.segmentation.config.train import counted
 from rfield.segmentation.conventions import IGNORE_INDEX
 from rfield.segmentation.data.dataset import ParsingDataset
+from rfield.text import counted
 
 
 class SkippingDataset(ParsingDataset):

@@ -12,7 +12,7 @@ import torch
 from rfield.search import curve_minimum
 from rfield.segmentation import plots
 from rfield.segmentation.config.experiments import ReproduceConfig
-from rfield.segmentation.config.train import Search, counted
+from rfield.segmentation.config.train import Search
 from rfield.segmentation.conventions import Progress
 from rfield.segmentation.data import evaluation_transform, load_dataset
 from rfield.segmentation.experiments.study import Point, Trial
@@ -31,6 +31,7 @@ from rfield.segmentation.files.atomic import write_json, write_text
 from rfield.segmentation.inference.predict import compute_device, predict_logits
 from rfield.segmentation.runs import load_run
 from rfield.segmentation.training import read_factor_csv
+from rfield.text import counted
 
 # The paper's bad starts on VOC, as dilations of fc6, and where its learned receptive fields ended, in px (nominal).
 PAPER_BEST_PX = 404

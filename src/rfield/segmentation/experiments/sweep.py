@@ -9,7 +9,6 @@ from rfield.search import Verdict, judge, standard_errors
 from rfield.search.certainty import LEAST_IMAGES
 from rfield.segmentation import plots
 from rfield.segmentation.config.experiments import SweepConfig
-from rfield.segmentation.config.train import counted
 from rfield.segmentation.conventions import Progress
 from rfield.segmentation.experiments.study import Point, Trial
 from rfield.segmentation.experiments.tables import (
@@ -24,6 +23,7 @@ from rfield.segmentation.experiments.tables import (
 from rfield.segmentation.experiments.trials import run_trials
 from rfield.segmentation.files.atomic import write_json, write_text
 from rfield.segmentation.training.search_report import has_random_backbone
+from rfield.text import counted
 
 # Two differences do not show their own spread.
 _LEAST_SEEDS = 3

@@ -11,13 +11,13 @@ from rfield.layers.dilation import round_dilation
 from rfield.search import Verdict, judge, standard_errors
 from rfield.segmentation import plots
 from rfield.segmentation.config.experiments import TuneConfig
-from rfield.segmentation.config.train import counted
 from rfield.segmentation.conventions import Progress
 from rfield.segmentation.experiments.study import Point, Trial
 from rfield.segmentation.experiments.tables import deviation, field_of, markdown, own_dilation, summarise, sweep_table
 from rfield.segmentation.experiments.trials import finish_trials
 from rfield.segmentation.files.atomic import write_json, write_text
 from rfield.segmentation.training.search_report import has_random_backbone
+from rfield.text import counted
 
 
 def run_tune(config: TuneConfig, progress: Progress | None = None) -> str:

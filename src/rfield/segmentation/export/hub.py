@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any, cast
 
 from rfield.receptive_field.theoretical import receptive_field_px
-from rfield.segmentation.config.train import counted
 from rfield.segmentation.files.untrusted import read_json
 from rfield.segmentation.models import ParsingNetwork
 from rfield.segmentation.runs import Run, load_run
 from rfield.surgery.fuse import fuse
-from rfield.text import format_pair
+from rfield.text import counted, format_pair
 
 _PICTURES = {"curve.png": "Loss over the receptive field", "factor.png": "The receptive field in training"}
 

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rfield.segmentation.config.train import counted
 from rfield.segmentation.conventions import Progress
 from rfield.segmentation.data import ParsingDataset, evaluation_transform, match_classes
 from rfield.segmentation.inference.predict import label_images, score
 from rfield.segmentation.runs import read_classes
+from rfield.text import counted
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,10 +10,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from rfield.layers import LearnedFactor
-from rfield.segmentation.config.train import counted
 from rfield.segmentation.files.untrusted import no_pickles, read_json, read_weights
 from rfield.segmentation.models.weights import fit_keys, state_dict_mismatches
 from rfield.segmentation.runs import build_network, load_run
+from rfield.text import counted
 
 
 @dataclasses.dataclass(frozen=True)

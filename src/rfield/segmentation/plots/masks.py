@@ -7,9 +7,9 @@ import numpy.typing as npt
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from rfield.segmentation.config.train import counted
 from rfield.segmentation.conventions import IGNORE_INDEX
 from rfield.segmentation.plots.style import INK, LEGEND, axes_at
+from rfield.text import counted
 
 _VOID_COLOUR = (200, 200, 200)
 

@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from rfield.search.certainty import LEAST_IMAGES
-from rfield.segmentation.config.train import counted
 from rfield.segmentation.data import IGNORE_INDEX, ParsingDataset, evaluation_transform
 from rfield.segmentation.inference.feature_cache import CachedFeatures
 from rfield.segmentation.training.distributed import rank_and_world_size
+from rfield.text import counted
 
 # Share of the training images, and the most of them; more where they would be fewer than a verdict needs, but never
 # more than a third.

@@ -16,11 +16,11 @@ import torch.distributed
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from rfield.segmentation.config.train import counted
 from rfield.segmentation.data import EpochSampler
 from rfield.segmentation.files.checkpoints import write_checkpoint
 from rfield.segmentation.training.fields import present_fields
 from rfield.segmentation.training.module import ParsingModule
+from rfield.text import counted
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
