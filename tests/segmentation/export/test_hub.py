@@ -237,7 +237,7 @@ def test_files_of_other_versions_are_refused_by_name(run: Path, tmp_path: Path) 
     saved = torch.load(checkpoint, weights_only=True)
     assert (config["format"], saved["rfield"]["format"]) == (FORMAT, FORMAT)
     old, new = "0.1, .*: train again, or use rfield 0.1$", "9.9, .*: update it with pip install --upgrade rfield$"
-    for described, message in (({}, old), ({"format": FORMAT + 1, "version": "9.9"}, new)):
+    for described, message in (({}, old), ({"format": FORMAT + 1, "version": "\n9.9\x1b"}, new)):
         (tmp_path / "saved/config.json").write_text(json.dumps({"network": config["network"], **described}))
         with pytest.raises(ValueError, match=rf"config\.json was written by rfield {message}"):
             ParsingNetwork.from_pretrained(tmp_path / "saved")

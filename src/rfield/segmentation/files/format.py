@@ -1,5 +1,6 @@
 """The format of rfield's own files: checkpoints, fused runs, and folders of the Hub."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ def check_format(written: dict[str, Any], path: Path) -> None:
     found = written.get("format")
     if found == FORMAT:
         return
-    version = str(written.get("version", "0.1"))[:20]
+    version = re.sub(r"[^\w.+-]", "", str(written.get("version", "0.1")))[:20]  # A stranger may have written it.
     advice = f"train again, or use rfield {version}"
     if isinstance(found, int) and found > FORMAT:
         advice = "update it with pip install --upgrade rfield"
