@@ -26,7 +26,7 @@ PACKAGES: dict[str, set[str]] = {
     "segmentation.files": {"yaml", "torch", "safetensors"},
     "segmentation.console": {"rich"},
     "segmentation.models": {"torch", "torchvision", "timm", "huggingface_hub"},
-    "segmentation.data": {"torch", "numpy", "PIL", "scipy", "torchvision", "yaml"},
+    "segmentation.data": {"torch", "numpy", "PIL", "scipy", "torchvision", "yaml", "pycocotools", "datasets"},
     "segmentation.metrics": {"torch", "torchmetrics"},
     "segmentation.plots": {"numpy", "matplotlib"},
     "segmentation.runs": {"torch"},

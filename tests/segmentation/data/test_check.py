@@ -135,8 +135,8 @@ def test_results_do_not_depend_on_the_number_of_threads(make_devkit: MakeDevkit)
 def test_what_is_no_data_set_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"nowhere is not a folder; give the one that holds the data"):
         check_data(f"voc:{tmp_path / 'nowhere'}")
-    with pytest.raises(ValueError, match=r"data 'coco:x' is not understood"):
-        check_data("coco:x")
+    with pytest.raises(ValueError, match=r"data 'yolo:x' is not understood"):
+        check_data("yolo:x")
     with pytest.raises(ValueError, match=r"the synthetic data set has no split 'minival'"):
         check_data("synthetic", splits=["minival"])
 

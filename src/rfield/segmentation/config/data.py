@@ -12,8 +12,8 @@ class CheckDataConfig(Options):
     """Finding what would spoil a training, before it."""
 
     data: str
-    """Data set to check, as in train: voc:ROOT, camvid:ROOT, helen:ROOT, cityscapes:ROOT, folder:ROOT, synthetic, or a
-    data config (a .yaml file)."""
+    """Data set to check, as in train: voc:ROOT, camvid:ROOT, helen:ROOT, cityscapes:ROOT, ade20k:ROOT, pets:ROOT,
+    coco:ROOT, folder:ROOT, hf:NAME, synthetic, or a data config (a .yaml file)."""
     splits: Names | None = option(None, parse=Names)
     """Splits to check, such as train,val. Default: train and val, and test if there is one."""
     json: str | None = None

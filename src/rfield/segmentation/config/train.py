@@ -31,8 +31,8 @@ class DataOptions(Options):
     """The images and masks, and how training images are varied."""
 
     data: str
-    """Data set: voc:ROOT, camvid:ROOT, helen:ROOT, cityscapes:ROOT, folder:ROOT, synthetic, or a data config
-    (a .yaml file)."""
+    """Data set: voc:ROOT, camvid:ROOT, helen:ROOT, cityscapes:ROOT, ade20k:ROOT, pets:ROOT, coco:ROOT, folder:ROOT,
+    hf:NAME, synthetic, or a data config (a .yaml file)."""
     train_split: str = "train"
     """Split to train on."""
     val_split: str = "val"

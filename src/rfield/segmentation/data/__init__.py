@@ -1,19 +1,21 @@
 """Data sets: one file for each format, their common base, checks and transforms."""
 
-from collections.abc import Callable
-from pathlib import Path
-
 from rfield.segmentation.conventions import IGNORE_INDEX, IMAGENET_MEAN, IMAGENET_STD
+from rfield.segmentation.data.ade20k import ADE20KDataset
 from rfield.segmentation.data.camvid import CAMVID_CLASSES, CamVidDataset
 from rfield.segmentation.data.check import check_data
 from rfield.segmentation.data.check_sample import Finding
 from rfield.segmentation.data.cityscapes import CITYSCAPES_CLASSES, CityscapesDataset
+from rfield.segmentation.data.coco import CocoDataset
 from rfield.segmentation.data.dataset import ParsingDataset, voc_palette
 from rfield.segmentation.data.faces import Conversion, convert_celebamask, convert_lapa
 from rfield.segmentation.data.folder import FolderDataset
 from rfield.segmentation.data.helen import HELEN_CLASSES, HelenDataset
+from rfield.segmentation.data.hugging_face import HuggingFaceDataset
 from rfield.segmentation.data.mask_options import MaskOptions
 from rfield.segmentation.data.matching import ReorderedDataset, class_difference, match_classes
+from rfield.segmentation.data.opening import open_dataset
+from rfield.segmentation.data.pets import PetsDataset
 from rfield.segmentation.data.resized import ResizedDataset
 from rfield.segmentation.data.skipping import SkippingDataset
 from rfield.segmentation.data.spec import parse_spec
@@ -33,16 +35,20 @@ __all__ = [
     "IGNORE_INDEX",
     "IMAGENET_MEAN",
     "IMAGENET_STD",
+    "ADE20KDataset",
     "AugmentedDataset",
     "CamVidDataset",
     "CityscapesDataset",
+    "CocoDataset",
     "Conversion",
     "EpochSampler",
     "Finding",
     "FolderDataset",
     "HelenDataset",
+    "HuggingFaceDataset",
     "MaskOptions",
     "ParsingDataset",
+    "PetsDataset",
     "ReorderedDataset",
     "ResizedDataset",
     "SkippingDataset",
@@ -68,13 +74,19 @@ def load_dataset(spec: str, split: str = "train") -> ParsingDataset:
     Args:
         spec: `voc:ROOT`, a folder in the layout of a PASCAL VOC devkit; `camvid:ROOT`, in that of the SegNet
             tutorial; `helen:ROOT`, in that of Helen face parsing; `cityscapes:ROOT`, as Cityscapes is downloaded;
-            `folder:ROOT`, with `classes.txt` and `SPLIT/images` and `SPLIT/masks`; or `synthetic`; or the path of a
-            .yaml file with the key `format` and the keys of that format:
+            `ade20k:ROOT`, in that of ADE20K's benchmark; `pets:ROOT`, in that of the Oxford-IIIT Pet data set;
+            `coco:ROOT`, annotations in COCO's format; `folder:ROOT`, with `classes.txt` and `SPLIT/images` and
+            `SPLIT/masks`; `hf:NAME`, a data set of the Hugging Face Hub or a folder of parquet files; or `synthetic`;
+            or the path of a .yaml file with the key `format` and the keys of that format:
 
             - voc: `root` (relative to the YAML file) and optionally `train`, `val`, `test`, the lists of these
               splits, and the keys below
             - camvid, helen, cityscapes, folder: `root` and optionally `size` (see below), `ignore`,
               `reduce_zero_label`, `colours`, `mask_suffix`, `mirrored` (see `MaskOptions`)
+            - ade20k, pets: `root` and optionally `size`, `ignore`, `mask_suffix`, `mirrored`
+            - coco: `root` and optionally `train`, `val`, `test`, the JSON files of these splits, `size`, `mirrored`
+            - hf: `root` and optionally `train`, `val`, `test`, the names of these splits, `image`, `mask`, the columns,
+              `classes`, a list of their names, `size`, and the keys of masks but `mask_suffix`
             - synthetic: optionally `size`, `distance`, `length`, `seed`, see `SyntheticCues`
 
             `size: [height, width]` in px is a working size: every image and mask is resized to it when it is read,
@@ -93,29 +105,4 @@ def load_dataset(spec: str, split: str = "train") -> ParsingDataset:
         >>> len(dataset), dataset.class_names
         (40, ('neither', 'green below', 'red right', 'both'))
     """
-    source = parse_spec(spec)
-    if source.root is None:
-        try:
-            return SyntheticCues(split, **source.options)
-        except ValueError as error:
-            raise ValueError(f"{source.file}: {error}" if source.file else str(error)) from error
-    try:
-        dataset = _FOLDERS[source.format](source.root, source.splits.get(split, split), source.masks)
-    except FileNotFoundError as error:
-        if source.file is None:
-            raise
-        raise FileNotFoundError(f"{source.file}: {error}") from error
-    except ValueError as error:
-        if source.file is None:
-            raise
-        raise ValueError(f"{source.file}: {error}") from error
-    return dataset if source.size is None else ResizedDataset(dataset, source.size)
-
-
-_FOLDERS: dict[str, Callable[[Path, str, MaskOptions], ParsingDataset]] = {
-    "voc": VOCDataset,
-    "camvid": CamVidDataset,
-    "helen": HelenDataset,
-    "cityscapes": CityscapesDataset,
-    "folder": FolderDataset,
-}
+    return open_dataset(parse_spec(spec), split)

@@ -7,7 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
+from rfield.segmentation.data.ade20k import list_ade20k
 from rfield.segmentation.data.camvid import list_camvid
+from rfield.segmentation.data.check_opened import OPENED, check_opened
 from rfield.segmentation.data.check_sample import Finding, Sample, check_sample, ignore_bomb_warnings
 from rfield.segmentation.data.check_split import (
     Palettes,
@@ -22,6 +24,7 @@ from rfield.segmentation.data.helen import HELEN_LISTS, list_helen
 from rfield.segmentation.data.listing import Listing, Refuse
 from rfield.segmentation.data.looks_like import looks_like
 from rfield.segmentation.data.mask_options import MaskOptions
+from rfield.segmentation.data.pets import list_pets
 from rfield.segmentation.data.spec import DataSource, parse_spec
 from rfield.segmentation.data.synthetic import SyntheticCues
 from rfield.segmentation.data.voc import list_voc
@@ -32,6 +35,8 @@ _LISTINGS: dict[str, Callable[[Path, str, MaskOptions, Refuse], Listing]] = {
     "camvid": list_camvid,
     "helen": list_helen,
     "cityscapes": list_cityscapes,
+    "ade20k": list_ade20k,
+    "pets": list_pets,
     "folder": list_folder,
 }
 # Limit the samples whose results wait for their turn, so that memory stays flat.
@@ -80,8 +85,10 @@ def check_data(
         for split in splits or ("train", "val"):
             SyntheticCues(split, **source.options)
         return []
-    if not source.root.is_dir():
+    if source.format != "hf" and not source.root.is_dir():
         raise FileNotFoundError(f"{source.root} is not a folder; give the one that holds the data")
+    if source.format in OPENED:
+        return check_opened(source, splits or ("train", "val"), progress, quick, flip)
     findings: list[Finding] = []
     listings = {split: _list(source, split, findings) for split in splits or _default_splits(source)}
     described = source.format == "folder" and (source.root / "classes.txt").is_file()  # by the errors themselves

@@ -10,6 +10,7 @@ import yaml
 
 from rfield.segmentation.conventions import IGNORE_INDEX
 from rfield.segmentation.data.check_sample import Finding, Sample
+from rfield.segmentation.data.dataset import ParsingDataset
 from rfield.segmentation.data.listing import Listing
 from rfield.segmentation.data.masks import Colour
 from rfield.segmentation.data.sides import unlisted_pairs
@@ -42,7 +43,7 @@ def check_repeated(
     ]
 
 
-def check_class_names(source: DataSource, listing: Listing, split: str, flip: bool) -> list[Finding]:
+def check_class_names(source: DataSource, listing: Listing | ParsingDataset, split: str, flip: bool) -> list[Finding]:
     """Check the names of the classes: a single class, left and right that mirroring confuses."""
     names, texts = listing.class_names, []
     if len(names) == 1:
@@ -66,7 +67,9 @@ def check_class_names(source: DataSource, listing: Listing, split: str, flip: bo
     return [Finding("warning", str(source.root), split, None, text) for text in texts]
 
 
-def check_classes(listing: Listing, split: str, samples: Sequence[Sample], root: Path, quick: bool) -> list[Finding]:
+def check_classes(
+    listing: Listing | ParsingDataset, split: str, samples: Sequence[Sample], root: Path | None, quick: bool
+) -> list[Finding]:
     """Check which classes occur in the masks of a split."""
     shown, names = labelled_classes(samples), listing.class_names
     if (len(names) == 1 and shown) or all(sample.classes is None for sample in samples):

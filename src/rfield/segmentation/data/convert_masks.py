@@ -21,7 +21,7 @@ from rfield.segmentation.data.labelme import BACKGROUND, IGNORED, draw_labelme, 
 from rfield.segmentation.data.listed import ListedDataset
 from rfield.segmentation.data.listing import Listing, make_listing
 from rfield.segmentation.data.mask_options import mask_options
-from rfield.segmentation.data.masks import Colour, MaskCode, plain_labels, wrong_size
+from rfield.segmentation.data.masks import Colour, MaskCode, plain_labels, read_opened
 from rfield.segmentation.data.pairing import Pair, find_pairs
 from rfield.segmentation.files.atomic import write_text
 from rfield.segmentation.files.untrusted import read_yaml
@@ -239,21 +239,11 @@ def _names(pairs: Sequence[Pair], splits: Sequence[str]) -> list[str]:
 
 def _read(pair: Pair, code: MaskCode, colours: Path) -> npt.NDArray[np.uint8]:
     size = image_sizes([pair.image])[0]
+    advice = f"correct the mask, or add the colour to a class or `ignore` in {colours}"
     with open_named(pair.labels) as file:
-        wrong = code.wrong_kind(file)
-        problem = "; ".join(wrong) if wrong else wrong_size(file, pair.labels, size, pair.image)
-        if problem is not None:
-            raise ValueError(f"{pair.labels} {problem}")
-        load_named(file, pair.labels)
+        classes = read_opened(file, pair.labels, size, code, advice, pair.image)
         _refuse_merged(file, pair.labels)
-        values = code.values(file, pair.labels)
-    classes = code.classes(values)
-    unknown = code.unknown(values, classes)
-    if unknown is not None:
-        raise ValueError(
-            f"{pair.labels} {unknown}; correct the mask, or add the colour to a class or `ignore` in {colours}"
-        )
-    return classes.astype(np.uint8)
+    return classes
 
 
 def _count_colours(path: Path) -> Counter[Colour]:

@@ -3,7 +3,7 @@
 import struct
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -33,7 +33,7 @@ def image_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if is_image_name(path.name))
 
 
-def open_image(path: Path) -> PIL.Image.Image:
+def open_image(path: Path | BinaryIO) -> PIL.Image.Image:
     """Open an image or mask without reading its pixels.
 
     Pillow detects the format from the contents. Only plain formats are allowed, because others start programs, as EPS
@@ -42,10 +42,10 @@ def open_image(path: Path) -> PIL.Image.Image:
     return PIL.Image.open(path, formats=_FORMATS)
 
 
-def open_named(path: Path) -> PIL.Image.Image:
-    """Open an image or mask. Raise an OSError that names the file if it cannot be opened."""
+def open_named(path: Path, data: BinaryIO | None = None) -> PIL.Image.Image:
+    """Open an image or mask, or `data` in its place. Raise an OSError that names the file if it cannot be opened."""
     try:
-        return open_image(path)
+        return open_image(path if data is None else data)
     except Exception as error:  # Pillow raises many kinds for damaged files
         raise OSError(f"{path} cannot be opened as an image ({error}); replace the file") from error
 
@@ -60,8 +60,8 @@ def load_named(image: PIL.Image.Image, path: Path) -> None:
         raise OSError(f"{path} is a damaged image ({error}); replace the file") from error
 
 
-def read_image(path: Path) -> Image:
-    """Read an image as RGB, rotated by its EXIF orientation.
+def read_image(path: Path, data: BinaryIO | None = None) -> Image:
+    """Read an image, or `data` in its place, as RGB, rotated by its EXIF orientation.
 
     Grey, palette, CMYK and 1-bit images become RGB; an alpha channel is dropped. Of 16 bits (12 in some TIFF files) the
     upper 8 are used, also for grey images.
@@ -73,7 +73,7 @@ def read_image(path: Path) -> Image:
         OSError: if the file is not an image or a damaged one.
         ValueError: if the format does not define the range of its values (32-bit integers, floats), or it is not RGB.
     """
-    with open_named(path) as file:
+    with open_named(path, data) as file:
         problem = depth_problem(file)
         if problem is not None:
             raise ValueError(f"{path} {problem}")

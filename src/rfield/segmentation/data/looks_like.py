@@ -50,5 +50,11 @@ _LAYOUTS: dict[str, Callable[[Path], bool]] = {
     "cityscapes": lambda root: (root / "leftImg8bit").is_dir(),
     "helen": lambda root: (root / "exemplars.txt").is_file(),
     "camvid": _is_camvid,
+    "ade20k": lambda root: (root / "annotations/training").is_dir(),
+    "pets": lambda root: (root / "annotations/trimaps").is_dir(),
     "folder": _is_folder,
+    "coco": lambda root: (
+        any((root / split / "_annotations.coco.json").is_file() for split in ("train", "valid"))
+        or any((root / "annotations").glob("*.json"))
+    ),
 }

@@ -119,34 +119,48 @@ def read_mask(paths: tuple[Path, ...], size: tuple[int, int], code: MaskCode, ad
         OSError: if a file is not an image or is damaged.
         ValueError: if its kind or size is wrong, or it holds a value that no class has. All name the file.
     """
-    values = [_read_values(path, size, code, image) for path in paths]
-    if code.maps:
-        return code.labels[np.stack(values).argmax(0)].astype(np.uint8)
-    classes = code.classes(values[0])
-    unknown = code.unknown(values[0], classes)
+    if not code.maps:
+        with open_named(paths[0]) as file:
+            return read_opened(file, paths[0], size, code, advice, image)
+    values = []
+    for path in paths:
+        with open_named(path) as file:
+            values.append(_read_values(file, path, size, code, image))
+    return code.labels[np.stack(values).argmax(0)].astype(np.uint8)
+
+
+def read_opened(
+    mask: PIL.Image.Image, path: Path, size: tuple[int, int], code: MaskCode, advice: str, image: Path | None = None
+) -> npt.NDArray[np.uint8]:
+    """Read the labels of an opened mask that is no map, as `read_mask`; `image` is None if it is no file."""
+    values = _read_values(mask, path, size, code, image)
+    classes = code.classes(values)
+    unknown = code.unknown(values, classes)
     if unknown is not None:
-        raise ValueError(f"{paths[0]} {unknown}; {advice}")
+        raise ValueError(f"{path} {unknown}; {advice}")
     return classes.astype(np.uint8)
 
 
-def _read_values(path: Path, size: tuple[int, int], code: MaskCode, image: Path) -> npt.NDArray[Any]:
-    with open_named(path) as file:
-        wrong = code.wrong_kind(file)
-        if wrong is not None:
-            raise ValueError(f"{path} {'; '.join(wrong)}")
-        other = wrong_size(file, path, size, image)
-        if other is not None:
-            raise ValueError(f"{path} {other}")
-        load_named(file, path)
-        return code.values(file, path)
+def _read_values(
+    mask: PIL.Image.Image, path: Path, size: tuple[int, int], code: MaskCode, image: Path | None
+) -> npt.NDArray[Any]:
+    wrong = code.wrong_kind(mask)
+    if wrong is not None:
+        raise ValueError(f"{path} {'; '.join(wrong)}")
+    other = wrong_size(mask, path, size, image)
+    if other is not None:
+        raise ValueError(f"{path} {other}")
+    load_named(mask, path)
+    return code.values(mask, path)
 
 
-def wrong_size(mask: PIL.Image.Image, path: Path, size: tuple[int, int], image: Path) -> str | None:
+def wrong_size(mask: PIL.Image.Image, path: Path, size: tuple[int, int], image: Path | None) -> str | None:
     """Return how an opened mask's size differs from its image's (height, width) and what to do, or None."""
     own = upright_size(mask, path)
     if own == size:
         return None
-    fix = orientation_problem(image, own, size) or "; both must have the same size"
+    turned = None if image is None else orientation_problem(image, own, size)
+    fix = turned or "; both must have the same size"
     return f"is {own[0]}x{own[1]} px (height x width) but its image is {size[0]}x{size[1]}{fix}"
 
 

@@ -15,7 +15,7 @@ _IMAGE_WORDS = r"images?|imgs?|photos?|pictures?|rgb|jpegimages|inputs?"
 _GAP = r"(?:^|$|[-_. /])"
 _MASK = re.compile(rf"{_GAP}(?:{_MASK_WORDS})(?={_GAP})", re.IGNORECASE)
 _ROLE = re.compile(rf"{_GAP}(?:{_MASK_WORDS}|{_IMAGE_WORDS})(?={_GAP})", re.IGNORECASE)
-_SPLITS = {
+SPLIT_NAMES = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("val", "valid", "validation"), "val"),
     **dict.fromkeys(("test", "testing"), "test"),
@@ -94,11 +94,11 @@ def images_below(root: Path) -> dict[Path, list[Path]]:
 def split_of(path: Path) -> str | None:
     """Return the split that the folders of a relative path name.
 
-    >>> split_of(Path("valid/images/a.jpg")), split_of(Path("train_images/a.jpg")), split_of(Path("photos/test.jpg"))
+    >>> split_of(Path("valid/images/a.jpg")), split_of(Path("train2017/a.jpg")), split_of(Path("photos/test.jpg"))
     ('val', 'train', None)
     """
-    words = (word for part in path.parts[:-1] for word in re.split(r"[-_. ]", part.lower()))
-    return next((_SPLITS[word] for word in words if word in _SPLITS), None)
+    words = (word for part in path.parts[:-1] for word in re.split(r"[^a-z]", part.lower()))
+    return next((SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES), None)
 
 
 def _matches(root: Path, folders: dict[Path, list[Path]]) -> Iterator[tuple[Path, Path, dict[Path, Path]]]:

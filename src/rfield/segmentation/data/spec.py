@@ -15,7 +15,14 @@ _KEYS: dict[str, tuple[str, ...]] = {
     "camvid": ("root", "size", *MASK_KEYS),
     "helen": ("root", "size", *MASK_KEYS),
     "cityscapes": ("root", "size", *MASK_KEYS),
+    "ade20k": ("root", "size", "ignore", "mask_suffix", "mirrored"),
+    "pets": ("root", "size", "ignore", "mask_suffix", "mirrored"),
+    "coco": ("root", "train", "val", "test", "size", "mirrored"),
     "folder": ("root", "size", *MASK_KEYS),
+    "hf": (
+        *("root", "train", "val", "test", "image", "mask", "classes", "size"),
+        *(key for key in MASK_KEYS if key != "mask_suffix"),
+    ),
     "synthetic": ("size", "distance", "length", "seed"),
 }
 _LAYOUTS = [name for name in _KEYS if name != "synthetic"]
@@ -27,10 +34,10 @@ class DataSource:
 
     Attributes:
         format: the name of its layout, or "synthetic".
-        root: its folder; None for synthetic.
+        root: its folder, for hf possibly a name on the Hub; None for synthetic.
         size: the working size, (height, width) in px, if there is one.
         splits: the names of the lists that are read for the splits.
-        options: those of `SyntheticCues`.
+        options: those of `SyntheticCues` or `HuggingFaceDataset`.
         masks: the mask options.
         file: the data config, if there is one.
     """
@@ -102,13 +109,20 @@ def _folder_source(path: Path, data_format: str, config: dict[str, Any]) -> Data
         raise ValueError(f"{path}: the key root is missing, the folder that holds the data")
     size = config.pop("size", None)
     of_masks = {key: config.pop(key) for key in MASK_KEYS if key in config}
+    classes = config.pop("classes", []) if data_format == "hf" else []
+    if not isinstance(classes, list) or not all(isinstance(name, str) and name.strip() for name in classes):
+        raise ValueError(f"{path}: classes must be a list of names, such as [road, car], got {classes!r}")
     for key, value in config.items():
         if not isinstance(value, str):
             raise ValueError(f"{path}: {key} must be text, got {value!r}; put it in quotation marks")
     try:
         size = None if size is None else working_size(size)
-        root = path.parent / _folder(config.pop("root"))
+        root = path.parent / _folder(given := config.pop("root"))
         masks = mask_options(of_masks)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    return DataSource(data_format, root, size, splits=config, masks=masks, file=path)
+    options: dict[str, Any] = {}
+    if data_format == "hf":
+        options = {key: config.pop(key) for key in ("image", "mask") if key in config} | {"classes": tuple(classes)}
+        root = root if root.is_dir() else Path(given)
+    return DataSource(data_format, root, size, splits=config, options=options, masks=masks, file=path)
