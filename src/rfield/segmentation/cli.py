@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rfield.segmentation.config.data import CheckDataConfig, ConvertConfig
+from rfield.segmentation.config.data import CheckDataConfig, ConvertConfig, DownloadConfig
 from rfield.segmentation.config.experiments import DemoConfig, ReproduceConfig, SweepConfig, TuneConfig
 from rfield.segmentation.config.export import EvaluateConfig, ExportConfig, FuseConfig, PredictConfig, PushConfig
 from rfield.segmentation.config.inspect import InspectConfig
@@ -185,6 +185,17 @@ def push(config: PushConfig) -> None:
     print(f"the network is at {push_run(config.run, config.repo_id, config.checkpoint, config.private)}")
 
 
+def download(config: DownloadConfig) -> None:
+    """Download a public data set, with a data config beside it; the licence is said first."""
+    from rfield.segmentation.data.download import download as run
+    from rfield.segmentation.data.download import licence_of
+
+    print(licence_of(config.name), flush=True)
+    with show_progress("downloading (MB)") as progress:
+        made = run(config.name, Path(config.root), progress)
+    print(f"the data config is {made}\nnow run: rfield check-data {made}")
+
+
 def convert(config: ConvertConfig) -> None:
     """Convert images with colour masks or LabelMe files to the layout folder, or CelebAMask-HQ and LaPa to Helen's."""
     if config.format == "masks":
@@ -276,6 +287,7 @@ COMMANDS: dict[str, tuple[Any, Any]] = {
     "fuse": (FuseConfig, fuse),
     "export": (ExportConfig, export),
     "push": (PushConfig, push),
+    "download": (DownloadConfig, download),
     "convert": (ConvertConfig, convert),
     "inspect": (InspectConfig, inspect),
     "check-data": (CheckDataConfig, check_data),

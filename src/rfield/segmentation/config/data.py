@@ -49,3 +49,13 @@ class ConvertConfig(Options):
             raise ValueError(
                 f"colours, val and seed are options of masks; {self.format} has classes and splits of its own"
             )
+
+
+@dataclasses.dataclass
+class DownloadConfig(Options):
+    """Downloading a public data set."""
+
+    name: Literal["voc2012", "oxford-pets", "camvid", "ade20k", "cityscapes", "helen", "celebamask-hq", "lapa"]
+    """Name of the data set. The last four must be downloaded by hand; the command says where and how."""
+    root: str
+    """Folder to download to: the data get the folder ROOT/NAME and the data config ROOT/NAME.yaml."""
