@@ -88,6 +88,18 @@ class TestSnap:
         assert layer.float().log_factor.data_ptr() == place
 
     @BOTH
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+    def test_has_float32_whatever_the_default_is(self, make: type, dtype: torch.dtype) -> None:
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            layer = make(5, factor=1.3)
+        finally:
+            torch.set_default_dtype(before)
+        assert layer.log_factor.dtype is torch.float32
+        assert layer.factor.item() == pytest.approx(1.3, rel=1e-6)
+
+    @BOTH
     def test_a_new_factor_takes_it_back(self, make: type) -> None:
         layer, fresh = make(5), make(5, factor=1.7)
         layer.snap()

@@ -101,3 +101,12 @@ def test_outputs_and_gradients_have_the_layout_of_the_map(memory_format: torch.m
         assert grad.is_contiguous(memory_format=memory_format)
     by_matrices = separable_product(torch.randn(7, 5), input, torch.randn(9, 6))
     assert by_matrices.is_contiguous(memory_format=memory_format)
+
+
+@pytest.mark.parametrize("bad", [(1.0, 0.0), (-2.0, 1.0), (1.0, float("nan")), (float("inf"), 1.0)])
+def test_one_bad_number_of_two_is_an_error(bad: tuple[float, float]) -> None:
+    input, weight = torch.zeros(1, 1, 3, 3), torch.zeros(1, 1, 1, 1)
+    with pytest.raises(ValueError, match="must be positive and finite"):
+        resize_bilinear(input, torch.tensor(bad), (3, 3))
+    with pytest.raises(ValueError, match="must be positive and finite"):
+        fractional_conv2d(input, weight, None, torch.tensor(bad))

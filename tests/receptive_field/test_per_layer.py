@@ -235,6 +235,10 @@ def test_warnings_of_layers_that_differ_along_the_axes() -> None:
     assert field_warnings([near, far, output], (100, 150)) == [
         "convs: rates 2/9 at output stride 8 see 1.3 x the image (200 of 150 px)"
     ]
+    thin = dataclasses.replace(far, kernel=(1, 3))
+    assert field_warnings([near, thin, output], (100, 8))[0] == (
+        "convs: rates 2/9 at output stride 8 see 25.0 x the image (200 of 8 px)"
+    )
     # Where one axis has been pooled to a pixel, the other one has padding alone.
     padded = dataclasses.replace(far, pads=True, tap_spacing=(math.inf, 72.0))
     assert field_warnings([padded, output], (400, 400)) == []

@@ -256,6 +256,7 @@ class TestRegulate:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             regulate(nn.Sequential(nn.Conv2d(3, 3, (1, 3))), "0")
+            regulate(network(), "head")
 
     def test_a_part_under_two_names(self) -> None:
         model = network()
