@@ -238,6 +238,7 @@ class TestRegulate:
         [
             ("layer3.2", r"has no part 'layer3.2'; is it 'layer3"),
             ("conv1", r"has no part 'conv1'; is it .*'layer3.1.conv1'"),
+            ("decoder", r"has no part 'decoder'; is it 'stem' or 'layer3' or 'layer3.0'\?$"),
             ("", "has no part ''; is it 'stem' or"),
             ("head.convs", "'head.convs' is a ModuleList, which cannot be called"),
             ("layer3.0.module.conv1", "is inside a regulator already"),

@@ -143,6 +143,13 @@ class TestResize:
             # Neighbouring bfloat16 numbers near 1 differ by 2^-8 = 0.004; a sum and an interpolation each round once.
             torch.testing.assert_close(rfield.fuse(model)(image), model(image), rtol=0, atol=0.01)
 
+    def test_places_on_long_maps_of_low_precision(self) -> None:
+        """Above 256 bfloat16 has no odd numbers."""
+        regulator = ReceptiveFieldRegulator(nn.Conv2d(1, 1, 1).bfloat16(), 1.3)
+        plain = fixed_resize(copy.deepcopy(regulator.module), tuple(regulator.factor.tolist() * 2))
+        map_ = torch.randn(1, 1, 2, 400, generator=torch.Generator().manual_seed(0)).bfloat16()
+        torch.testing.assert_close(plain(map_), regulator(map_), rtol=0, atol=0.05)
+
     def test_sizes_are_those_of_the_operator(self) -> None:
         for factor in [*(torch.rand(60).exp() * 2 - 1.9).tolist(), 0.5, 1.0, 2.0, 1 / 3, 5 / 7]:
             for size in (1, 2, 9, 41, 321):
