@@ -113,7 +113,7 @@ class TestHeldOut:
             draw_held_out(2, "synthetic", seed=0)
 
     def test_images_without_a_label_are_not_read(self, make: Make) -> None:
-        samples = WholeImages(load_dataset(make().data, "train"), None)
+        samples = WholeImages(load_dataset(make().data.data, "train"), None)
 
         class Void(WholeImages):
             void: Sequence[int] = (1, 4)
