@@ -1,0 +1,144 @@
+"""Learned sets of dilations beside fixed ones: trains what is missing, and prints a table.
+
+python studies/sets/sets.py runs/sets --data ../shared/data --settings nuclei,coffee --seeds 0,1,2 [--jobs 2]
+python studies/sets/sets.py runs/sets --report [--into studies/sets/sets.json]
+"""
+
+import argparse
+import json
+import math
+import os
+import random
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+# Data set: (its spec below --data, backbone, epochs, half the feature map and 4, score).
+SETTINGS = {
+    "nuclei": ("folder:nuclei", "efficientnet_lite0", 10, 20, "miou"),
+    "coffee": ("folder:coffee", "efficientnet_lite0", 10, 36, "miou"),
+    "road": ("folder:road", "efficientnet_lite0", 10, 36, "miou"),
+    "camvid": ("camvid:camvid", "efficientnet_lite0", 10, 34, "miou"),
+    "msrc21": ("voc:msrc21_voc", "largefov_vgg16", 10, 24, "miou"),
+    "faces": ("helen:fasseg_helen", "largefov_vgg16", 20, 20, "f1_overall"),
+}
+VGG = "weights/vgg16_features_imagenet_fp16.pth"
+# Written down before the first run; the random sets are drawn for each data set.
+FIXED = {"6,12,18,24": "ASPP 6, 12, 18, 24", "1,2,4,8": "1, 2, 4, 8", "2,4,8,16": "2, 4, 8, 16"}
+
+
+def random_sets(setting: str, count: int = 5) -> list[str]:
+    """Return sets of four different dilations, log-uniform in the range that a search starts from."""
+    draw = random.Random(setting)
+    found = []
+    while len(found) < count:
+        rates = {round(math.exp(draw.uniform(0, math.log(SETTINGS[setting][3])))) for _ in range(4)}
+        if len(rates) == 4:
+            found.append(",".join(map(str, sorted(rates))))
+    return found
+
+
+def methods(setting: str) -> dict[str, list[str]]:
+    """Return the flags of each method."""
+    fixed = [*FIXED, *random_sets(setting)]
+    return {
+        **{f"fixed-{rates}": ["--aspp", rates, "--path-norm", "true", "--search", "none"] for rates in fixed},
+        "learned": ["--paths", "4"],
+        "learned-auto": ["--paths", "auto"],
+        "one-path": ["--paths", "1", "--path-norm", "true"],
+    }
+
+
+def command(setting: str, method: str, seed: int, data: Path, channels: int, out: Path) -> list[str]:
+    spec, model, epochs, _, _ = SETTINGS[setting]
+    kind, name = spec.split(":")
+    weights = ["--weights", str(data.parent / VGG)] if model == "largefov_vgg16" else []
+    return [
+        *(sys.executable, "-m", "rfield", "train", "--data", f"{kind}:{data / name}", "--model", model, *weights),
+        *("--freeze-backbone", "--head-channels", str(channels), "--epochs", str(epochs), "--seed", str(seed)),
+        *("--out", str(out), "--resume", *methods(setting)[method]),
+    ]
+
+
+def run(job: tuple[list[str], Path]) -> str:
+    words, out = job
+    if (out / "metrics.json").is_file():
+        return f"{out.name}: done before"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with out.with_suffix(".log").open("w") as log:
+        status = subprocess.run(
+            words, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        ).returncode
+    return f"{out.name}: status {status}"
+
+
+def read(root: Path) -> list[dict]:
+    rows = []
+    for path in sorted(root.glob("*/*/metrics.json")):
+        setting, (method, _, seed) = path.parts[-3], path.parent.name.rpartition("-seed")
+        if setting in SETTINGS:
+            metrics = json.loads(path.read_text())
+            fields = metrics.get("paths") or [metrics]
+            rates = sorted(field["effective_dilation"] for field in fields)
+            score, seconds = 100 * metrics[SETTINGS[setting][4]], metrics["train_seconds"]
+            rows.append(
+                {
+                    **{"setting": setting, "method": method, "seed": int(seed)},
+                    **{"score": score, "rates": rates, "seconds": seconds},
+                }
+            )
+    return rows
+
+
+def table(rows: list[dict]) -> str:
+    lines = []
+    for setting in SETTINGS:
+        own = [row for row in rows if row["setting"] == setting]
+        if not own:
+            continue
+        lines += [f"### {setting}", "", "| set | score | seeds | dilations |", "|---|---|---|---|"]
+        found: dict[str, list[dict]] = {}
+        for row in own:
+            found.setdefault(row["method"], []).append(row)
+        for method, each in sorted(found.items(), key=lambda item: -statistics.mean(row["score"] for row in item[1])):
+            scores = [row["score"] for row in each]
+            error = f" ± {statistics.stdev(scores) / len(scores) ** 0.5:.1f}" if len(scores) > 1 else ""
+            learned = not method.startswith("fixed")
+            rates = "; ".join(", ".join(f"{rate:g}" for rate in row["rates"]) for row in each) if learned else ""
+            lines.append(f"| {method} | {statistics.mean(scores):.1f}{error} | {len(each)} | {rates} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("root", type=Path, help="folder of the runs")
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of the data sets")
+    parser.add_argument("--settings", default=",".join(SETTINGS))
+    parser.add_argument("--methods", help="only these, with slashes between them; fixed sets as in the table")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--channels", type=int, default=128)
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--report", action="store_true", help="train nothing")
+    parser.add_argument("--into", type=Path, help="JSON file for the results")
+    options = parser.parse_args()
+    if not options.report:
+        jobs = []
+        for seed in map(int, options.seeds.split(",")):
+            for setting in options.settings.split(","):
+                for method in options.methods.split("/") if options.methods else methods(setting):
+                    out = options.root / setting / f"{method}-seed{seed}"
+                    jobs.append((command(setting, method, seed, options.data, options.channels, out), out))
+        with ThreadPoolExecutor(options.jobs) as pool:
+            for number, line in enumerate(pool.map(run, jobs), 1):
+                print(f"{number}/{len(jobs)} {line}", flush=True)
+    rows = read(options.root)
+    print(table(rows))
+    if options.into:
+        options.into.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
+
+
+if __name__ == "__main__":
+    main()
