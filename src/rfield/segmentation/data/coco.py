@@ -194,7 +194,7 @@ def _segments(annotations: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 
 class _Files:
-    """Finds files of images below a root by the names in annotations."""
+    """Find files of images below a root by the names in annotations."""
 
     def __init__(self, root: Path, split: str) -> None:
         self.root, self.split = root, split

@@ -14,7 +14,7 @@ from pathlib import Path
 _CHUNK = 2**20
 _TRIES = 3
 _TIMEOUT = 60  # seconds without a byte
-_GROWTH = 20  # how many times an archive of images may grow
+_GROWTH = 20  # maximum ratio of an archive's contents to its size
 _SMALL = 2**30  # bytes that are never too many
 _MB = 10**6
 
@@ -33,7 +33,7 @@ class RemoteFile:
 
     @property
     def name(self) -> str:
-        """The last part of the address."""
+        """Return the last part of the address."""
         return self.url.rpartition("/")[2]
 
 
