@@ -310,6 +310,7 @@ def test_a_torn_last_checkpoint_and_the_one_before(
         ),
         ("factor.csv", "factor.csv cannot be written: No space left on device; the checkpoints are untouched: make"),
     ],
+    ids=["checkpoint", "log"],
 )
 def test_a_full_disk_is_one_line_and_costs_no_checkpoint(
     make: Make, name: str, words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
