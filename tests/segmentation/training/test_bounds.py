@@ -7,12 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from rfield.layers import AdaptiveConv2d, Inflation2d, ReceptiveFieldRegulator
+from rfield.layers import Inflation2d, ReceptiveFieldRegulator
 from rfield.search import GradientSearch
 from rfield.segmentation.config.train import TrainConfig
 from rfield.segmentation.runs import load_run
 from rfield.segmentation.training import train
-from rfield.segmentation.training.callbacks import bounds_reached
 
 pytestmark = pytest.mark.slow
 
@@ -69,16 +68,6 @@ def test_a_factor_that_comes_and_goes_is_not_told(tiny: dict[str, Any], monkeypa
         train(TrainConfig(**tiny | {"epochs": 12}, factor_lr=0.05))
         push(monkeypatch, 1.0)  # Ten steps of the search at the bound, and then it is over.
         train(TrainConfig(**tiny | {"epochs": 12, "search_share": 0.5, "out": f"{tiny['out']}-2"}, factor_lr=0.3))
-
-
-@pytest.mark.parametrize(("factor", "tight", "loose"), [(1.0, None, None), (6.0, False, False), (0.25, True, None)])
-def test_the_bounds_of_a_map(factor: float, tight: bool | None, loose: bool | None) -> None:
-    layer = AdaptiveConv2d(1, 1, 3, dilation=6)
-    assert bounds_reached(layer, tighter=True) == {}
-    layer(torch.rand(1, 1, 24, 48))
-    layer.set_factor(factor)
-    assert bounds_reached(layer, tighter=True) == {0: tight}
-    assert bounds_reached(layer, tighter=False) == {0: loose}
 
 
 def test_the_memory_of_the_inflated_map_is_bounded(tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

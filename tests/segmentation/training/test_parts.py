@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
+from rfield.layers import AdaptiveConv2d
 from rfield.search import GradientSearch, SampledSearch, SpsaSearch, learned_layers
 from rfield.segmentation.config.train import TrainConfig
 from rfield.segmentation.runs import build_network
@@ -22,6 +23,7 @@ from rfield.segmentation.training.callbacks import (
     PathLog,
     PinnedFactor,
     SearchStep,
+    bounds_reached,
     read_paths_csv,
 )
 from rfield.segmentation.training.fit import _canvas
@@ -71,6 +73,7 @@ def test_a_trainer_is_as_its_config_says(make: Make, values: dict[str, Any], tmp
     best, last = saved["best"], saved["last"]
     assert (best.monitor, best.mode, best._save_on_train_epoch_end) == ("miou", "max", False)
     assert (last.monitor, last._save_on_train_epoch_end) == (None, True)
+    assert not any(each._enable_version_counter for each in saved.values())
 
 
 def test_advice_is_kept_from_those_who_run_a_training_and_no_other_warning() -> None:
@@ -226,6 +229,16 @@ def test_features_are_cached_in_eval_mode(monkeypatch: pytest.MonkeyPatch, tmp_p
         options: Any = SimpleNamespace(cache=cache, seed=7)
         found: Any = fit_module._cache_features(network, data, options, True, progress)  # type: ignore[arg-type]
         assert found == (False, data, folder, True, 7, progress)
+
+
+@pytest.mark.parametrize(("factor", "tight", "loose"), [(1.0, None, None), (6.0, False, False), (0.25, True, None)])
+def test_the_bounds_of_a_map(factor: float, tight: bool | None, loose: bool | None) -> None:
+    layer = AdaptiveConv2d(1, 1, 3, dilation=6)
+    assert bounds_reached(layer, tighter=True) == {}
+    layer(torch.rand(1, 1, 24, 48))
+    layer.set_factor(factor)
+    assert bounds_reached(layer, tighter=True) == {0: tight}
+    assert bounds_reached(layer, tighter=False) == {0: loose}
 
 
 def test_where_a_checkpoint_goes_on() -> None:

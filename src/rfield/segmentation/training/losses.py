@@ -147,7 +147,7 @@ def median_frequency_weights(masks: Iterable[Tensor], num_classes: int) -> tuple
     known = pixels > 0
     if not known.any():
         raise ValueError("no pixel of the training masks has a label, so that classes cannot be balanced")
-    frequency = pixels / shown.clamp(min=1)
+    frequency = pixels / shown
     # The mean of the two in the middle, unlike Tensor.median.
     weights = torch.where(known, frequency[known].quantile(0.5) / frequency, 1.0)
     return tuple(weights.tolist())
