@@ -58,7 +58,7 @@ def test_other_losses_train(tiny: dict[str, Any], values: dict[str, Any]) -> Non
     losses = read_factor_csv(Path(tiny["out"]) / "factor.csv")["loss"]
     assert all(0 < loss < 5 for loss in losses)
     written = load_config(Path(tiny["out"]) / "config.yaml")
-    assert written.class_weights == values.get("class_weights")
+    assert written.optim.class_weights == values.get("class_weights")
 
 
 @pytest.mark.parametrize(
@@ -148,7 +148,7 @@ def test_the_issue_s_command_on_camvid(
         "train --data camvid:../shared/data/camvid --model efficientnet_lite0 --output-stride 16 --dilation 6 "
         "--search sampled --epochs 10 --seed 0 --out runs/camvid"
     )
-    assert parse(words)[1].weights is None
+    assert parse(words)[1].model.weights is None
     root = tmp_path / "camvid"
     for split in ("train", "val"):
         lines = (shared / f"data/camvid/{split}.txt").read_text().splitlines()[:4]
