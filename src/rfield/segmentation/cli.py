@@ -229,7 +229,7 @@ def check_data(config: CheckDataConfig) -> None:
 
 
 def demo(config: DemoConfig) -> None:
-    """Learn a receptive field on synthetic images whose best one is known."""
+    """Learn a receptive field from a bad start, on the images that the package ships: before and after."""
     from rfield.segmentation.experiments import run_demo
 
     print(run_demo(config))

@@ -13,7 +13,7 @@ class CheckDataConfig(Options):
 
     data: str
     """Data set to check, as in train: voc:ROOT, camvid:ROOT, helen:ROOT, cityscapes:ROOT, ade20k:ROOT, pets:ROOT,
-    coco:ROOT, folder:ROOT, hf:NAME, synthetic, or a data config (a .yaml file)."""
+    coco:ROOT, folder:ROOT, hf:NAME, scenes, synthetic, or a data config (a .yaml file)."""
     splits: Names | None = option(None, parse=Names)
     """Splits to check, such as train,val. Default: train and val, and test if there is one."""
     json: str | None = None

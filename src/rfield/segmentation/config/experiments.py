@@ -98,13 +98,13 @@ class ReproduceConfig(SweepConfig):
 
 @dataclasses.dataclass
 class DemoConfig(Options):
-    """Learning a receptive field whose best value is known."""
+    """Learning a receptive field from a bad start, on the images that the package ships."""
 
     out: str = "runs/demo"
     """The run folder; an earlier demo in it is replaced."""
-    dilation: int = option(8, check=positive)
-    """Dilation to start from; the best one is 12."""
-    epochs: int = option(15, check=positive)
+    dilation: int = option(1, check=positive)
+    """Dilation to start from, and that of the network before."""
+    epochs: int = option(40, check=positive)
     """Passes over the training images."""
     seed: int = option(0, check=not_negative)
     """Seed of all randomness."""

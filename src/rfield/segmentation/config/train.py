@@ -32,7 +32,7 @@ class DataOptions(Options):
 
     data: str
     """Data set: voc:ROOT, camvid:ROOT, helen:ROOT, cityscapes:ROOT, ade20k:ROOT, pets:ROOT, coco:ROOT, folder:ROOT,
-    hf:NAME, synthetic, or a data config (a .yaml file)."""
+    hf:NAME, scenes, synthetic, or a data config (a .yaml file)."""
     train_split: str = "train"
     """Split to train on."""
     val_split: str = "val"

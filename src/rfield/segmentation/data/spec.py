@@ -26,6 +26,8 @@ _KEYS: dict[str, tuple[str, ...]] = {
     "synthetic": ("size", "distance", "length", "seed"),
 }
 _LAYOUTS = [name for name in _KEYS if name != "synthetic"]
+SCENES = Path(__file__).parent / "scenes"
+"""The data set that the package ships; see its licence there."""
 
 
 @dataclass(frozen=True)
@@ -68,11 +70,13 @@ def parse_spec(spec: str) -> DataSource:
         return DataSource(name, _folder(root))
     if spec == "synthetic":
         return DataSource(spec)
+    if spec == "scenes":
+        return DataSource("folder", SCENES)
     if spec and _folder(spec).is_dir():
         raise ValueError(f"data {spec!r} names a folder without its format; {looks_like(_folder(spec))}")
     raise ValueError(
         f"data {spec!r} is not understood; write {', '.join(f'{layout}:ROOT' for layout in _LAYOUTS)}, "
-        f"synthetic, or the path of a .yaml file with a format of {', '.join(_KEYS)}"
+        f"scenes, synthetic, or the path of a .yaml file with a format of {', '.join(_KEYS)}"
     )
 
 
