@@ -20,6 +20,7 @@ from rfield.segmentation.cli import main
 from rfield.segmentation.config.experiments import SweepConfig
 from rfield.segmentation.config.train import TrainConfig
 from rfield.segmentation.experiments import run_sweep, trials
+from rfield.segmentation.experiments import study as shared_study
 from rfield.segmentation.experiments.study import Point
 from rfield.segmentation.training import Interrupted, read_factor_csv, train
 
@@ -269,8 +270,9 @@ def test_a_silent_worker_s_trial_is_taken_up(
     study = optuna.load_study(study_name="sweep", storage=RDBStorage(url))
     assert names_in(study, TrialState.RUNNING) == ["d05-seed0"]
 
-    monkeypatch.setattr(trials, "_HEARTBEAT", 1)
-    monkeypatch.setattr(trials, "_SILENCE", 2)
+    for module in (shared_study, trials):
+        monkeypatch.setattr(module, "HEARTBEAT", 1)
+    monkeypatch.setattr(shared_study, "_SILENCE", 2)
     run_sweep(two)
     assert trained == ["d05-seed0"]
     assert names_in(study, TrialState.COMPLETE) == ["d02-seed0", "d05-seed0"]

@@ -42,6 +42,7 @@ def fit_keys(
     Returns:
         The weights under the prefix that fits most of the wanted names, without the prefix; and the other names.
 
+    >>> import torch
     >>> fit_keys({"module.conv.bias": torch.zeros(1), "n_averaged": torch.zeros(1)}, ["conv.bias"])
     ({'conv.bias': tensor([0.])}, ['n_averaged'])
     """
