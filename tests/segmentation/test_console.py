@@ -72,7 +72,7 @@ def test_the_system_s_errors_name_the_file(tmp_path: Path, capsys: pytest.Captur
     path.touch()
     with pytest.raises(SystemExit):
         main(["demo", "--out", str(path / "run")])
-    assert capsys.readouterr().err == f"rfield demo: {path / 'run'}: not a directory\n"
+    assert capsys.readouterr().err == f"rfield demo: {path / 'run' / 'before'}: not a directory\n"
 
 
 def test_a_path_that_the_locale_cannot_read_has_a_remedy(
