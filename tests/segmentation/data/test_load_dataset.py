@@ -37,7 +37,7 @@ def test_a_config_of_synthetic_cues(tmp_path: Path) -> None:
 def test_unknown_specs(spec: str) -> None:
     with pytest.raises(
         ValueError,
-        match=r"write voc:ROOT, .*cityscapes:ROOT, ade20k:ROOT, pets:ROOT, coco:ROOT, folder:ROOT, hf:ROOT, scenes, syn",
+        match=r"write voc:ROOT, .*cityscapes:ROOT, ade20k:ROOT, pets:ROOT, coco:ROOT, folder:ROOT, hf:ROOT, scenes, s",
     ):
         load_dataset(spec)
 
