@@ -1,4 +1,4 @@
-"""Make the data set of scenes that the package ships, from three photographed textures.
+"""Make the data set of scenes that the package ships, from images of three textures.
 
     pip install scikit-image
     python studies/scenes/make.py FOLDER

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rfield.layers import LearnedFactor
+from rfield.search.curve import NO_HELD_OUT
 from rfield.search.factors import gather_rows, override_dilation, reshard
 
 Rate = tuple[float, ...]
@@ -326,6 +327,6 @@ def read_combinations(
         images.append(torch.full_like(targets[-1], image))
     reshard(model)
     if not targets:
-        raise ValueError("a set of dilations is chosen on held-out batches, but there is none")
+        raise ValueError(NO_HELD_OUT)
     joined = [[torch.cat(each) for each in own] for own in logits]
     return Combinations(candidates, joined, torch.cat(targets), torch.cat(weights), torch.cat(images))

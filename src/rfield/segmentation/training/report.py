@@ -1,4 +1,4 @@
-"""What a finished run says of its receptive field, and its figures."""
+"""The receptive field in a finished run's metrics, and the run's figures."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -22,13 +22,13 @@ def describe_fields(
     held_out: Sequence[str],
     chances: Sequence[float],
 ) -> dict[str, Any]:
-    """What a run's metrics say of its receptive field, its paths, and its search.
+    """Return the part of a run's metrics that describes its receptive field, its paths, and its search.
 
     Args:
         out: the run folder.
         options: of the run's search.
         random_backbone: whether the backbone stays at random weights.
-        fields: what the network sees at the end.
+        fields: the receptive fields of the trained network.
         held_out: the names of the held-out images.
         chances: for each factor the held-out loss of predicting the classes' shares everywhere.
     """
