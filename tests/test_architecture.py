@@ -25,6 +25,7 @@ PACKAGES: dict[str, set[str]] = {
     "segmentation.config": set(),
     "segmentation.files": {"yaml", "torch", "safetensors"},
     "segmentation.console": {"rich"},
+    "segmentation.doctor": {"torch"},
     "segmentation.models": {"torch", "torchvision", "timm", "huggingface_hub"},
     "segmentation.data": {"torch", "numpy", "PIL", "scipy", "torchvision", "yaml", "pycocotools", "datasets"},
     "segmentation.metrics": {"torch", "torchmetrics"},

@@ -12,7 +12,7 @@ from typing import Any
 from rfield.segmentation.config.data import CheckDataConfig, ConvertConfig, DownloadConfig
 from rfield.segmentation.config.experiments import DemoConfig, ReproduceConfig, SweepConfig, TuneConfig
 from rfield.segmentation.config.export import EvaluateConfig, ExportConfig, FuseConfig, PredictConfig, PushConfig
-from rfield.segmentation.config.inspect import InspectConfig
+from rfield.segmentation.config.inspect import DoctorConfig, InspectConfig
 from rfield.segmentation.config.train import TrainConfig
 from rfield.segmentation.console import escape_unencodable, print_layers, print_scores, show_progress
 from rfield.segmentation.parser import parse as parse_words
@@ -276,6 +276,13 @@ def inspect(config: InspectConfig) -> None:
         print(f"written to {config.out}")
 
 
+def doctor(config: DoctorConfig) -> None:
+    """Print the versions of everything that rfield uses, the processor and the GPUs, for a bug report."""
+    from rfield.segmentation.doctor import environment_report
+
+    print(environment_report())
+
+
 COMMANDS: dict[str, tuple[Any, Any]] = {
     "demo": (DemoConfig, demo),
     "train": (TrainConfig, train),
@@ -290,6 +297,7 @@ COMMANDS: dict[str, tuple[Any, Any]] = {
     "download": (DownloadConfig, download),
     "convert": (ConvertConfig, convert),
     "inspect": (InspectConfig, inspect),
+    "doctor": (DoctorConfig, doctor),
     "check-data": (CheckDataConfig, check_data),
 }
 

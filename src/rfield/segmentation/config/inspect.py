@@ -39,3 +39,8 @@ class InspectConfig(Options):
         super().__post_init__()
         if self.against_weights is not None and self.against is None:
             raise ValueError("against_weights needs against, the model that they are of")
+
+
+@dataclasses.dataclass
+class DoctorConfig(Options):
+    """Describing the environment."""
