@@ -134,7 +134,7 @@ def test_doctor_names_versions_and_no_path(capsys: pytest.CaptureFixture[str], m
     for private in (str(Path.home()), os.environ.get("USER"), sys.prefix, str(ROOT)):
         assert not private or private == "/root" or private not in shown
     assert not re.search(r"(/home|/root|/Users|site-packages)", shown)
-    extras = PYPROJECT.partition("[project.optional-dependencies]")[2].partition("# Tools for the tests")[0]
+    extras = PYPROJECT.partition("[project.optional-dependencies]")[2].partition("# The documentation's site")[0]
     assert set(_OPTIONAL) >= set(re.findall(r'"([\w-]+)(?:\[\w+\])?[><=!]', extras))
 
 

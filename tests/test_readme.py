@@ -1,8 +1,10 @@
-"""Every Python block of the README runs; every command is parsed, and run on a few of the images it names.
+"""Every Python block of the README and the docs runs; every command is parsed, and many run on a tiny training.
 
-So are the commands of the pages on models of one's own and on shipping, on a tiny run.
+The docs' reference pages name every command and every public name, and no page links to nothing.
 """
 
+import doctest
+import importlib.util
 import re
 import shlex
 import shutil
@@ -13,6 +15,8 @@ import huggingface_hub
 import PIL.Image
 import pytest
 
+import rfield
+import rfield.segmentation
 from rfield.segmentation.cli import COMMANDS, main, parse
 from rfield.segmentation.config.train import TrainConfig
 from rfield.segmentation.training import train
@@ -55,6 +59,56 @@ def test_python_blocks_of_the_docs_run(page: Path, tmp_path: Path, monkeypatch: 
 def test_commands_of_the_docs_are_parsed(page: Path) -> None:
     for words in commands(page.read_text()):
         parse([word for word in words if word != "\\"])
+
+
+# Studies need the data sets that they are about.
+@pytest.mark.parametrize(
+    "page",
+    [page for page in PAGES if page.stem not in ("adapt", "inspect", "paths", "results")],
+    ids=lambda page: page.name,
+)
+def test_no_page_needs_files_that_a_clone_lacks(page: Path) -> None:
+    assert "../shared" not in page.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_of_the_docs_lead_somewhere(page: Path) -> None:
+    text = re.sub(r"```.*?```|`[^`]*`", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for link, fragment in re.findall(r"\]\(([^)#\s]*)(?:#([^)]*))?\)", text):
+        if not link.startswith("http"):
+            target = page.parent / link if link else page
+            assert target.exists(), link
+            if fragment and target.suffix == ".md":
+                headings = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+                assert fragment in [slug(heading) for heading in headings], f"{link}#{fragment}"
+
+
+def slug(heading: str) -> str:
+    """Return the anchor of a heading, as GitHub and mkdocs make it."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-")
+
+
+def test_every_page_is_in_the_site_once() -> None:
+    text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:")[2]
+    assert sorted(re.findall(r"(\w+\.md)", text)) == [page.name for page in PAGES]
+    home = (ROOT / "docs/index.md").read_text(encoding="utf-8")
+    assert {page.name for page in PAGES} - set(re.findall(r"\((\w+\.md)", home)) == {"index.md"}
+
+
+def test_reference_pages_are_filled_with_every_name() -> None:
+    spec = importlib.util.spec_from_file_location("hooks", ROOT / "docs/hooks.py")
+    hooks = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hooks)
+    assert doctest.testmod(hooks).failed == 0
+    filled = hooks.names()
+    for face in (rfield, rfield.segmentation):
+        for name in set(face.__all__) - {"__version__", "models"}:
+            found = getattr(face, name)
+            assert f"::: {found.__module__}.{found.__qualname__}\n" in filled
+    shown = hooks.on_page_markdown((ROOT / "docs/commands.md").read_text(encoding="utf-8"), None, None, None)
+    assert re.findall(r"^## rfield (.*)$", shown, re.MULTILINE) == list(COMMANDS)
+    assert shown.count("Usage: ") + shown.count("usage: ") >= len(COMMANDS)
+    assert "--search" in shown
 
 
 def test_commands_are_parsed() -> None:
@@ -112,13 +166,13 @@ def test_commands_on_shipping_run_as_written(
     monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo_id: str(tmp_path / "hub" / repo_id))
     monkeypatch.chdir(tmp_path)
-    train(make("runs/msrc-from-24", epochs=1))
+    train(make("runs/scenes", epochs=1))
     (tmp_path / "images").mkdir()
     PIL.Image.effect_noise((40, 30), 80).convert("RGB").save(tmp_path / "images/one.png")
     text = (ROOT / "docs/ship.md").read_text()
     assert [words[0] for words in commands(text)] == ["fuse", "export", "predict", "evaluate", "push", "predict"]
     # The run was trained on generated images of a few classes.
-    mine = {"voc:../shared/data/msrc21_voc": "data.yaml"}
+    mine = {"scenes": "data.yaml"}
     for words in commands(text):
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
         main([mine.get(word, word) for word in words])
@@ -130,7 +184,7 @@ def test_commands_on_shipping_run_as_written(
     assert (tmp_path / "plain/model.safetensors").is_file()
 
     (inline,) = re.findall(r"`rfield (fuse [^`]+)`", (ROOT / "docs/adapt.md").read_text())
-    words = shlex.split(inline.replace("RUN", "runs/msrc-from-24"))
+    words = shlex.split(inline.replace("RUN", "runs/scenes"))
     main([*words, "--data", "data.yaml", "--split", "val"])
     assert (tmp_path / "DIR/model.safetensors").is_file()
     assert capsys.readouterr().out.count("mIoU") >= 1
