@@ -121,6 +121,16 @@ def test_a_damaged_run_config_is_named(tmp_path: Path, text: str) -> None:
         load_config(tmp_path / "config.yaml")
 
 
+def test_whole_numbers_stand_for_others_in_a_run_config_and_not_the_other_way(tmp_path: Path) -> None:
+    path, plain = tmp_path / "config.yaml", config_of(epochs=3, factor=2.5, flip=True).plain()
+    path.write_text(yaml.safe_dump(plain | {"factor": 2, "lr": 1, "max_steps": None}))
+    assert (load_config(path).search.factor, load_config(path).optim.lr) == (2, 1)
+    for name, value in (("seed", 0.0), ("max_steps", 2.0), ("flip", 1), ("decoder", 0), ("train_split", 3)):
+        path.write_text(yaml.safe_dump(plain | {name: value}))
+        with pytest.raises(ValueError, match=rf"config\.yaml is not a run's config: {name} is {value}$"):
+            load_config(path)
+
+
 CONFIGS = [TrainConfig, SweepConfig, TuneConfig, ReproduceConfig, DemoConfig, EvaluateConfig, PredictConfig, FuseConfig]
 CONFIGS += [ExportConfig, PushConfig, ConvertConfig, InspectConfig, CheckDataConfig]
 

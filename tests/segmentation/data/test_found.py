@@ -12,6 +12,7 @@ from tests.segmentation.data.test_options import MASKS, columns, make, say
 from rfield.segmentation.data import check_data, load_dataset, paths, voc_palette
 from rfield.segmentation.data.check_split import quote_yaml
 from rfield.segmentation.data.class_groups import class_groups
+from rfield.segmentation.data.folder import _near
 from rfield.segmentation.data.images import image_files, read_image
 from rfield.segmentation.data.sides import unlisted_pairs
 from rfield.segmentation.inference.predict import find_images
@@ -77,6 +78,13 @@ def test_a_layout_that_is_not_known_is_described(tmp_path: Path, image: str, mas
         load_dataset(f"folder:{tmp_path}")
     (finding,) = check_data(f"folder:{tmp_path}", ["train"])
     assert finding.text == str(caught.value)
+
+
+def test_folders_beside_the_images_are_named_in_order(tmp_path: Path) -> None:
+    for name in ("train/images", "train/c", "train/b", "a", "d"):
+        (tmp_path / name).mkdir(parents=True)
+    names = ("a", "d", "train/b", "train/c")
+    assert _near(tmp_path, tmp_path / "train/images") == [tmp_path / name for name in names]
 
 
 def test_no_advice_to_give_an_empty_suffix(tmp_path: Path) -> None:

@@ -154,6 +154,8 @@ def test_two_masks_are_not_guessed_between(tmp_path: Path) -> None:
     mask.rename(mask.with_suffix(".bmp"))
     with pytest.raises(ValueError, match=r"a.bmp and .*a.jpg may be the mask of .*; remove all but one"):
         load_dataset(spec)
+    (finding,) = [f for f in check_data(spec, ["train"]) if "may be the mask of" in f.text]
+    assert finding.file == str(mask.with_suffix(".bmp")), "the first"
 
 
 def test_an_image_called_mask_keeps_its_own(tmp_path: Path) -> None:

@@ -88,6 +88,19 @@ def test_share(run: Path, tmp_path: Path) -> None:
         assert part in card
     assert "secret" not in card + (tmp_path / "shared/config.json").read_text()
     before, after = load_run(run), load_run(tmp_path / "shared")
+    config = TrainConfig(
+        data="", out=str(tmp_path / "shared"), model="small_cnn", dilation=7, search="none", canvas=(70, 70)
+    )
+    assert after.config == config
+    written = run / "config.yaml"
+    written.write_text(written.read_text().replace("freeze_backbone: false", "freeze_backbone: true"))
+    share_run(run, tmp_path / "frozen")
+    out = str(tmp_path / "frozen")
+    assert load_run(out).config == config.replace(out=out, freeze_backbone=True)
+    small_cnn(4, dilation=2).save_pretrained(
+        tmp_path / "plain", config={"class_names": "abcd", "palette": [[0] * 3] * 4}
+    )
+    assert load_run(tmp_path / "plain").config.model.canvas is None
     assert (after.class_names, after.palette, after.size) == (before.class_names, before.palette, None)
     with torch.no_grad():
         assert torch.allclose(before.network(IMAGE), after.network(IMAGE), rtol=0, atol=1e-5)

@@ -26,7 +26,6 @@ from rfield.segmentation.inference.onnx import load_onnx
 from rfield.segmentation.models.saving import describe_network
 from rfield.segmentation.runs import Run, build_network, load_run
 
-pytestmark = pytest.mark.slow
 MakeRun = Callable[..., Path]
 
 
@@ -111,11 +110,13 @@ def test_mistakes(words: list[str], error: str, tmp_path: Path, capsys: pytest.C
     assert error in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_any_size(any_size: tuple[Path, Path]) -> None:
     # Below the canvas and above it, at the corners of the padding and off them.
     assert_same(load_run(any_size[0]), any_size[1], (1, 80, 90), (2, 81, 93), (3, 61, 45), (1, 96, 128), (2, 107, 59))
 
 
+@pytest.mark.slow
 def test_metadata(any_size: tuple[Path, Path]) -> None:
     notes = {prop.key: json.loads(prop.value) for prop in onnx.load(any_size[1]).metadata_props}
     assert notes["class_names"] == list(SyntheticCues.class_names)
@@ -126,11 +127,13 @@ def test_metadata(any_size: tuple[Path, Path]) -> None:
     assert (model.class_names, model.fixed_size, model.size) == (SyntheticCues.class_names, None, None)
 
 
+@pytest.mark.slow
 def test_fixed_resizes_take_the_size_of_the_run(make_run: MakeRun) -> None:
     folder = make_run(((0.62,),), snap=False, mechanism="regulator", canvas=(45, 61))
     assert export_run(load_run(folder), folder / "model.onnx").size == (45, 61)
 
 
+@pytest.mark.slow
 def test_one_size(one_size: tuple[Path, Path]) -> None:
     folder, path = one_size
     assert_same(load_run(folder), path, (1, 61, 45), (4, 61, 45))
@@ -142,12 +145,14 @@ def test_one_size(one_size: tuple[Path, Path]) -> None:
         export_run(load_run(folder), folder / "other.onnx")
 
 
+@pytest.mark.slow
 def test_several_paths_and_a_decoder(make_run: MakeRun) -> None:
     folder = make_run(((2.0,), (0.5,)), paths=2, decoder=True)
     made = export_run(load_run(folder), folder / "model.onnx")
     assert_same(load_run(folder), made.path, (1, 50, 39), (2, 64, 64))
 
 
+@pytest.mark.slow
 def test_torch_export(make_run: MakeRun) -> None:
     folder = make_run()
     main(["export", str(folder), "--out", str(folder / "model.pt2")])
@@ -167,6 +172,7 @@ REAL = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
 @pytest.mark.parametrize("name", REAL)
 def test_real_networks(name: str, suffix: str, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,6 +186,7 @@ def test_real_networks(name: str, suffix: str, make_run: MakeRun, monkeypatch: p
     assert_same(load_run(folder), made.path, (1, 40, 71), (3, 57, 33))
 
 
+@pytest.mark.slow
 def test_sizes_that_pt2_cannot_hold(make_run: MakeRun) -> None:
     # Its pooling rounds sizes up by math.ceil, which torch.export's files cannot express.
     folder = make_run(model="timm:resnet10t", output_stride=16, weights="random")
@@ -188,6 +195,7 @@ def test_sizes_that_pt2_cannot_hold(make_run: MakeRun) -> None:
     assert not list(folder.glob("*model*"))
 
 
+@pytest.mark.slow
 def test_what_differs_is_not_kept(
     any_size: tuple[Path, Path],
     make_run: MakeRun,
@@ -219,6 +227,19 @@ def test_nan_differs() -> None:
     assert compare(lambda x: x, lambda x: x.flip(1), [ramp, ramp]) == (pytest.approx(2 / 3), 0.0)
 
 
+def test_a_file_of_which_one_side_is_free_takes_any_size(tmp_path: Path) -> None:
+    notes = {"class_names": '["a"]', "palette": "[[0, 0, 0]]", "size": "null"}
+    for height, width, expected in (("H", 8, None), (6, "W", None), (6, 8, (6, 8))):
+        make, kind = onnx.helper.make_tensor_value_info, onnx.TensorProto.FLOAT
+        node = onnx.helper.make_node("ReduceMax", ["image"], ["logits"], axes=[1])
+        ends = [make("image", kind, (1, 3, height, width))], [make("logits", kind, (1, 1, height, width))]
+        graph = onnx.helper.make_graph([node], "x", *ends)
+        model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 13)], ir_version=8)
+        onnx.helper.set_model_props(model, notes)
+        onnx.save(model, tmp_path / "model.onnx")
+        assert load_onnx(tmp_path / "model.onnx").fixed_size == expected
+
+
 def test_images_for_calibration_are_spread_over_the_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(int8, "load_onnx", lambda source: SimpleNamespace(check_size=lambda image: None))
     data = SyntheticCues("val", size=(9, 7), distance=2, length=6)
@@ -228,6 +249,7 @@ def test_images_for_calibration_are_spread_over_the_set(monkeypatch: pytest.Monk
         assert [next(i for i in range(6) if (images[i] == each).all()) for each in chosen] == places
 
 
+@pytest.mark.slow
 def test_predict_and_evaluate(any_size: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, path = any_size
     (tmp_path / "images").mkdir()
@@ -248,6 +270,7 @@ def test_predict_and_evaluate(any_size: tuple[Path, Path], tmp_path: Path, capsy
     assert "give --data" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_refusals(one_size: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     PIL.Image.new("RGB", (45, 60)).save(tmp_path / "image.png")
     (tmp_path / "broken.onnx").write_text("no model")
@@ -268,6 +291,7 @@ def test_refusals(one_size: tuple[Path, Path], tmp_path: Path, capsys: pytest.Ca
         assert message.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_int8(any_size: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--int8", "--data", "synthetic", "--calibration-images", "4"]
     main(["export", str(any_size[0]), "--out", str(tmp_path / "model.onnx"), *words])
@@ -285,6 +309,7 @@ def test_int8(any_size: tuple[Path, Path], tmp_path: Path, capsys: pytest.Captur
     assert agreement > 0.8
 
 
+@pytest.mark.slow
 def test_int8_of_another_size(one_size: tuple[Path, Path], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"an image of 129x129 px, but .* accepts only 61x45 px"):
         quantise(one_size[1], tmp_path / "model.onnx", SyntheticCues("train"), 4)

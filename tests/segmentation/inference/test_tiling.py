@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from rfield.layers import LearnedFactor
+from rfield.segmentation.inference import tiling
 from rfield.segmentation.inference.tiling import Tiler, join_tiles
 from rfield.segmentation.models import HeadSpec, ParsingNetwork, build_model, small_cnn
 from rfield.segmentation.models.backbones import Backbone
@@ -151,6 +152,20 @@ def test_a_whole_image_field_is_said_and_cut_to_the_effective_one(capsys: pytest
         "note: the network sees the whole image, through global pooling, squeeze-excite or attention"
     )
     assert (join_tiles(tiles, (401, 330)) - expected).abs().max() < 0.1 * expected.abs().max()
+
+
+def test_the_effective_field_is_measured_on_images_of_at_most_513_px(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, ...]] = []
+
+    def measure(runs: Any, images: list[Tensor]) -> Tensor:
+        seen.extend(tuple(image.shape) for image in images)
+        return torch.eye(5)
+
+    monkeypatch.setattr(tiling, "effective_receptive_field", measure)
+    for size, stride, sides in (((101, 902), 4, (101, 513)), ((902, 33), 32, (513, 33)), ((600, 60), 3, (511, 60))):
+        seen.clear()
+        assert tiling._effective_field(nn.Identity(), torch.zeros(1, 3, *size), stride) == 5
+        assert [shape[-2:] for shape in seen] == [sides] * 2
 
 
 def test_a_budget_below_the_least_tile_is_said(capsys: pytest.CaptureFixture[str]) -> None:

@@ -193,6 +193,16 @@ def test_other_files_are_refused_in_readable_words(tmp_path: Path, content: byte
         read_weights(tmp_path)
 
 
+def test_a_cut_off_safetensors_file_says_what_is_wrong(tmp_path: Path) -> None:
+    path = tmp_path / "file.safetensors"
+    save_file(state_of(), path)
+    path.write_bytes(path.read_bytes()[:-400])
+    with pytest.raises(
+        ValueError, match=r"cannot be read as weights \(.*header.*\); is it damaged or of another format"
+    ):
+        read_weights(path)
+
+
 def test_a_cut_off_file_says_nothing_of_the_inside(tmp_path: Path) -> None:
     path = saved(tmp_path, state_of())
     path.write_bytes(path.read_bytes()[:-400])

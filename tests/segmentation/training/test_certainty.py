@@ -19,8 +19,6 @@ from rfield.segmentation.training.held_out import HeldOut, WholeImages, draw_hel
 from rfield.segmentation.training.losses import make_loss
 from rfield.segmentation.training.module import ParsingModule
 
-pytestmark = pytest.mark.slow
-
 Make = Callable[..., TrainConfig]
 
 
@@ -30,6 +28,7 @@ def data_of(tmp_path: Path, length: int) -> str:
     return str(path)
 
 
+@pytest.mark.slow
 def test_a_search_that_has_learned_is_judged_by_its_images(
     make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -67,6 +66,7 @@ def test_a_search_that_has_learned_is_judged_by_its_images(
     assert max(len(line) for line in text.splitlines()) > 200, "a line of losses a dilation, not one a loss"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("search", ["sampled", "gradient", "spsa"])
 def test_the_command_says_first_and_last_that_an_answer_is_not_reliable(
     make: Make, search: Any, capsys: pytest.CaptureFixture[str]
@@ -88,6 +88,7 @@ def test_the_command_says_first_and_last_that_an_answer_is_not_reliable(
         assert f"a search by {search} reads no curve" in line
 
 
+@pytest.mark.slow
 def test_every_path_has_a_verdict(make: Make, capsys: pytest.CaptureFixture[str]) -> None:
     config = make(search="sampled", paths=2, rectangular=True, epochs=2)
     search = train(config)["search"]
@@ -130,6 +131,14 @@ class TestHeldOut:
         void.void = range(len(void))
         with pytest.raises(ValueError, match=r"none of the \d+ training images has a labelled pixel: label the images"):
             HeldOut(void, [1, 4])
+
+    def test_pixels_weigh_by_the_root_of_their_class_s_rarity(self, make: Make) -> None:
+        masks = [torch.tensor([[0, 0, 0, 255], [0, 0, 0, 255]]), torch.tensor([[0, 0, 0, 1]]), torch.tensor([[3] * 9])]
+        samples: Any = [(None, mask) for mask in masks]
+        weights = HeldOut(samples, [0, 1]).class_weights(4)
+        # Shares of 9/10 and 1/10: a third of the weight, and on average 1.
+        assert weights[1:].tolist() == pytest.approx([3 * float(weights[0]), 0, 0])
+        assert (0.9 * weights[0] + 0.1 * weights[1]).item() == pytest.approx(1)
 
 
 class TestChances:

@@ -231,14 +231,34 @@ def test_features_are_cached_in_eval_mode(monkeypatch: pytest.MonkeyPatch, tmp_p
         assert found == (False, data, folder, True, 7, progress)
 
 
-@pytest.mark.parametrize(("factor", "tight", "loose"), [(1.0, None, None), (6.0, False, False), (0.25, True, None)])
-def test_the_bounds_of_a_map(factor: float, tight: bool | None, loose: bool | None) -> None:
+def test_the_bounds_of_a_map() -> None:
+    """Of 24x48 px at dilation 6: factors of 1/4 to 6 along the height, and of 1/8 to 6 along the width."""
     layer = AdaptiveConv2d(1, 1, 3, dilation=6)
     assert bounds_reached(layer, tighter=True) == {}
     layer(torch.rand(1, 1, 24, 48))
-    layer.set_factor(factor)
-    assert bounds_reached(layer, tighter=True) == {0: tight}
-    assert bounds_reached(layer, tighter=False) == {0: loose}
+    for factor, tight, loose in (
+        *((1.0, None, None), (6.0, False, False), (6 / 1.0009, False, False), (6 / 1.0011, None, None)),
+        *((0.25, True, None), (0.25 * 1.0009, True, None), (0.25 * 1.0011, None, None), (0.125 * 1.0009, True, True)),
+    ):
+        layer.set_factor(factor)
+        assert (bounds_reached(layer, True), bounds_reached(layer, False)) == ({0: tight}, {0: loose})
+
+
+def test_the_bounds_along_each_axis() -> None:
+    layer = AdaptiveConv2d(1, 1, 3, dilation=(6, 4), factor=(1.0, 1.0))
+    layer(torch.rand(1, 1, 24, 48))
+    for factors, tight, loose in (
+        ((6.0, 4.0), {0: False, 1: False}, {0: False, 1: False}),
+        ((4.0, 0.25), {0: False, 1: True}, {0: None, 1: None}),
+        ((0.25, 1 / 12), {0: True, 1: True}, {0: True, 1: True}),
+    ):
+        layer.set_factor(factors)
+        assert (bounds_reached(layer, True), bounds_reached(layer, False)) == (tight, loose)
+    # Bounds that leave no room are never reached.
+    for high, expected in ((1.001, None), (1.0011, True)):
+        layer = AdaptiveConv2d(1, 1, 3, dilation=6, min_factor=1.0, max_factor=high)
+        layer(torch.rand(1, 1, 24, 48))
+        assert bounds_reached(layer, False) == {0: expected}
 
 
 def test_where_a_checkpoint_goes_on() -> None:
@@ -256,6 +276,7 @@ def test_where_a_checkpoint_goes_on() -> None:
         ({"search": "sampled", "class_weights": "balanced"}, False),
         ({"search": "sampled", "class_weights": (1, 2, 3, 4)}, False),
         ({"search": "gradient"}, False),
+        ({"search": "gradient", "paths": 2, "class_groups": {"x": ["both"], "y": ["red", "neither"]}}, False),
     ],
 )
 def test_a_loss_that_says_what_counts_is_read_as_it_is(
@@ -272,7 +293,7 @@ def test_a_loss_that_says_what_counts_is_read_as_it_is(
         train(make(**values))
     _, config, names, held_out, groups, weights, reading_weights = given
     assert (len(held_out) > 0) == (values["search"] == "sampled")
-    assert (len(names), groups) == (4, None)
+    assert (len(names), groups) == (4, [(3,), (0, 2)] if "class_groups" in values else None)
     assert (reading_weights is not None) == read
     assert (weights is not None) == ("class_weights" in values)
     assert config.optim.epochs == 3

@@ -225,7 +225,7 @@ def _spans(length: int, tile: int, margin: int, stride: int, wanted: int) -> lis
     if tile >= length:
         return [_Span(0, length, 0, wanted)]
     core = max(1, (tile - 1 - 2 * margin) // stride) * stride
-    parts = max(1, math.ceil(wanted / core))
+    parts = math.ceil(wanted / core)
     core = math.ceil(wanted / parts / stride) * stride  # as equal as possible
     spans = []
     for start in range(0, wanted, core):

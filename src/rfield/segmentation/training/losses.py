@@ -139,7 +139,7 @@ def median_frequency_weights(masks: Iterable[Tensor], num_classes: int) -> tuple
         [0.75, 1.5, 1.0]
     """
     pixels = torch.zeros(num_classes, dtype=torch.float64)
-    shown = torch.zeros(num_classes, dtype=torch.float64)
+    shown = torch.zeros_like(pixels)
     for mask in masks:
         counts = torch.bincount(mask[mask != IGNORE_INDEX].long(), minlength=num_classes)
         pixels += counts
