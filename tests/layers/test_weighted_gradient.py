@@ -45,6 +45,13 @@ def test_gradient_is_the_oracles(size: tuple[int, int], of: tuple[int, int], wei
     assert torch.equal(input.grad, oracle(grad_output, mask, [1, 2], weight))
 
 
+def test_places_on_long_axes_are_exact() -> None:
+    mask, input = torch.arange(40001)[None, None] % 7, torch.zeros(1, 1, 1, 39991, requires_grad=True)
+    weight_gradient(input, mask, [3], 5.0).sum().backward()
+    nearest = torch.tensor([(2 * place * 40000 + 39990) // (2 * 39990) for place in range(39991)])
+    assert torch.equal(input.grad.flatten(), torch.where(nearest % 7 == 3, 5.0, 1.0))
+
+
 def test_void_weighs_one_even_if_a_class_set_is_large() -> None:
     input = torch.zeros(1, 1, 1, 2, requires_grad=True)
     mask = torch.tensor([[[255, 0]]])

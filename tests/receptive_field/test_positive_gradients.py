@@ -321,6 +321,21 @@ def test_rearranged_maps(function: Any, field: float | tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize(
+    "function",
+    [
+        lambda near, far, image: F.layer_norm(near, near.shape[1:]),
+        lambda near, far, image: F.batch_norm(near, None, None, training=True),
+        lambda near, far, image: F.group_norm(near, 3),
+        lambda near, far, image: near + near.mean(),
+        lambda near, far, image: near * torch.sum(near, (-1, -2), keepdim=True),
+    ],
+)
+def test_what_is_global_leaves_the_local_field(function: Any) -> None:
+    window = probe_window(Two(function), axis=0, thickness=64, lengths=[64])
+    assert (window.size, window.local) == (INF, 3)
+
+
+@pytest.mark.parametrize(
     ("model", "error"),
     [
         (nn.FractionalMaxPool2d(3, output_ratio=0.5), "places drawn at random"),

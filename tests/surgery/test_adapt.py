@@ -154,10 +154,23 @@ class OwnForward(nn.Conv2d):
         return super().forward(input) * 2
 
 
+def test_one_pixel_along_one_axis_is_enough_and_along_both_is_not() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 3, (1, 3), padding=(0, 2), dilation=(1, 2)), nn.Conv2d(3, 3, 1, dilation=2))
+    for select in (None, "*", lambda name, conv: True):
+        changed = copy.deepcopy(model)
+        adapt(changed, select)
+        assert names_of(changed) == ["0"]
+    with pytest.raises(ValueError, match=r"those that can be: 0 \(kernel 1x3, dilation 2\)$"):
+        adapt(model, lambda name, conv: False)
+
+
 class TestRefused:
     def test_nothing_chosen(self) -> None:
-        with pytest.raises(ValueError, match=r"nothing to adapt; .* those that can be: 0 \(kernel 3x3, dilation 1\)"):
+        with pytest.raises(ValueError, match=r"nothing to adapt; .* those that can be: 0 \(kernel 3x3, dilation 1\)$"):
             adapt(nn.Sequential(nn.Conv2d(3, 3, 3)))
+        for count, end in ((8, r"7 \(kernel 3x3, dilation 1\)$"), (10, r"7 \(kernel 3x3, dilation 1\) and 2 more$")):
+            with pytest.raises(ValueError, match=end):
+                adapt(nn.Sequential(*(nn.Conv2d(3, 3, 3) for _ in range(count))))
         with pytest.raises(ValueError, match=r"the model has no nn.Conv2d of more than one pixel"):
             adapt(nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU()))
         with pytest.raises(ValueError, match="nothing to adapt"):

@@ -26,7 +26,6 @@ from rfield.segmentation.data import (
 from rfield.segmentation.export.onnx import export_run
 from rfield.segmentation.inference.feature_cache import cache_features
 from rfield.segmentation.inference.predict import (
-    _labels,
     evaluate,
     evaluate_run,
     feature_logits,
@@ -236,13 +235,6 @@ def test_images_are_seen_at_the_size_of_the_training_data(
     logits = predict_logits(run.network, image)[None]
     expected = F.interpolate(logits, labels.shape, mode="bilinear")[0].argmax(0).numpy()
     assert (labels == expected).mean() > 0.97
-
-
-def test_resized_labels_are_those_of_the_highest_logit() -> None:
-    """Where the middle class is lower than the first, the last is compared with the first."""
-    logits = torch.tensor([[5.0, 0, 0, 3], [1, 4, 1, 3], [3, 2, 5, 1]])[:, None]
-    assert _labels(logits, (1, 4), None).tolist() == [[0, 1, 2, 0]]
-    assert _labels(logits, (1, 4), (2, 4)).tolist() == [[0, 1, 2, 0]] * 2
 
 
 def test_one_file_and_a_glob(image_folder: Path) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from rfield.layers import LearnedFactor
 from rfield.segmentation.inference import tiling
+from rfield.segmentation.inference.predict import _labels
 from rfield.segmentation.inference.tiling import Tiler, join_tiles
 from rfield.segmentation.models import HeadSpec, ParsingNetwork, build_model, small_cnn
 from rfield.segmentation.models.backbones import Backbone
@@ -166,6 +167,13 @@ def test_the_effective_field_is_measured_on_images_of_at_most_513_px(monkeypatch
         seen.clear()
         assert tiling._effective_field(nn.Identity(), torch.zeros(1, 3, *size), stride) == 5
         assert [shape[-2:] for shape in seen] == [sides] * 2
+
+
+def test_resized_labels_are_those_of_the_highest_logit() -> None:
+    """Where the middle class is lower than the first, the last is compared with the first."""
+    logits = torch.tensor([[5.0, 0, 0, 3], [1, 4, 1, 3], [3, 2, 5, 1]])[:, None]
+    assert _labels(logits, (1, 4), None).tolist() == [[0, 1, 2, 0]]
+    assert _labels(logits, (1, 4), (2, 4)).tolist() == [[0, 1, 2, 0]] * 2
 
 
 def test_a_budget_below_the_least_tile_is_said(capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,6 +9,7 @@ from torch import nn
 
 import rfield
 from rfield.layers import ReceptiveFieldRegulator
+from rfield.layers.dilation import set_dilation
 from rfield.receptive_field.probe import probe_receptive_field
 from rfield.receptive_field.theoretical import receptive_field_px, theoretical_receptive_field
 from rfield.search import learned_layers
@@ -263,6 +264,21 @@ class TestLeavingPathsOut:
         fused_again = rebuild_network(describe_network(fused), Path("fused.json")).eval()
         fused_again.load_state_dict(fused.state_dict())
         assert torch.allclose(fused_again(image), expected, atol=1e-5)
+
+    def test_a_plain_network_is_described_by_its_head_s_largest_dilation(self) -> None:
+        network = self.network()
+        conv = network.backbone.layers.conv3
+        set_dilation(conv, (11, 11))
+        described = describe_network(rfield.fuse(network))
+        assert described["network"]["head"]["dilation"] == 9
+        assert described["fused"] == {
+            "dilations": {
+                "backbone.layers.conv3": (11, 11),
+                "head.paths.0.layers.fc6": (2, 2),
+                "head.paths.1.layers.fc6": (5, 5),
+            },
+            "resizes": {},
+        }
 
     def test_a_head_keeps_one_path_and_has_no_others(self) -> None:
         head = self.network().head

@@ -30,8 +30,7 @@ def describe_network(network: nn.Module) -> dict[str, Any]:
         return {**file_format(), "network": spec.plain(), "fused": None}
     found = dilations(network)
     if spec.head.regulate and not spec.head.rates:
-        fc6 = [max(pair) for name, pair in found.items() if name.startswith("head.") and name.endswith("fc6")]
-        dilation = max(fc6, default=spec.head.dilation)
+        dilation = max(max(pair) for name, pair in found.items() if name.startswith("head."))
         spec = replace(spec, head=replace(spec.head, dilation=dilation, regulate=False, rectangular=False))
     stock = dilations(build_from_spec(spec))
     resizes = {
