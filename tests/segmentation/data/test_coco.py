@@ -134,6 +134,15 @@ def test_annotations_that_are_not_understood(tmp_path: Path, changed: dict[str, 
     assert [f.level for f in check_data(f"coco:{tmp_path}", ["train"])][:1] == ["error"]
 
 
+def test_compressed_run_lengths_of_other_characters_are_refused() -> None:
+    """48 px in 5 bits a character, which tell their end, and of at most seven."""
+    for counts in ("`1", "`QPPPP0", "`10"):
+        assert not segment_pixels({"size": [6, 8], "counts": counts}, SIZE, "").any()
+    for counts in ("`q", "`1p", "`1/", "`QPPPPP0", "`Q"):
+        with pytest.raises(ValueError, match="here: the run lengths of segmentation do not cover its 6x8 px"):
+            segment_pixels({"size": [6, 8], "counts": counts}, SIZE, "here")
+
+
 def test_segments_are_those_of_pycocotools() -> None:
     coco = pytest.importorskip("pycocotools.mask", reason="needs pycocotools: pip install 'rfield[coco]'")
     random = np.random.default_rng(0)

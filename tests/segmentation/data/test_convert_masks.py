@@ -169,15 +169,21 @@ def labelme(root: Path, name: str, shapes: list[dict[str, object]], height: int 
     (root / f"{name}.json").write_text(json.dumps(content))
 
 
+def _encoded(drawn: np.ndarray) -> str:
+    file = io.BytesIO()
+    PIL.Image.fromarray(drawn).save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()
+
+
+PNG = _encoded(np.eye(3) > 0)
+
+
 def test_labelme_files_are_drawn(tmp_path: Path) -> None:
-    drawn = io.BytesIO()
-    PIL.Image.fromarray(np.eye(3) > 0).save(drawn, "PNG")
-    encoded = base64.b64encode(drawn.getvalue()).decode()
     shapes = [
         shape("dog", [[0, 0], [7, 0], [7, 11], [0, 11]]),
         shape("cat", [[5, 4], [2, 2]], "rectangle"),
         shape("__ignore__", [[12, 6], [12, 8]], "circle"),
-        shape("cat", [[13, 0], [15, 2]], "mask", mask=encoded),
+        shape("cat", [[13, 0], [15, 2]], "mask", mask=PNG),
     ]
     labelme(tmp_path / "s", "a", shapes)
     labelme(tmp_path / "s", "b", [])
@@ -203,6 +209,7 @@ def test_labelme_files_are_drawn(tmp_path: Path) -> None:
         (12, [shape("x", [["a", 0], [1, 1], [0, 1]])], r"shape 0 \('x'\): a point must be two numbers, got 'a'"),
         (12, [shape("x", [[0], [1, 1], [0, 1]])], r"a\.json: shape 0 \('x'\): not enough values"),
         (12, [shape("x", [[0, 0], [1, 1]], "mask", mask="?")], r"shape 0 \('x'\): its mask is no PNG image"),
+        (12, [shape("x", [[0, 0]] * 2, "mask", mask=f"!{PNG}")], r"shape 0 \('x'\): its mask is no PNG image"),
         (12, [shape(" ", [])], r"a\.json: shape 0 has no label"),
     ],
 )

@@ -3,6 +3,7 @@
 import csv
 import warnings
 from pathlib import Path
+from signal import SIGINT, SIGTERM
 from types import SimpleNamespace
 from typing import Any
 
@@ -152,6 +153,24 @@ def test_the_last_epoch_is_validated() -> None:
         trainer = trainer_at(0, current_epoch=epoch, max_epochs=4, check_val_every_n_epoch=3)
         LastValidation().on_train_start(trainer, module_of(search="none"))  # As one that is resumed inside it.
         assert trainer.check_val_every_n_epoch == expected
+
+
+def test_a_signal_to_one_process_stops_all() -> None:
+    for others, own, signum in ((True, None, SIGTERM), (False, None, None), (True, SIGINT, SIGINT)):
+        seen: list[tuple[bool, bool]] = []
+
+        def decide(asked: bool, all: bool, others: bool = others, seen: Any = seen) -> bool:
+            seen.append((asked, all))
+            return asked or others
+
+        stop = StopOnSignal(Path("last.ckpt"))
+        stop.signum = own
+        trainer = trainer_at(3, world_size=2, strategy=SimpleNamespace(reduce_boolean_decision=decide))
+        assert (stop._asked(trainer), stop.signum) == (signum is not None, signum)
+        assert seen == [(own is not None, False)]
+        trainer.world_size = 1
+        assert stop._asked(trainer) == (signum is not None)
+        assert len(seen) == 1
 
 
 # ------------------------------------------------------------------------------------------------ a factor at a bound

@@ -113,7 +113,7 @@ def _folder_source(path: Path, data_format: str, config: dict[str, Any]) -> Data
         raise ValueError(f"{path}: the key root is missing, the folder that holds the data")
     size = config.pop("size", None)
     of_masks = {key: config.pop(key) for key in MASK_KEYS if key in config}
-    classes = config.pop("classes", []) if data_format == "hf" else []
+    classes = config.pop("classes", [])  # Of hf alone.
     if not isinstance(classes, list) or not all(isinstance(name, str) and name.strip() for name in classes):
         raise ValueError(f"{path}: classes must be a list of names, such as [road, car], got {classes!r}")
     for key, value in config.items():

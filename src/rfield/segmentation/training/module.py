@@ -350,9 +350,9 @@ class ParsingModule(L.LightningModule):
             groups.append({"params": list(self.network.backbone.parameters()), "lr": lr})
         optimizer: torch.optim.Optimizer
         if config.optim.optimizer == "sgd":
-            optimizer = torch.optim.SGD(groups, lr=lr, momentum=0.9, weight_decay=config.optim.weight_decay)
+            optimizer = torch.optim.SGD(groups, momentum=0.9, weight_decay=config.optim.weight_decay)
         else:
-            optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=config.optim.weight_decay)
+            optimizer = torch.optim.AdamW(groups, weight_decay=config.optim.weight_decay)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.0, 1 - step / steps) ** 0.9)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
