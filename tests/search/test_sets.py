@@ -62,27 +62,27 @@ class TestCombinations:
             parts = [own[place] for own, place in zip(logits, combination, strict=True) if place is not None]
             if parts:
                 slow[combination] = float(F.cross_entropy(sum(parts[1:], parts[0]), target))
-        best = table.search(allow_absent, random.Random(0))
+        best = table.search(1 if allow_absent else 3, 3, random.Random(0))
         assert best == min(slow, key=lambda each: slow[each])
         assert {each: table.loss(each) for each in slow} == pytest.approx(slow, rel=1e-5)
         assert table.loss((None, None, None)) == math.inf
 
     def test_too_many_are_searched_by_coordinates_and_swaps_cannot_better_the_result(self) -> None:
         table, *_ = combinations(5, 5)
-        best = table.search(False, random.Random(0))
+        best = table.search(5, 5, random.Random(0))
         assert len(table.losses) < 1500 < 5**5
         for path, place in itertools.product(range(5), range(5)):
             assert table.loss((*best[:path], place, *best[path + 1 :])) >= table.loss(best)
 
     def test_a_loss_that_is_not_finite_never_wins(self) -> None:
         table, *_ = combinations(2, 2)
-        best = table.search(False, random.Random(0))
+        best = table.search(2, 2, random.Random(0))
         table.losses[best] = [math.nan, *table.losses[best][1:]]
-        assert table.search(False, random.Random(0)) != best
+        assert table.search(2, 2, random.Random(0)) != best
 
     def test_best_of_each_size_and_its_error(self) -> None:
         table, *_ = combinations(3, 2)
-        table.search(True, random.Random(0))
+        table.search(1, 3, random.Random(0))
         sizes = table.best_of_each_size()
         assert list(sizes) == [1, 2, 3]
         assert all(sum(place is not None for place in each) == size for size, each in sizes.items())
@@ -93,7 +93,7 @@ class TestCombinations:
 
     def test_sizes_of_too_many_combinations_hold_those_of_a_greedy_selection(self) -> None:
         table, *_ = combinations(5, 5)
-        table.search(True, random.Random(0))
+        table.search(1, 5, random.Random(0))
         assert len(table.losses) < 1500
         sizes = table.best_of_each_size()
         assert list(sizes) == [1, 2, 3, 4, 5]

@@ -64,7 +64,8 @@ class SampledSearch(Search):
             little prefer dilations at which the kernel's outer taps leave the map.
         candidates: number of dilations at which the whole range is evaluated; a narrower window gets its share of them.
         read_paths: `read_paths(model, batch)` returns the logits of each branch, for models whose logits are the sum
-            of parallel branches that hold all learned factors, in their order.
+            of parallel branches that hold all learned factors, in their order. Logits of further branches, which have
+            no factor, may follow; the search still ends with as many branches as there are factors.
         fewest: with `read_paths`, end with the fewest branches whose loss is within one standard error of the best
             combination's, instead of with all.
 
@@ -72,7 +73,8 @@ class SampledSearch(Search):
         sets: for each set of parallel branches the indices of its factors.
         set_readings: with `read_paths`, all evaluations of combinations so far, see `Combinations.describe`; `chosen`
             are the rates that were chosen, and `class_costs` tells which branch serves which class.
-        left_out: with `fewest`, the indices of the factors whose branches the model can do without, once it is `done`.
+        left_out: once the search is `done`, the indices of the branches, as `read_paths` orders them, that were not
+            chosen.
         readings: for each (factor, axis), all curves evaluated so far, as (step, {dilation: held-out loss}).
         losses: the same, with the list of the losses of all held-out batches, of all processes, in place of each loss.
 
@@ -259,22 +261,24 @@ class SampledSearch(Search):
         ]
         table = read_combinations(self.model, self.groups, read_paths, self.held_out, candidates)
         draw = self._random("set")
-        table.search(True, draw)  # for the losses of fewer branches
-        best = table.search(False, draw)
+        wanted = len(self.groups)
+        table.search(1, wanted, draw)  # for the losses of fewer branches
+        best = table.search(wanted, wanted, draw)
         if not math.isfinite(table.loss(best)):
             raise ValueError(f"step {self.step_index}: no combination of dilations has a finite loss")
-        if self.fewest and self.step_index >= self.steps:
-            best = table.fewest()
+        if self.step_index >= self.steps:
+            best = table.fewest() if self.fewest else best
             self.left_out = [index for index, place in enumerate(best) if place is None]
         self.set_readings.append(table.describe(self.step_index, best))
-        for group, rate in zip(self.groups, table.rates(best), strict=True):
+        for group, rate in zip(self.groups, table.rates(best), strict=False):  # those without a factor come last
             if rate is not None:
                 set_effective_dilation(group, rate)
         return {(index, axis): table.curve(best, index, axis) for index, axis in self.readings}
 
     def _wanted_range(self) -> tuple[float, float]:
         """Return the smallest dilation of the best combination, paths left out or not, and 1.5 times its largest."""
-        wanted = [rate for rate in self.set_readings[0]["best"][0]["rates"] if rate is not None]
+        rates = self.set_readings[0]["best"][0]["rates"]
+        wanted = [rate for rate in rates[: len(self.groups)] if rate is not None]
         low, high = self._set_range(self.sets[0])
         return max(low, min(map(min, wanted))), min(high, 1.5 * max(map(max, wanted)))
 

@@ -154,32 +154,48 @@ class Combinations:
         losses: Tensor = total.logsumexp(0) - at_target
         return losses
 
-    def search(self, allow_absent: bool, draw: random.Random) -> Choice:
-        """Return the best combination: of all, or of those that coordinate descent from several starts visits."""
-        options: list[list[int | None]] = [
-            [*range(len(own)), *([None] if allow_absent else [])] for own in self.candidates
-        ]
-        if math.prod(len(own) for own in options) <= _EXHAUSTIVE:
-            return min(itertools.product(*options), key=self.loss)
-        starts: list[Choice] = [tuple(len(own) // 2 for own in self.candidates)]
-        if allow_absent:
-            starts.append(self._select_forward(options))
-        starts += [tuple(draw.randrange(len(own)) for own in self.candidates) for _ in range(_STARTS - 1)]
-        return min((self._descend(start, options) for start in starts), key=self.loss)
+    def search(self, least: int, most: int, draw: random.Random) -> Choice:
+        """Return the best combination of so many paths: of all, or of those that descent from several starts visits.
 
-    def _descend(self, start: Choice, options: Sequence[Sequence[int | None]]) -> Choice:
-        best = start
+        At least one path with a dilation stays.
+        """
+        options: list[list[int | None]] = [[None, *range(len(own))] for own in self.candidates]
+
+        def allowed(combination: Choice) -> bool:
+            return least <= _size(combination) <= most and self._has_dilation(combination)
+
+        if math.prod(len(own) - (least == len(options)) for own in options) <= _EXHAUSTIVE:
+            return min(filter(allowed, itertools.product(*options)), key=self.loss)
+        starts = [self._select_forward(options, most)]
+        for _ in range(_STARTS):
+            chosen = draw.sample(range(len(options)), most)
+            starts.append(
+                tuple(draw.randrange(len(own)) if path in chosen else None for path, own in enumerate(self.candidates))
+            )
+        return min((self._descend(start, options, allowed) for start in starts if allowed(start)), key=self.loss)
+
+    def _descend(
+        self, best: Choice, options: Sequence[Sequence[int | None]], allowed: Callable[[Choice], bool]
+    ) -> Choice:
+        """Change one path at a time, or exchange one path for another, until nothing is better."""
         while True:
             before = best
             for path, own in enumerate(options):
-                best = min(((*best[:path], place, *best[path + 1 :]) for place in own), key=self.loss)
+                changed = [(*best[:path], place, *best[path + 1 :]) for place in own]
+                absent = [other for other, place in enumerate(best) if place is None and other != path]
+                exchanged = [
+                    tuple(place if at == other else None if at == path else kept for at, kept in enumerate(best))
+                    for other in absent
+                    for place in options[other]
+                ]
+                best = min(filter(allowed, (best, *changed, *exchanged)), key=self.loss)
             if best == before:
                 return best
 
-    def _select_forward(self, options: Sequence[Sequence[int | None]]) -> Choice:
+    def _select_forward(self, options: Sequence[Sequence[int | None]], most: int) -> Choice:
         """Return the result of a greedy selection: the best single path, then the best one to add to it, and so on."""
         chosen: Choice = (None,) * len(options)
-        for _ in options:
+        for _ in range(most):
             chosen = min(
                 (
                     (*chosen[:path], place, *chosen[path + 1 :])
@@ -192,11 +208,14 @@ class Combinations:
             )
         return chosen
 
+    def _has_dilation(self, combination: Choice) -> bool:
+        return any(rate is not None and any(rate) for rate in self.rates(combination))
+
     def best_of_each_size(self) -> dict[int, Choice]:
         """Return for each number of paths the best combination that has been scored."""
         found: dict[int, Choice] = {}
-        for combination in self.losses:
-            size = sum(place is not None for place in combination)
+        for combination in filter(self._has_dilation, self.losses):
+            size = _size(combination)
             if size not in found or self.loss(combination) < self.loss(found[size]):
                 found[size] = combination
         return dict(sorted(found.items()))
@@ -286,6 +305,10 @@ class Combinations:
         }
 
 
+def _size(combination: Choice) -> int:
+    return sum(place is not None for place in combination)
+
+
 @torch.no_grad()
 def read_combinations(
     model: nn.Module,
@@ -295,6 +318,8 @@ def read_combinations(
     candidates: Sequence[Sequence[Rate]],
 ) -> Combinations:
     """Evaluate every path once for each of its candidates, so that all combinations can be scored by addition.
+
+    Paths without a factor come after the others and have one candidate each, whose dilation is 0.
 
     Args:
         model: a model whose logits are the sum of the paths' logits.
@@ -306,17 +331,20 @@ def read_combinations(
     Raises:
         ValueError: if `read_paths` returns the logits of a different number of paths, or there is no batch.
     """
-    logits: list[list[list[Tensor]]] = [[[] for _ in own] for own in candidates]
+    logits: list[list[list[Tensor]]] = []
     targets, weights, images = [], [], []
     for image, batch in enumerate(held_out):
         for place in range(max(map(len, candidates))):
-            for group, own in zip(groups, candidates, strict=True):
+            for group, own in zip(groups, candidates, strict=False):
                 override_dilation(group, own[min(place, len(own) - 1)])
             read = read_paths(model, batch)
-            if len(read.logits) != len(groups):
+            if len(read.logits) < len(groups):
                 raise ValueError(
                     f"read_paths returned the logits of {len(read.logits)} paths, but there are {len(groups)} factors"
                 )
+            if not logits:
+                candidates = [*candidates, *[[(0.0,)]] * (len(read.logits) - len(groups))]
+                logits = [[[] for _ in own] for own in candidates]
             # The same pixels for every candidate.
             chosen = torch.linspace(0, len(read.target) - 1, min(_PIXELS, len(read.target))).long()
             for own_logits, path_logits in zip(logits, read.logits, strict=True):

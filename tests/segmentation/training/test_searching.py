@@ -15,6 +15,7 @@ from rfield.segmentation.config.train import TrainConfig
 from rfield.segmentation.data import AugmentedDataset
 from rfield.segmentation.files.checkpoints import read_checkpoint
 from rfield.segmentation.models import ParsingNetwork
+from rfield.segmentation.models.saving import describe_network, rebuild_network
 from rfield.segmentation.runs import load_config, load_run
 from rfield.segmentation.training import ParsingModule, read_factor_csv, train
 
@@ -127,10 +128,39 @@ def test_a_drift_is_told_where_the_sum_explodes_too(make: Make, monkeypatch: pyt
         train(config)
 
 
-def test_aspp_trains(make: Make) -> None:
-    metrics = train(make(aspp=(2, 4), search="none", epochs=1))
-    assert [path["effective_dilation"] for path in metrics["paths"]] == [2, 4]
-    assert metrics["receptive_field_px"] == 15 + 8 * 2
+def test_aspp_trains_with_equal_dilations_a_1x1_convolution_and_image_pooling(make: Make) -> None:
+    metrics = train(make(aspp=("pool", 4, "1x1", 4), search="none", epochs=1))
+    assert [path["effective_dilation"] for path in metrics["paths"]] == [0, 4, 0, 4]
+    assert [path["receptive_field_px"] for path in metrics["paths"]] == [None, 15 + 8 * 4, 15, 15 + 8 * 4]
+    assert [path.get("branch") for path in metrics["paths"]] == ["pool", None, "1x1", None]
+    assert metrics["effective_dilation"] == 4
+
+
+def test_further_paths_take_the_place_of_dilated_ones(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Image pooling and one dilation are best; the 1x1 convolution and the other dilations are not.
+    def score(table: Combinations, combination: tuple[int | None, ...]) -> list[float]:
+        return [float(sum((place is not None) != (path in (1, 3)) for path, place in enumerate(combination)))]
+
+    monkeypatch.setattr(Combinations, "_score", score)
+    config = make(search="sampled", paths=2, extra_paths=("1x1", "pool"), epochs=2, search_share=0.5)
+    metrics = train(config)
+    assert [path.get("branch") for path in metrics["paths"]] == [None, "pool"]
+    rates = metrics["search"]["sets"]["chosen"]["rates"]
+    assert (rates[0], rates[2], rates[3]) == (None, None, 0)
+    assert [factor["path"] for factor in metrics["search"]["factors"]] == [1]
+    network = load_run(config.run.out).network
+    assert [path.branch for path in network.head.heads()] == [None, "pool"]
+    assert network.spec is not None
+    assert network.spec.head.extra_paths == ("pool",)
+    image = torch.rand(1, 3, 40, 33)
+    torch.testing.assert_close(rebuild(network)(image), network(image))
+
+
+def rebuild(network: ParsingNetwork) -> torch.nn.Module:
+    """Return a network built from what checkpoints hold, with the same weights."""
+    again = rebuild_network(describe_network(network), Path("checkpoint"))
+    again.load_state_dict(network.state_dict())
+    return again.eval()
 
 
 def test_a_sampled_search_holds_images_out_and_gives_them_back(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:

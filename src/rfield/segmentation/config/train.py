@@ -6,7 +6,8 @@ from typing import Any, Literal
 
 from rfield.segmentation.config.options import Config, Options, option
 from rfield.segmentation.config.values import (
-    Integers,
+    BRANCH_KINDS,
+    Branches,
     Range,
     Size,
     ascending,
@@ -81,8 +82,15 @@ class ModelOptions(Options):
     search keeps the fewest that are within one standard error of the best."""
     path_norm: bool | None = None
     """Start each path with a batch norm. Default: for several learned paths."""
-    aspp: Integers | None = option(None, parse=Integers)
-    """Fixed dilations of parallel paths, such as 6,12,18,24, as in DeepLab's ASPP; with search none."""
+    aspp: Branches | None = option(None, parse=Branches)
+    """Fixed dilations of parallel paths, such as 6,12,18,24, as in DeepLab's ASPP; 1x1 is a 1x1 convolution, and pool
+    is image pooling. With search none."""
+    extra_paths: Branches | None = option(None, parse=Branches)
+    """Further paths that a sampled search may choose in place of dilated ones: 1x1, pool, or 1x1,pool. The run still
+    ends with `paths` paths."""
+    shared_kernel: Literal["never", "search", "always"] = "never"
+    """Whether all paths have the same kernels, with a batch norm of their own: never, search (until the search has
+    ended), or always."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -203,16 +211,26 @@ class TrainConfig(Config):
             batch, devices = self.optim.batch_size, self.run.devices
             raise ValueError(f"batch_size {batch} cannot be divided evenly among {devices} devices")
         search, rates, paths = self.search.search, self.model.aspp, self.model.paths
-        if rates and (search != "none" or paths != 1 or min(rates) < 1 or len(rates) < 2):
+        if rates and (search != "none" or paths != 1 or len(rates) < 2 or not {*rates} - {*BRANCH_KINDS}):
             raise ValueError(
-                f"aspp {list(rates)} must be two or more positive rates, with search none and one path, got search "
-                f"{search} and {paths} paths"
+                f"aspp {Branches(rates)} must be two or more branches, one of them a dilation, with search none and one "
+                f"path, got search {search} and {paths} paths"
             )
         if paths == "auto" and (search != "sampled" or self.search.class_groups or self.model.decoder):
             raise ValueError(
                 "paths auto needs search sampled, no class_groups and no decoder, since the paths are chosen by adding "
                 "their logits"
             )
+        extra = self.model.extra_paths or ()
+        if extra and (search != "sampled" or paths == 1 or self.model.decoder or self.search.class_groups):
+            raise ValueError(
+                f"extra_paths {Branches(extra)} need search sampled, several paths, no class_groups and no decoder, "
+                "since the paths are chosen by adding their logits"
+            )
+        if len(set(extra)) < len(extra) or not {*extra} <= {*BRANCH_KINDS}:
+            raise ValueError(f"extra_paths are {' or '.join(BRANCH_KINDS)}, none of them twice, got {Branches(extra)}")
+        if self.model.shared_kernel != "never" and paths == 1 and not rates:
+            raise ValueError(f"shared_kernel {self.model.shared_kernel} needs several paths")
         if self.search.class_groups is not None:
             if paths == 1:
                 raise ValueError("class_groups guide several paths: give paths too")

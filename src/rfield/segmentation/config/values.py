@@ -6,6 +6,8 @@ from typing import Any
 
 # Upper limit; larger values are taken for typos, and would fail later or fill the memory.
 _LIMIT = 2**31
+# What a branch of a pyramid may be beside a dilated 3x3 convolution: a 1x1 convolution, or image pooling.
+BRANCH_KINDS = ("1x1", "pool")
 
 
 class Size(tuple[int, int]):
@@ -69,6 +71,29 @@ class Integers(tuple[int, ...]):
         if not whole or not numbers or len(set(numbers)) < len(numbers):
             raise ValueError(f"a list is whole numbers with commas, none of them twice, such as 2,6,14, got {value!r}")
         return super().__new__(cls, numbers)
+
+    def __str__(self) -> str:
+        return ",".join(map(str, self))
+
+
+class Branches(tuple[int | str, ...]):
+    """Branches of a pyramid, from `1x1,6,12,pool` or a list: dilations of 3x3 convolutions, `1x1` and `pool`.
+
+    >>> Branches("1x1,6,6,pool"), Branches([1, 2]), str(Branches("1x1,6"))
+    (('1x1', 6, 6, 'pool'), (1, 2), '1x1,6')
+    """
+
+    def __new__(cls, value: Any) -> "Branches":
+        parts = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else ()
+        branches = [part.strip() if isinstance(part, str) else part for part in parts]
+        branches = [int(part) if isinstance(part, str) and part.isdecimal() else part for part in branches]
+        wrong = [each for each in branches if each not in BRANCH_KINDS and not (type(each) is int and each >= 1)]
+        if wrong or not branches:
+            raise ValueError(
+                f"branches are dilations of at least 1, {' and '.join(BRANCH_KINDS)}, with commas, such as 1x1,6,12, "
+                f"got {value!r}"
+            )
+        return super().__new__(cls, branches)
 
     def __str__(self) -> str:
         return ",".join(map(str, self))

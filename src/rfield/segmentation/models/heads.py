@@ -10,6 +10,8 @@ from torch import Tensor, fx, nn
 from rfield.layers import AdaptiveConv2d, LearnedFactor, ReceptiveFieldRegulator
 
 Mechanism = Literal["regulator", "dilation"]
+Branch = Literal["1x1", "pool"]
+"""A path without dilation: a 1x1 convolution, or image pooling (DeepLabv3; Chen et al., 2017)."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +40,11 @@ class HeadSpec:
     an `AdaptiveConv2d`."""
     paths: int = 1
     """Number of parallel paths, each with a receptive field of its own; their logits are summed."""
-    rates: tuple[int, ...] = ()
-    """Fixed dilations of parallel paths, as in DeepLab's ASPP; they replace `dilation`, `regulate` and `paths`."""
+    rates: tuple[int | Branch, ...] = ()
+    """Fixed dilations of parallel paths, as in DeepLab's ASPP, or other branches; they replace `dilation`, `regulate`
+    and `paths`."""
+    extra_paths: tuple[Branch, ...] = ()
+    """Further parallel paths beside the learned ones."""
     norm: bool | None = None
     """Batch norm at the start of each path. Default: for several learned paths."""
     rectangular: bool = False
@@ -52,14 +57,18 @@ class HeadSpec:
     def __post_init__(self) -> None:
         # JSON has lists only.
         object.__setattr__(self, "rates", tuple(self.rates))
+        object.__setattr__(self, "extra_paths", tuple(self.extra_paths))
         if self.class_groups is not None:
             object.__setattr__(self, "class_groups", tuple(tuple(sorted(group)) for group in self.class_groups))
         sizes = [(name, getattr(self, name)) for name in ("dilation", "head_channels", "paths")]
-        for name, size in (*sizes, *(("rates", rate) for rate in self.rates)):
+        rates = [rate for rate in self.rates if rate not in get_args(Branch)]
+        for name, size in (*sizes, *(("rates", rate) for rate in rates)):
             if not isinstance(size, int) or size < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {size!r}")
         if max(self.paths, len(self.rates)) > 255:
             raise ValueError(f"a head has 1 to 255 paths, got {max(self.paths, len(self.rates))}")
+        if not {*self.extra_paths} <= {*get_args(Branch)}:
+            raise ValueError(f"extra_paths hold {' or '.join(get_args(Branch))}, got {list(self.extra_paths)}")
         if not 0 <= self.dropout <= 1:
             raise ValueError(f"dropout must be a probability from 0 to 1, got {self.dropout!r}")
         if self.mechanism not in get_args(Mechanism):
@@ -85,6 +94,8 @@ class SinglePathHead(nn.Module):
         in_channels: channels C of the features.
         num_classes: classes K.
         spec: the sizes and what is learned; `paths`, `rates` and the guidance are those of `MultiPathHead`.
+        branch: makes fc6 a 1x1 convolution, after image pooling for `pool`; nothing is learned then. Default: fc6 is
+            dilated.
 
     Attributes:
         layers: fc6 to fc8, or the regulator around them (then `layers.module` holds them).
@@ -102,16 +113,21 @@ class SinglePathHead(nn.Module):
         (6.0, 6.0)
     """
 
-    def __init__(self, in_channels: int, num_classes: int, spec: HeadSpec) -> None:
+    def __init__(self, in_channels: int, num_classes: int, spec: HeadSpec, branch: Branch | None = None) -> None:
         super().__init__()
         for name, size in (("in_channels", in_channels), ("num_classes", num_classes)):
             if not isinstance(size, int) or size < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {size!r}")
         self.in_channels = in_channels
         self.num_classes = num_classes
-        self.dilation = spec.dilation
+        self.branch = branch
+        self.dilation = 0 if branch else spec.dilation
         width = spec.head_channels
-        fc6 = nn.Conv2d(in_channels, width, 3, padding=spec.dilation, dilation=spec.dilation)
+        fc6 = (
+            nn.Conv2d(in_channels, width, 1)
+            if branch
+            else nn.Conv2d(in_channels, width, 3, padding=spec.dilation, dilation=spec.dilation)
+        )
         layers = nn.Sequential(
             OrderedDict[str, nn.Module](
                 fc6=fc6,
@@ -131,7 +147,9 @@ class SinglePathHead(nn.Module):
         factor = (1.0, 1.0) if spec.rectangular else 1.0
         self.norm: nn.Module = nn.BatchNorm2d(in_channels) if spec.has_norm else nn.Identity()
         self.layers: nn.Sequential | ReceptiveFieldRegulator = layers
-        if spec.regulate and spec.mechanism == "regulator":
+        if branch:
+            pass
+        elif spec.regulate and spec.mechanism == "regulator":
             self.layers = ReceptiveFieldRegulator(layers, factor)
         elif spec.regulate:
             layers.fc6 = AdaptiveConv2d.from_conv(fc6, factor)
@@ -154,6 +172,8 @@ class SinglePathHead(nn.Module):
         return self._fixed_dilation() if layer is None else layer.realised_dilation
 
     def _fixed_dilation(self) -> tuple[float, float]:
+        if self.branch:
+            return 0.0, 0.0
         fc6 = self.layers.get_submodule("fc6")
         # The fixed resizes that `rfield.fuse` leaves; a cropped fc6 is no nn.Conv2d after it.
         height, width = (
@@ -179,6 +199,9 @@ class SinglePathHead(nn.Module):
         """
         logits: Tensor
         features = self.norm(features)
+        if self.branch == "pool":
+            logits = self.layers(features.mean((2, 3), keepdim=True))
+            return logits.expand(-1, -1, *(output_size or features.shape[2:]))
         if isinstance(self.layers, ReceptiveFieldRegulator):
             logits = self.layers(features, output_size=output_size)
             return logits

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from rfield.layers import WeightedGradient
-from rfield.segmentation.models.heads import HeadSpec, SinglePathHead
+from rfield.segmentation.models.heads import Branch, HeadSpec, SinglePathHead
 
 
 class MultiPathHead(nn.Module):
@@ -15,7 +15,7 @@ class MultiPathHead(nn.Module):
 
     Every path is a batch norm and then fc6, fc7 and fc8 with a learned factor around them (Wei et al., CVPR 2017).
     With `spec.rates` it is atrous spatial pyramid pooling as in DeepLabv2 (ASPP-L; Chen et al., TPAMI 2018): fixed
-    dilations that differ, and no batch norm.
+    dilations that differ, and no batch norm. Further paths may be a 1x1 convolution or image pooling.
 
     The published guidance multiplies the gradient of a path's logits by `spec.gradient_weight` at pixels of the path's
     own classes (`WeightedGradient`); read docs/paths.md before you use it.
@@ -43,7 +43,7 @@ class MultiPathHead(nn.Module):
 
     def __init__(self, in_channels: int, num_classes: int, spec: HeadSpec) -> None:
         super().__init__()
-        if (len(spec.rates) or spec.paths) == 1:
+        if (len(spec.rates) or spec.paths) + len(spec.extra_paths) == 1:
             raise ValueError("several paths are 2 to 255, got 1; one is a SinglePathHead")
         for group in spec.class_groups or ():
             if not group or not all(0 <= index < num_classes for index in group):
@@ -51,11 +51,14 @@ class MultiPathHead(nn.Module):
         self.in_channels = in_channels
         self.num_classes = num_classes
         self.class_groups = spec.class_groups
-        if spec.rates:
-            each = [dataclasses.replace(spec, dilation=rate, regulate=False) for rate in spec.rates]
-        else:
-            each = [spec] * spec.paths
-        self.paths = nn.ModuleList(SinglePathHead(in_channels, num_classes, path) for path in each)
+        branches: list[int | Branch] = [*(spec.rates or (spec.dilation,) * spec.paths), *spec.extra_paths]
+        fixed = dataclasses.replace(spec, regulate=spec.regulate and not spec.rates)
+        self.paths = nn.ModuleList(
+            SinglePathHead(in_channels, num_classes, fixed, each)
+            if isinstance(each, str)
+            else SinglePathHead(in_channels, num_classes, dataclasses.replace(fixed, dilation=each))
+            for each in branches
+        )
         self.silent: frozenset[int] = frozenset()
         guided = spec.gradient_weight != 1.0 and not spec.rates
         self.guidance = nn.ModuleList(
@@ -74,8 +77,8 @@ class MultiPathHead(nn.Module):
         return [path for path in self.paths if isinstance(path, SinglePathHead)]
 
     def branches(self) -> list[nn.Module]:
-        """Return the modules that run side by side; the output is their sum."""
-        return list(self.paths)
+        """Return the modules that run side by side, but for image pooling, which has no receptive field of its own."""
+        return [path for path in self.heads() if path.branch != "pool"]
 
     @torch.no_grad()
     def leave_out(self, paths: Collection[int]) -> None:
@@ -132,5 +135,5 @@ def build_head(in_channels: int, num_classes: int, spec: HeadSpec) -> SinglePath
     >>> build_head(32, 5, HeadSpec(head_channels=16, rates=(6, 12)))(torch.randn(1, 32, 9, 7)).shape
     torch.Size([1, 5, 9, 7])
     """
-    kind = MultiPathHead if spec.rates or spec.paths > 1 else SinglePathHead
+    kind = MultiPathHead if spec.rates or spec.extra_paths or spec.paths > 1 else SinglePathHead
     return kind(in_channels, num_classes, spec)

@@ -162,7 +162,11 @@ class ParsingNetwork(nn.Module, HubMixin):
         else:
             head.paths, head.silent = nn.ModuleList(kept), frozenset()
         if self.spec is not None:
-            spec = replace(self.spec.head, paths=len(kept), norm=True, class_groups=None)
+            extra = tuple(path.branch for path in kept if path.branch)
+            learned = len(kept) - len(extra)
+            spec = replace(
+                self.spec.head, paths=learned, extra_paths=extra, norm=self.spec.head.has_norm, class_groups=None
+            )
             self.spec = replace(self.spec, head=spec)
 
     def forward(self, image: Tensor) -> Tensor:

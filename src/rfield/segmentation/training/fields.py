@@ -1,9 +1,12 @@
 """The receptive fields of a network now, path by path."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rfield.receptive_field.theoretical import receptive_field_px
 from rfield.segmentation.models import MultiPathHead, ParsingNetwork
+from rfield.segmentation.models.heads import Branch
 
 
 @dataclass(frozen=True)
@@ -14,7 +17,11 @@ class Field:
     axis: int
     factor: float
     effective_dilation: float
+    """0 for a 1x1 convolution, and for image pooling."""
     receptive_field_px: float
+    """Infinite for image pooling."""
+    branch: Branch | None
+    """What the path is if it has no dilation."""
 
 
 def present_fields(network: ParsingNetwork) -> list[Field]:
@@ -26,16 +33,23 @@ def present_fields(network: ParsingNetwork) -> list[Field]:
     total = receptive_field_px(network)
     fields = []
     for index, (layer, dilation) in enumerate(zip(layers, realised, strict=True)):
-        base = dilation if layer is None else layer.base_dilation
+        base = (1.0, 1.0) if layer is None else layer.base_dilation
         for axis in range(1 if layer is None else layer.log_factor.numel()):
             # The network's field is that of the path with the largest dilation along the axis; fc6 is 3x3.
             farthest = max(each[axis] for each in realised)
             field = total[axis] - 2 * network.stride * (farthest - dilation[axis])
-            fields.append(Field(index, axis, base[axis] / dilation[axis], dilation[axis], field))
+            field = math.inf if paths[index].branch == "pool" else field
+            factor = 1.0 if layer is None else base[axis] / dilation[axis]
+            fields.append(Field(index, axis, factor, dilation[axis], field, paths[index].branch))
     return fields
 
 
 def present_field(network: ParsingNetwork) -> tuple[float, float, float]:
-    """Return factor, dilation and receptive field in px of the first path, along the height."""
-    first = present_fields(network)[0]
+    """Return factor, dilation and receptive field in px of the first path with a dilation, along the height."""
+    first = first_dilated(present_fields(network))
     return first.factor, first.effective_dilation, first.receptive_field_px
+
+
+def first_dilated(fields: Sequence[Field]) -> Field:
+    """Return the field of the first path that is no 1x1 convolution or image pooling."""
+    return next(field for field in fields if field.effective_dilation)

@@ -1,6 +1,7 @@
 """The receptive field in a finished run's metrics, and the run's figures."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from rfield.segmentation.config.train import SearchOptions
 from rfield.segmentation.files.checkpoints import LAST, read_checkpoint
 from rfield.segmentation.files.untrusted import read_json
 from rfield.segmentation.training.callbacks import read_factor_csv, read_paths_csv
-from rfield.segmentation.training.fields import Field
+from rfield.segmentation.training.fields import Field, first_dilated
 from rfield.segmentation.training.search_report import describe_search
 
 
@@ -34,8 +35,9 @@ def describe_fields(
     """
     saved = read_checkpoint(out / "checkpoints" / LAST)
     search = saved.get("search", {}).get("search", {})
-    kept = [path for path in range(len(search.get("starts", fields))) if path not in search.get("left_out", ())]
-    described = {**_numbers(fields[0]), **_describe_paths(out, options.rectangular, fields, search)}
+    left_out = search.get("left_out", ())
+    kept = [path for path in range(len(fields) + len(left_out)) if path not in left_out]
+    described = {**_numbers(first_dilated(fields)), **_describe_paths(out, options.rectangular, fields, search)}
     fields = [dataclasses.replace(field, path=kept[field.path]) for field in fields]
     if "search" in saved:
         described["search"] = describe_search(
@@ -68,7 +70,7 @@ def plot_results(out: Path, search: str, metrics: dict[str, Any]) -> None:
         if "sets" in found:
             kept = [path for path, rate in enumerate(found["sets"]["chosen"]["rates"]) if rate is not None]
             costs = [[row[path] for path in kept] for row in found["sets"]["class_costs"]]
-            names = [f"dilation {path['effective_dilation']:.3g}" for path in metrics["paths"]]
+            names = [path.get("branch") or f"dilation {path['effective_dilation']:.3g}" for path in metrics["paths"]]
             classes = read_json(out / "classes.json")["class_names"]
             plots.save(plots.class_paths(costs, classes, names), out / "class_paths.png")
 
@@ -84,6 +86,7 @@ def _describe_paths(out: Path, rectangular: bool, fields: list[Field], search: d
         described["paths"] = [
             {
                 **_numbers(field),
+                **({"branch": field.branch} if field.branch else {}),
                 **({"serves": served[field.path]} if served else {}),
                 "class_group": groups[field.path][1] if groups else None,
                 "class_group_name": groups[field.path][0] if groups else None,
@@ -108,9 +111,9 @@ def _served_classes(search: dict[str, Any], class_names: Sequence[str]) -> list[
     return list(served.values())
 
 
-def _numbers(field: Field) -> dict[str, float]:
+def _numbers(field: Field) -> dict[str, float | None]:
     return {
         "factor": field.factor,
         "effective_dilation": field.effective_dilation,
-        "receptive_field_px": field.receptive_field_px,
+        "receptive_field_px": field.receptive_field_px if math.isfinite(field.receptive_field_px) else None,
     }
