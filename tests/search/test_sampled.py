@@ -237,7 +237,7 @@ class TestEma:
             weight.fill_(1.1)
         for _ in range(10):
             toy.run(search, 1)
-        kept = search._ema["1.weight"]
+        kept = search.averaged.weights["1.weight"]
         assert kept.dtype == torch.promote_types(dtype, torch.float32)
         moved = (kept.item() - 1) / (weight.item() - 1)
         assert moved == pytest.approx(1 - 0.97**10, rel=1e-3)
@@ -270,17 +270,17 @@ class TestEma:
         toy.run(search, 1)
         with torch.no_grad():
             model[1].weight.mul_(1.3)
-        weight, average = model[1].weight.clone(), search._ema["1.weight"].clone()
+        weight, average = model[1].weight.clone(), search.averaged.weights["1.weight"].clone()
         toy.run(search, 1)
         assert len(search.readings[0, 0]) == 1
         assert torch.equal(model[1].weight, weight)
-        assert torch.equal(search._ema["1.weight"], average.lerp(weight.float(), 0.03))
+        assert torch.equal(search.averaged.weights["1.weight"], average.lerp(weight.float(), 0.03))
 
     def test_frozen_weights_do_not_change(self, toy: Any) -> None:
         model = nn.Sequential(toy.layer(3), nn.Conv2d(1, 1, 1).requires_grad_(False))
         search = SampledSearch(model, lambda m, x: m(x).mean(), 8, [toy.image])
         toy.run(search, 1)
-        assert set(search._ema) == {"0.weight", "0.bias"}
+        assert set(search.averaged.weights) == {"0.weight", "0.bias"}
 
 
 def test_layers_that_share_a_factor_lose_their_overrides(toy: Any) -> None:

@@ -3,23 +3,21 @@
 import itertools
 import math
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from rfield.layers.dilation import integer_range
 from rfield.search.base import LossFunction, Search
 from rfield.search.certainty import Verdict, judge
 from rfield.search.curve import NO_HELD_OUT, check_held_out, curve_minimum, dilation_grid, mean_curve
+from rfield.search.ema import AveragedWeights
 from rfield.search.factors import (
     current_dilation,
     dilation_range,
     gather_rows,
-    names_by_id,
     override_dilation,
     reshard,
     runs_at_integers,
@@ -28,8 +26,6 @@ from rfield.search.factors import (
 from rfield.search.paired import standard_errors
 from rfield.search.sets import Rate, ReadPaths, parallel_factors, read_combinations, shares
 
-# Decay of the weights' exponential moving average (EMA), which covers about the last 33 steps.
-_EMA_DECAY = 0.97
 # {share of the steps: ratio}. After that share of the steps, the window extends from the minimum by that ratio to each
 # side.
 NARROWINGS = {0.25: 2.5, 0.4: 1.75, 0.6: 1.35}
@@ -70,6 +66,8 @@ class SampledSearch(Search):
             combination's, instead of with all.
 
     Attributes:
+        averaged: the EMA of the weights, which works at all dilations of the range; empty in a finished search that was
+            loaded.
         sets: for each set of parallel branches the indices of its factors.
         set_readings: with `read_paths`, all evaluations of combinations so far, see `Combinations.describe`; `chosen`
             are the rates that were chosen, and `class_costs` tells which branch serves which class.
@@ -125,7 +123,7 @@ class SampledSearch(Search):
         self.set_readings: list[dict[str, Any]] = []
         self._ranges: list[tuple[float, float]] = []
         self._windows: dict[tuple[int, int], tuple[float, float]] = {}
-        self._ema: dict[str, Tensor] = {}
+        self.averaged = AveragedWeights(model)
         self._freeze_factors()
 
     def loss(self, batch: Any) -> Tensor:
@@ -183,12 +181,11 @@ class SampledSearch(Search):
 
     def _update_factors(self) -> None:
         self._record()
-        self._update_ema()
+        self.averaged.update()
         last = self.step_index >= self.steps
         if last or self.step_index in self.narrowings:
             self._evaluate_curves()
         if last:
-            self._ema = {}  # not needed any more, and checkpoints become smaller
             self._finalize()
 
     def curve(self, index: int = 0, axis: int = 0) -> dict[float, float]:
@@ -232,8 +229,11 @@ class SampledSearch(Search):
 
     def _evaluate_curves(self) -> None:
         """Evaluate all curves, set each factor to its best dilation, and narrow the windows around that."""
-        with self._swap_ema():
-            losses = self._evaluate_each() if self.read_paths is None else self._evaluate_set(self.read_paths)
+        with self.averaged.swapped_in():
+            try:
+                losses = self._evaluate_each() if self.read_paths is None else self._evaluate_set(self.read_paths)
+            finally:
+                self._clear_overrides()
         reach = self.narrowings.get(self.step_index, 1.0)
         for (index, axis), batch_losses in losses.items():
             self.readings[index, axis].append((self.step_index, mean_curve(batch_losses)))
@@ -297,46 +297,6 @@ class SampledSearch(Search):
         set_effective_dilation(self.groups[index], values)
         return abs(math.log(best / before)) > 0.1
 
-    def _named_weights(self) -> list[tuple[str, nn.Parameter]]:
-        """Return (name, weight) pairs; wrappers, which may be added during the search, do not change the names."""
-        names = names_by_id(self.model)
-        return [(names[id(weight)], weight) for weight in self.model.parameters()]
-
-    @torch.no_grad()
-    def _update_ema(self) -> None:
-        """Update the EMA of the weights, at which curves are evaluated because the weights of a single step are noisy.
-
-        It has float32 precision at least: in bfloat16 most updates of 3 % would be rounded away.
-        """
-        averages, values = [], []
-        for name, weight in self._named_weights():
-            if weight.requires_grad:
-                value = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
-                averages.append(self._ema.setdefault(name, value.clone()))
-                values.append(value)
-        if values:
-            get_ema_multi_avg_fn(_EMA_DECAY)(averages, values, 0)  # type: ignore[no-untyped-call]
-
-    @contextmanager
-    def _swap_ema(self) -> Iterator[None]:
-        """Put the EMA of the weights into the model and switch it to eval mode; restore both when the block ends."""
-        modes = [(module, module.training) for module in self.model.modules()]
-        averaged = [(weight, self._ema[name]) for name, weight in self._named_weights() if name in self._ema]
-        own = [weight.detach().clone() for weight, _ in averaged]
-        self.model.eval()
-        try:
-            with torch.no_grad():
-                for weight, average in averaged:
-                    weight.copy_(average)
-            yield
-        finally:
-            with torch.no_grad():
-                for (weight, _), value in zip(averaged, own, strict=True):
-                    weight.copy_(value)
-            for module, training in modes:
-                module.training = training
-            self._clear_overrides()
-
     @torch.no_grad()
     def _evaluate_curve(self, index: int, axis: int) -> dict[float, list[float]]:
         """Return {dilation: loss of each held-out batch} across the window of one factor and axis.
@@ -385,7 +345,9 @@ class SampledSearch(Search):
             "left_out": self.left_out,
             "ranges": self._ranges,
             "windows": self._windows,
-            "average": self._ema,
+            "average": {}
+            if self.done
+            else self.averaged.weights,  # not needed any more, and checkpoints become smaller
         }
 
     def _load(self, state: dict[str, Any]) -> None:
@@ -397,7 +359,4 @@ class SampledSearch(Search):
         self.left_out = state["left_out"]
         self._ranges = state["ranges"]
         self._windows = state["windows"]
-        weights = dict(self._named_weights())
-        if unknown := [name for name in state["average"] if name not in weights]:
-            raise ValueError(f"the state averages weights that the model does not have: {', '.join(unknown[:3])}")
-        self._ema = {name: average.to(weights[name].device) for name, average in state["average"].items()}
+        self.averaged.load(state["average"])

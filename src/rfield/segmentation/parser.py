@@ -15,7 +15,7 @@ from jsonargparse.typing import register_type
 
 from rfield import __version__
 from rfield.segmentation.config.options import Config, Options
-from rfield.segmentation.config.values import Branches, Integers, Names, Range, Size
+from rfield.segmentation.config.values import Branches, Integers, Names, Numbers, Range, Size
 from rfield.segmentation.files.untrusted import check_yaml
 
 # Each command's config and function; the function's docstring is the command's help.
@@ -36,7 +36,7 @@ def _load_checked_yaml(text: str) -> Any:
 
 set_loader("yaml", _load_checked_yaml, exceptions=(ValueError,))
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
-for _kind in (Size, Range, Integers, Branches, Names):
+for _kind in (Size, Range, Integers, Numbers, Branches, Names):
     register_type(_kind, list)
 
 

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from rfield.layers import LearnedFactor, ReceptiveFieldRegulator
+from rfield.search import learned_layers
+from rfield.search.factors import override_dilation
 from rfield.segmentation.config.train import TrainConfig
 from rfield.segmentation.config.values import Size
 from rfield.segmentation.files.checkpoints import find_checkpoint, read_checkpoint
@@ -28,6 +30,8 @@ _KINDS: dict[Any, Any] = {
 
 # Paths that `paths: auto` starts with.
 _AUTO_PATHS = 4
+SEARCH_WEIGHTS = "search_weights.safetensors"
+"""The file of a run folder with the weights at the end of a sampled search, averaged; they work at all dilations."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,18 +102,20 @@ def _set_up(network: ParsingNetwork, config: TrainConfig) -> ParsingNetwork:
     return network.to(memory_format=torch.channels_last)
 
 
-def load_run(folder: str | Path, checkpoint: str = "last") -> Run:
+def load_run(folder: str | Path, checkpoint: str = "last", search_weights: bool = False) -> Run:
     """Open the network that `rfield train` or `rfield fuse` has left in a run folder, or `rfield push` on the Hub.
 
     Args:
         folder: the run folder, or a model of the Hub, see `rfield.segmentation.models.hub.find_folder`.
         checkpoint: `last` or `best`.
+        search_weights: use the weights that the sampled search ended with, with all its paths.
 
     Raises:
         FileNotFoundError: the folder is no run folder or has no such checkpoint.
         ValueError: a file in it cannot be understood, or was written by another version.
     """
     folder = find_folder(folder)
+    averaged = _read_search_weights(folder / SEARCH_WEIGHTS) if search_weights else {}
     if (folder / "config.json").is_file() and not (folder / "config.yaml").exists():
         return _load_shared(folder)
     for name in ("config.yaml", "classes.json"):
@@ -127,11 +133,37 @@ def load_run(folder: str | Path, checkpoint: str = "last") -> Run:
     if (spec.model, spec.head.dilation, spec.head.head_channels) != (model.model, model.dilation, model.head_channels):
         raise ValueError(f"{path} is damaged or not a checkpoint of this run: its network is not that of config.yaml")
     try:
-        network.load_state_dict(state)
+        network.load_state_dict({**state, **averaged})
     except Exception as error:  # Strangers' tensors raise a dozen different types.
         raise ValueError(f"{path} is damaged or not a checkpoint of this run: {error}") from error
     network.take_out_silent_paths()
     return Run(folder, config, class_names, palette, network.eval(), size)
+
+
+def _read_search_weights(path: Path) -> dict[str, Tensor]:
+    """Return the weights of a finished search, without what says at which dilation it ended."""
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"there is no {path}: a run has it once its sampled search has ended, but not with --no-save-search-weights"
+        )
+    learned = ("log_factor", "snapped")
+    return {
+        name: value for name, value in read_weights(path).items() if not name.rpartition(".")[2].startswith(learned)
+    }
+
+
+def set_dilations(network: ParsingNetwork, dilations: Sequence[float]) -> None:
+    """Make the learned layers of a network run at other dilations, one for each path.
+
+    Raises:
+        ValueError: the network has no learned layer, or another number of them.
+    """
+    groups = learned_layers(network)
+    if len(groups) != len(dilations):
+        have = counted(len(groups), "learned dilation") if groups else "no learned layer: open the run before fuse"
+        raise ValueError(f"got {counted(len(dilations), 'dilation')}, but the network has {have}")
+    for group, dilation in zip(groups, dilations, strict=True):
+        override_dilation(group, [dilation] * group[0].log_factor.numel())
 
 
 def _read_network(folder: Path, checkpoint: str) -> tuple[Path, Any, dict[str, Tensor]]:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from rfield.segmentation.config.options import Options, option
-from rfield.segmentation.config.values import Size, positive
+from rfield.segmentation.config.values import Numbers, Size, positive
 
 
 @dataclasses.dataclass
@@ -42,11 +42,19 @@ class PredictConfig(Options):
     memory_budget: float | None = option(None, check=positive)
     """GiB that the maps of one image may take; a larger image is labelled in tiles, with the same result. Default: 2.
     An .onnx file labels whole images."""
+    dilations: Numbers | None = option(None, parse=Numbers, check=positive)
+    """Dilation of each learned path, such as 2,3,6,12, in place of those that were learned."""
+    weights: Literal["final", "search"] = "final"
+    """Weights: final, or search, those at the end of the sampled search, which work at all dilations."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.memory_budget is not None and self.run.endswith(".onnx"):
+        if not self.run.endswith(".onnx"):
+            return
+        if self.memory_budget is not None:
             raise ValueError(f"memory_budget is for run folders: {self.run} labels whole images")
+        if self.dilations is not None or self.weights != "final":
+            raise ValueError(f"dilations and weights are for run folders: {self.run} has fixed dilations")
 
 
 @dataclasses.dataclass

@@ -179,6 +179,8 @@ class RunOptions(Options):
     """Seed of all randomness."""
     resume: bool = False
     """Continue the run in `out` from its last epoch."""
+    save_search_weights: bool = True
+    """After a sampled search, keep the weights that work at all dilations, for `rfield predict --weights search`."""
     val_every: int | None = option(None, check=positive)
     """Epochs between validations; the last epoch always ends with one. Default: a fifth of the epochs."""
     precision: Literal["32-true", "16-mixed", "bf16-mixed"] = "32-true"
@@ -213,8 +215,8 @@ class TrainConfig(Config):
         search, rates, paths = self.search.search, self.model.aspp, self.model.paths
         if rates and (search != "none" or paths != 1 or len(rates) < 2 or not {*rates} - {*BRANCH_KINDS}):
             raise ValueError(
-                f"aspp {Branches(rates)} must be two or more branches, one of them a dilation, with search none and one "
-                f"path, got search {search} and {paths} paths"
+                f"aspp {Branches(rates)} must be two or more branches, at least one of them a dilation, with search "
+                f"none and one path, got search {search} and {paths} paths"
             )
         if paths == "auto" and (search != "sampled" or self.search.class_groups or self.model.decoder):
             raise ValueError(

@@ -76,6 +76,27 @@ class Integers(tuple[int, ...]):
         return ",".join(map(str, self))
 
 
+class Numbers(tuple[float, ...]):
+    """Numbers from `2,3.5,6`, one number or a list.
+
+    >>> Numbers("2,3.5,2"), Numbers(3), str(Numbers([1, 2.5]))
+    ((2.0, 3.5, 2.0), (3.0,), '1,2.5')
+    """
+
+    def __new__(cls, value: Any) -> "Numbers":
+        parts = value.split(",") if isinstance(value, str) else [value] if isinstance(value, int | float) else value
+        try:
+            numbers = [float(part) for part in parts]
+        except (TypeError, ValueError, OverflowError):
+            numbers = []
+        if not numbers or not all(math.isfinite(number) for number in numbers):
+            raise ValueError(f"a list is numbers with commas, such as 2,3.5,6, got {value!r}")
+        return super().__new__(cls, numbers)
+
+    def __str__(self) -> str:
+        return ",".join(f"{number:g}" for number in self)
+
+
 class Branches(tuple[int | str, ...]):
     """Branches of a pyramid, from `1x1,6,12,pool` or a list: dilations of 3x3 convolutions, `1x1` and `pool`.
 

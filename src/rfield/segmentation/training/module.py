@@ -3,6 +3,7 @@
 import time
 import warnings
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -27,13 +28,16 @@ from rfield.search.factors import mean_over_processes
 from rfield.search.sets import PathLogits
 from rfield.segmentation.config.train import TrainConfig
 from rfield.segmentation.data import IGNORE_INDEX, EpochSampler
+from rfield.segmentation.files.atomic import write_weights
 from rfield.segmentation.files.format import file_format
 from rfield.segmentation.inference.predict import feature_logits, predict_logits
 from rfield.segmentation.metrics import confusion_matrix, segmentation_scores
 from rfield.segmentation.models import MultiPathHead, ParsingNetwork
+from rfield.segmentation.runs import SEARCH_WEIGHTS
 from rfield.segmentation.training.distributed import refuse_unequal
 from rfield.segmentation.training.fields import present_field
 from rfield.segmentation.training.losses import make_loss, norm_over_processes
+from rfield.segmentation.training.optimizer import make_optimizer
 from rfield.segmentation.training.search_phase import SearchPhase
 
 Batch = tuple[Tensor, Tensor]
@@ -261,8 +265,20 @@ class ParsingModule(L.LightningModule):
             self.search_seconds += time.monotonic() - started
             if self.search.done:
                 self.phase = SearchPhase.HOLDING_OUT
-                if isinstance(self.search, SampledSearch) and isinstance(self.network.head, MultiPathHead):
-                    self.network.head.leave_out(self.search.left_out)
+                if isinstance(self.search, SampledSearch):
+                    self._end_sampled_search(self.search)
+
+    def _end_sampled_search(self, search: SampledSearch) -> None:
+        """Save the weights that work at all dilations, and leave out the paths that were not chosen."""
+        if self.config.run.save_search_weights and self.trainer.is_global_zero:
+            own = self.network.head if self.config.model.freeze_backbone else self.network
+            prefix = "head." if self.config.model.freeze_backbone else ""
+            state = {f"{prefix}{name}": value for name, value in own.state_dict().items()}
+            averaged = {name: value.to(state[name].dtype) for name, value in search.averaged.weights.items()}
+            path = Path(self.config.run.out) / SEARCH_WEIGHTS
+            write_weights(path, {name: value.contiguous() for name, value in {**state, **averaged}.items()})
+        if isinstance(self.network.head, MultiPathHead):
+            self.network.head.leave_out(search.left_out)
 
     def _warn_of_drift(self) -> None:
         """Warn once if the published guidance drives the paths apart."""
@@ -334,25 +350,10 @@ class ParsingModule(L.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         config = self.config
-        lr, factor_lr = config.optim.lr or 0.0, config.search.factor_lr or 0.0
         steps = int(self.trainer.estimated_stepping_batches)
         self.factor_start = steps // 10 if config.search.factor_start is None else config.search.factor_start
         self.search = self._make_search(max(1, round((config.search.search_share or 1.0) * steps)))
-        factors = factor_parameters(self.network)
-        known = {id(factor) for factor in factors}
-        # The head and the decoder, if there is one.
-        known |= {id(weight) for weight in self.network.backbone.parameters()}
-        head = [weight for weight in self.network.parameters() if id(weight) not in known]
-        groups: list[dict[str, Any]] = [{"params": head, "lr": lr * config.optim.head_lr_scale}]
-        if factors:
-            groups.append({"params": factors, "lr": factor_lr, "weight_decay": 0.0})
-        if not config.model.freeze_backbone:
-            groups.append({"params": list(self.network.backbone.parameters()), "lr": lr})
-        optimizer: torch.optim.Optimizer
-        if config.optim.optimizer == "sgd":
-            optimizer = torch.optim.SGD(groups, momentum=0.9, weight_decay=config.optim.weight_decay)
-        else:
-            optimizer = torch.optim.AdamW(groups, weight_decay=config.optim.weight_decay)
+        optimizer = make_optimizer(self.network, config)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.0, 1 - step / steps) ** 0.9)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

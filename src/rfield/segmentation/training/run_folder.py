@@ -12,7 +12,7 @@ from rfield.segmentation.data.class_groups import ClassGroups
 from rfield.segmentation.files.atomic import write_json, write_text
 from rfield.segmentation.files.checkpoints import LAST, read_checkpoint
 from rfield.segmentation.files.untrusted import read_json
-from rfield.segmentation.runs import load_config, read_classes
+from rfield.segmentation.runs import SEARCH_WEIGHTS, load_config, read_classes
 
 # Settings that may change when a run is resumed.
 _MAY_CHANGE = ("out", "workers", "cache", "skip_bad", "devices")
@@ -26,6 +26,7 @@ _RUN_FILES = (
     "paths.png",
     "curve.png",
     "class_paths.png",
+    SEARCH_WEIGHTS,
     "checkpoints",
     "logs",
 )
