@@ -109,6 +109,40 @@ class TestCombinations:
         table.losses[0, 0] = [0.8, 1.0, 0.9]
         assert table.fewest() == (0, 0)
 
+    def test_paths_without_a_dilation_may_take_the_place_of_others_but_not_of_all(self) -> None:
+        table, logits, target = combinations(4, 3)
+        table = Combinations(
+            [*table.candidates[:2], [(0.0,)], [(0.0,)]], [*logits[:2], logits[2][:1], logits[3][:1]], target,
+            torch.ones(len(target)), torch.zeros(len(target), dtype=torch.long),
+        )  # fmt: skip
+        slow = {}
+        for combination in itertools.product(*[[None, *range(len(own))] for own in table.candidates]):
+            if sum(place is not None for place in combination) == 2 and combination[:2] != (None, None):
+                slow[combination] = table.loss(combination)
+        assert table.search(2, 2, random.Random(0)) == min(slow, key=lambda each: slow[each])
+        assert all(each[:2] != (None, None) for each in table.best_of_each_size().values())
+        # Descent finds no better exchange or change either.
+        found = table._descend(
+            (0, 0, None, None), [[None, *range(len(own))] for own in table.candidates], slow.__contains__
+        )
+        assert found in slow
+
+    def test_guided_paths_each_choose_what_their_own_weights_prefer(self) -> None:
+        table, logits, target = combinations(2, 4)
+        weights = [torch.where(target == own, 50.0, 0.1) for own in (0, 1)]
+        guided = Combinations(table.candidates, logits, target, torch.ones(40), torch.arange(40) % 5, weights)
+        best = guided.search_guided(guided.search(2, 2, random.Random(0)))
+
+        def own_loss(combination: tuple[int, ...], path: int) -> float:
+            losses = F.cross_entropy(logits[0][combination[0]] + logits[1][combination[1]], target, reduction="none")
+            return float((losses * weights[path]).mean())
+
+        for path, place in itertools.product(range(2), range(4)):
+            other = (place, best[1]) if path == 0 else (best[0], place)
+            assert own_loss(other, path) >= own_loss(best, path) - 1e-6
+        assert sum(guided.curve(best, 1, 0)[11.0]) / 5 == pytest.approx(own_loss((best[0], 0), 1), rel=1e-5)
+        assert table.search_guided((0, 0)) == (0, 0)
+
     def test_what_a_class_loses_without_a_path(self) -> None:
         table, logits, target = combinations(2, 1)
         costs = table.class_costs((0, 0))

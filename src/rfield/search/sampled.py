@@ -263,7 +263,7 @@ class SampledSearch(Search):
         draw = self._random("set")
         wanted = len(self.groups)
         table.search(1, wanted, draw)  # for the losses of fewer branches
-        best = table.search(wanted, wanted, draw)
+        best = table.search_guided(table.search(wanted, wanted, draw))
         if not math.isfinite(table.loss(best)):
             raise ValueError(f"step {self.step_index}: no combination of dilations has a finite loss")
         if self.step_index >= self.steps:

@@ -21,6 +21,8 @@ Choice = tuple[int | None, ...]
 # If there are more combinations than this, only those that coordinate descent from several starts visits are scored.
 _EXHAUSTIVE = 1500
 _STARTS = 4
+# Guided paths choose in turn at most so often.
+_MOST_TURNS = 10
 # Maximum number of pixels of a batch, evenly spaced, on which combinations are scored.
 _PIXELS = 512
 
@@ -33,11 +35,14 @@ class PathLogits:
         logits: one Tensor[P, K] per path, for P pixels and K classes; their sum is the network's logits.
         target: labels, integer Tensor[P].
         weight: weight of each pixel in the loss, Tensor[P].
+        path_weights: for guided paths, the weight of each pixel in the loss by which each path's dilation is chosen,
+            one Tensor[P] per path with a factor.
     """
 
     logits: Sequence[Tensor]
     target: Tensor
     weight: Tensor
+    path_weights: Sequence[Tensor] = ()
 
 
 ReadPaths = Callable[[nn.Module, Any], PathLogits]
@@ -101,9 +106,11 @@ class Combinations:
         target: Tensor[P].
         weight: Tensor[P].
         image: index of the image that each pixel belongs to, Tensor[P], from 0.
+        path_weights: see `PathLogits`.
 
     Attributes:
         losses: {combination: the loss of each image}, for all combinations scored so far.
+        path_losses: for guided paths, {combination: for each path the loss of each image with the path's weights}.
     """
 
     def __init__(
@@ -113,6 +120,7 @@ class Combinations:
         target: Tensor,
         weight: Tensor,
         image: Tensor,
+        path_weights: Sequence[Tensor] = (),
     ) -> None:
         self.candidates = candidates
         # With the classes first, the sums over them are several times as fast.
@@ -120,27 +128,31 @@ class Combinations:
         self._at_target = [[each.float().gather(1, target[:, None])[:, 0] for each in own] for own in logits]
         self._target, self._weight, self._image = target, weight, image
         self._count = torch.bincount(image).clamp(min=1)
+        self._path_weights = path_weights
         self.losses: dict[Choice, list[float]] = {}
+        self.path_losses: dict[Choice, list[list[float]]] = {}
 
     def loss(self, combination: Choice) -> float:
         """Return the mean loss over the images; infinite if one is not finite, or all paths are left out."""
         if all(place is None for place in combination):
             return math.inf
-        values = self.losses_of(combination)
-        mean = sum(values) / len(values)
-        return mean if math.isfinite(mean) else math.inf
+        return _finite_mean(self.losses_of(combination))
 
-    def losses_of(self, combination: Choice) -> list[float]:
-        """Return the loss of each image, of all processes."""
+    def losses_of(self, combination: Choice, path: int | None = None) -> list[float]:
+        """Return the loss of each image, of all processes; for a guided path with the path's own weights."""
         if combination not in self.losses:
-            self.losses[combination] = self._score(combination)
-        return self.losses[combination]
+            self.losses[combination], *self.path_losses[combination] = self._score(combination)
+        own = self.path_losses[combination] if path is not None else []
+        return self.losses[combination] if path is None or not own else own[path]
 
-    def _score(self, combination: Choice) -> list[float]:
-        losses = self._pixel_losses(combination) * self._weight
-        sums = losses.new_zeros(len(self._count)).index_add_(0, self._image, losses)
-        row = (sums / self._count).double().cpu()
-        gathered: list[float] = gather_rows(row[:, None])[:, 0].tolist()
+    def _score(self, combination: Choice) -> list[list[float]]:
+        """Return the loss of each image, then those with each guided path's weights."""
+        losses = self._pixel_losses(combination)
+        rows = []
+        for weight in (self._weight, *self._path_weights):
+            sums = losses.new_zeros(len(self._count)).index_add_(0, self._image, losses * weight)
+            rows.append((sums / self._count).double().cpu())
+        gathered: list[list[float]] = gather_rows(torch.stack(rows, 1)).T.tolist()
         return gathered
 
     def _pixel_losses(self, combination: Choice) -> Tensor:
@@ -173,6 +185,21 @@ class Combinations:
                 tuple(draw.randrange(len(own)) if path in chosen else None for path, own in enumerate(self.candidates))
             )
         return min((self._descend(start, options, allowed) for start in starts if allowed(start)), key=self.loss)
+
+    def search_guided(self, best: Choice) -> Choice:
+        """Return a combination in which no guided path alone would choose another dilation by its own loss.
+
+        Each path in turn chooses its best dilation, from a combination of all paths on. If that comes to no rest, the
+        last combination is returned.
+        """
+        for _ in range(_MOST_TURNS if self._path_weights else 0):
+            before = best
+            for path, own in enumerate(self.candidates):
+                turns = [(*best[:path], place, *best[path + 1 :]) for place in range(len(own))]
+                best = min(turns, key=lambda each: _finite_mean(self.losses_of(each, path)))
+            if best == before:
+                break
+        return best
 
     def _descend(
         self, best: Choice, options: Sequence[Sequence[int | None]], allowed: Callable[[Choice], bool]
@@ -268,7 +295,7 @@ class Combinations:
         place = combination[path]
         fixed = own[place or 0]
         return {
-            rate[axis]: self.losses_of((*combination[:path], at, *combination[path + 1 :]))
+            rate[axis]: self.losses_of((*combination[:path], at, *combination[path + 1 :]), path)
             for at, rate in enumerate(own)
             if rate[:axis] + rate[axis + 1 :] == fixed[:axis] + fixed[axis + 1 :]
         }
@@ -305,6 +332,12 @@ class Combinations:
         }
 
 
+def _finite_mean(values: Sequence[float]) -> float:
+    """Return the mean; infinite if it is not finite."""
+    mean = sum(values) / len(values)
+    return mean if math.isfinite(mean) else math.inf
+
+
 def _size(combination: Choice) -> int:
     return sum(place is not None for place in combination)
 
@@ -333,6 +366,7 @@ def read_combinations(
     """
     logits: list[list[list[Tensor]]] = []
     targets, weights, images = [], [], []
+    path_weights: list[list[Tensor]] = []
     for image, batch in enumerate(held_out):
         for place in range(max(map(len, candidates))):
             for group, own in zip(groups, candidates, strict=False):
@@ -352,9 +386,11 @@ def read_combinations(
                     own_logits[place].append(path_logits[chosen].cpu())
         targets.append(read.target[chosen].cpu())
         weights.append(read.weight[chosen].cpu())
+        path_weights.append([each[chosen].cpu() for each in read.path_weights])
         images.append(torch.full_like(targets[-1], image))
     reshard(model)
     if not targets:
         raise ValueError(NO_HELD_OUT)
     joined = [[torch.cat(each) for each in own] for own in logits]
-    return Combinations(candidates, joined, torch.cat(targets), torch.cat(weights), torch.cat(images))
+    own_weights = [torch.cat(each) for each in zip(*path_weights, strict=True)]
+    return Combinations(candidates, joined, torch.cat(targets), torch.cat(weights), torch.cat(images), own_weights)

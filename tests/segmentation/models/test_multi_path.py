@@ -57,6 +57,31 @@ def test_every_path_begins_with_batch_norm_and_has_its_own_weights() -> None:
     assert not torch.equal(first, second)
 
 
+def test_shared_gradients_train_paths_as_one_kernel_would() -> None:
+    head = MultiPathHead(6, 5, HeadSpec(head_channels=8, rates=(1, 3, "1x1"), norm=True, dropout=0.0))
+    head.share_kernels()
+    alone = copy.deepcopy(head.paths[0])
+    optimizers = [torch.optim.AdamW(each.parameters(), 0.01) for each in (head, alone)]
+    for step in range(3):
+        features = torch.randn(2, 6, 9, 7, generator=torch.Generator().manual_seed(step))
+        head(features).square().mean().backward()
+        # The tied network: one set of weights at two dilations, each with a batch norm of its own.
+        copies = [copy.deepcopy(path) for path in head.paths[:2]]
+        (copies[0](features) + copies[1](features) + head.paths[2](features).detach()).square().mean().backward()
+        for own, *grads in zip(alone.layers.parameters(), *(each.layers.parameters() for each in copies), strict=True):
+            own.grad = grads[0].grad + grads[1].grad
+        head.share_gradients()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        for path in head.paths[:2]:
+            for name, weight in path.layers.named_parameters():
+                torch.testing.assert_close(weight, alone.layers.get_parameter(name), rtol=1e-3, atol=1e-5)
+    assert not torch.equal(head.paths[0].norm.weight, head.paths[1].norm.weight)
+    assert head.paths[2].layers.fc7.weight.shape == head.paths[0].layers.fc7.weight.shape
+    assert not torch.equal(head.paths[2].layers.fc7.weight, head.paths[0].layers.fc7.weight)
+
+
 @pytest.mark.parametrize("weight", [1.0, 5.0])
 def test_equal_paths_with_equal_class_sets_stay_identical(weight: float) -> None:
     head = same_weights(make(class_groups=[[1, 2], [1, 2]], gradient_weight=weight))

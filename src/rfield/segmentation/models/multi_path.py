@@ -80,6 +80,34 @@ class MultiPathHead(nn.Module):
         """Return the modules that run side by side, but for image pooling, which has no receptive field of its own."""
         return [path for path in self.heads() if path.branch != "pool"]
 
+    def _kernels(self) -> list[tuple[nn.Parameter, ...]]:
+        """Return the weights and biases of all dilated paths that run, those of the same place together."""
+        named = [
+            [each for name, each in path.layers.named_parameters() if not name.endswith("log_factor")]
+            for index, path in enumerate(self.heads())
+            if index not in self.silent and not path.branch
+        ]
+        return list(zip(*named, strict=True))
+
+    @torch.no_grad()
+    def share_kernels(self) -> None:
+        """Give all dilated paths the kernels of the first; `share_gradients` keeps them equal."""
+        for first, *others in self._kernels():
+            for other in others:
+                other.copy_(first)
+
+    def share_gradients(self) -> None:
+        """Give the kernels of all dilated paths the sum of their gradients: they stay equal, as one kernel would.
+
+        The optimizer's state must be equal too, as it is if it was shared from the first step on.
+        """
+        for own in self._kernels():
+            gradients = [each.grad for each in own if each.grad is not None]
+            if gradients:
+                total = torch.stack(gradients).sum(0)
+                for each in own:
+                    each.grad = total.clone()
+
     @torch.no_grad()
     def leave_out(self, paths: Collection[int]) -> None:
         """Make paths add nothing: their last layer becomes zero, which a checkpoint saves too.

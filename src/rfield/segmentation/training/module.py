@@ -82,7 +82,7 @@ class ParsingModule(L.LightningModule):
         self.regulators = [module for module in network.modules() if isinstance(module, ReceptiveFieldRegulator)]
         self.factor_gradients: tuple[float, float] | None = None
         self.held_out = held_out
-        self.class_groups = class_groups
+        self.guides = (class_groups or ()) if config.search.path_guidance == "search" else ()
         self.criterion = make_loss(config.optim.loss, len(class_names), class_weights, config.optim.label_smoothing)
         self.class_weights = class_weights
         self.reading_weights = reading_weights
@@ -98,6 +98,8 @@ class ParsingModule(L.LightningModule):
         self._search_state: dict[str, Any] | None = None
         if config.model.freeze_backbone:
             network.backbone.requires_grad_(False)
+        if isinstance(network.head, MultiPathHead) and config.model.shared_kernel != "never":
+            network.head.share_kernels()
 
     def on_fit_start(self) -> None:
         for regulator in self.regulators:
@@ -150,8 +152,8 @@ class ParsingModule(L.LightningModule):
         losses = F.cross_entropy(logits, mask, ignore_index=IGNORE_INDEX, reduction="none")
         if reading and self.reading_weights is not None:
             losses = losses * self.reading_weights.to(mask.device)[mask.clamp(max=len(self.class_names) - 1)]
-        if self._guided:
-            owned = [torch.isin(mask, torch.tensor(group, device=mask.device)) for group in self.class_groups or ()]
+        if self.guides:
+            owned = [torch.isin(mask, torch.tensor(group, device=mask.device)) for group in self.guides]
             weighted = [losses * torch.where(own, self.config.search.path_weight, 1.0) for own in owned]
         else:
             weighted = [losses] * len(self.search.groups)
@@ -167,8 +169,11 @@ class ParsingModule(L.LightningModule):
         labelled = mask != IGNORE_INDEX
         logits = [path(features, output_size).float().movedim(1, -1)[labelled] for path in network.head.paths]
         target = mask[labelled].long()
-        weight = torch.ones(len(self.class_names)) if self.reading_weights is None else self.reading_weights
-        return PathLogits(logits, target, weight.to(target.device)[target])
+        classes = torch.ones(len(self.class_names)) if self.reading_weights is None else self.reading_weights
+        weight = classes.to(target.device)[target]
+        owned = [torch.isin(target, target.new_tensor(group)) for group in self.guides]
+        guided = [weight * torch.where(own, self.config.search.path_weight, 1.0) for own in owned]
+        return PathLogits(logits, target, weight, guided)
 
     @torch.no_grad()
     def chances(self, batches: Iterable[Batch]) -> list[float]:
@@ -187,10 +192,10 @@ class ParsingModule(L.LightningModule):
             raise ValueError("no pixel of the held-out images has a label where the loss is taken")
         if self._reads_cross_entropy:
             weights = torch.ones(classes) if self.reading_weights is None else self.reading_weights
-            if not self._guided:
+            if not self.guides:
                 return [class_share_loss(counts, weights)] * factors
             guides = []
-            for group in self.class_groups or ():
+            for group in self.guides:
                 guide = weights.clone()
                 guide[list(group)] *= self.config.search.path_weight
                 guides.append(class_share_loss(counts, guide))
@@ -248,6 +253,9 @@ class ParsingModule(L.LightningModule):
             for index in head.silent:
                 for parameter in head.heads()[index].parameters():
                     parameter.grad = None  # other processes may have sent zeros, which would still decay the weights
+            shared = self.config.model.shared_kernel
+            if shared == "always" or (shared == "search" and self.phase is SearchPhase.SEARCHING):
+                head.share_gradients()
         if self.global_step < self.factor_start:
             for factor in factor_parameters(self.network):
                 factor.grad = None
@@ -369,27 +377,21 @@ class ParsingModule(L.LightningModule):
         return (self.config.optim.batch_size or 1) // self.trainer.world_size
 
     @property
-    def _guided(self) -> bool:
-        """Whether each path's factor is learned by that path's classes."""
-        return self.class_groups is not None and self.config.search.path_guidance == "search"
-
-    @property
     def _reads_cross_entropy(self) -> bool:
         """Whether a sampled search evaluates a cross-entropy of its own, and not the training loss."""
-        return self._guided or self.reading_weights is not None
+        return bool(self.guides) or self.reading_weights is not None
 
     def _make_search(self, steps: int) -> Search | None:
         kind, seed = self.config.search.search, self.config.run.seed
         if self.phase is not SearchPhase.SEARCHING:
             return None
-        loss = self._guided_loss if self._guided or (kind == "sampled" and self._reads_cross_entropy) else self._loss
+        loss = self._guided_loss if self.guides or (kind == "sampled" and self._reads_cross_entropy) else self._loss
         if kind == "gradient":
             return GradientSearch(self.network, loss, steps, seed)
         if kind == "spsa":
             return SpsaSearch(self.network, loss, steps, seed)
         narrowings = NARROWINGS if self.config.search.search_narrowing else {}
-        # A decoder is not linear, and guided paths have losses of their own.
-        summed = isinstance(self.network.head, MultiPathHead) and self.network.decoder is None and not self._guided
+        summed = isinstance(self.network.head, MultiPathHead) and self.network.decoder is None  # which is not linear
         read_paths = self._read_paths if summed else None
         fewest = self.config.model.paths == "auto"
         return SampledSearch(
