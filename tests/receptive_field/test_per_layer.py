@@ -1,6 +1,5 @@
 """Receptive fields of layers, compared with values computed by hand: branches, strides, global layers."""
 
-import dataclasses
 import math
 from typing import Any
 
@@ -11,7 +10,6 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from rfield.layers import AdaptiveConv2d, ReceptiveFieldRegulator
-from rfield.receptive_field.advice import field_warnings
 from rfield.receptive_field.per_layer import LayerField, layer_receptive_fields
 from rfield.receptive_field.theoretical import theoretical_receptive_field
 from rfield.segmentation.models import small_cnn
@@ -141,7 +139,6 @@ def test_no_layer_is_left_out_and_the_output_comes_last() -> None:
         ("activated", "Conv2d", 7, False),
         ("output", "", 7, False),
     ]
-    assert field_warnings(layers, (100, 100)) == ["the output sees 0.49 % of the image (7x7 of 100x100 px)"]
 
 
 def test_a_layer_that_runs_twice_has_two_rows() -> None:
@@ -185,64 +182,3 @@ def test_layers_that_do_not_depend_on_the_image_are_left_out() -> None:
             return output
 
     assert list(by_name(Constant())) == ["conv", "output"]
-
-
-def pyramid(*rates: int, side: int = 3) -> nn.Module:
-    class Pyramid(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.stem = nn.Conv2d(3, 3, 1, stride=8)
-            self.convs = nn.ModuleList([nn.Conv2d(3, 3, side, padding="same", dilation=rate) for rate in rates])
-
-        def forward(self, image: Tensor) -> Tensor:
-            stem = self.stem(image)
-            return torch.stack([conv(stem) for conv in self.convs]).sum(0)
-
-    return Pyramid()
-
-
-def test_warnings_of_a_pyramid() -> None:
-    layers = layer_receptive_fields(pyramid(12, 24, 36))
-    # 1 + 2 * 36 * 8 px.
-    assert field_warnings(layers, (800, 640)) == []
-    assert field_warnings(layers, (410, 520)) == [
-        "convs: rates 12/24/36 at output stride 8 see 1.4 x the image (577 of 410 px)",
-        # (1 + 2 * 16 / 52) / 3 * (1 + 2 * 29 / 65) / 3 = 0.34 of them are on the map.
-        "convs.2: rate 36 on a map of 52x65 px reads padding with 66 % of its taps",
-    ]
-    assert field_warnings(layers, (250, 250))[-1] == (
-        "convs.2: rate 36 on a map of 32x32 px acts as a 1x1 convolution, its outer taps never reach the map"
-    )
-
-
-def test_one_warning_for_layers_of_one_rate_in_a_row() -> None:
-    stages = nn.Sequential(*(nn.Conv2d(3, 3, 3, padding=4, dilation=4) for _ in range(4)))
-    assert field_warnings(layer_receptive_fields(stages), (20, 20)) == [
-        "2 to 3: rate 4 at output stride 1 sees 1.6 x the image (33 of 20 px)"
-    ]
-
-
-def test_warnings_of_a_small_field() -> None:
-    layers = layer_receptive_fields(nn.Sequential(nn.Conv2d(3, 3, 9), nn.Conv2d(3, 3, 3, dilation=2)))
-    assert field_warnings(layers, (41, 41)) == []
-    assert field_warnings(layers, (13, 10)) == ["1: rate 2 at output stride 1 sees 1.3 x the image (13 of 10 px)"]
-    assert field_warnings(layers, (130, 52)) == ["the output sees 2.5 % of the image (13x13 of 130x52 px)"]
-
-
-def test_warnings_of_layers_that_differ_along_the_axes() -> None:
-    near, far, output = (dataclasses.replace(layer, pads=False) for layer in layer_receptive_fields(pyramid(2, 9))[1:])
-    near, far = dataclasses.replace(near, local=(50.0, 10.0)), dataclasses.replace(far, local=(60.0, 200.0))
-    assert field_warnings([near, far, output], (100, 150)) == [
-        "convs: rates 2/9 at output stride 8 see 1.3 x the image (200 of 150 px)"
-    ]
-    thin = dataclasses.replace(far, kernel=(1, 3))
-    assert field_warnings([near, thin, output], (100, 8))[0] == (
-        "convs: rates 2/9 at output stride 8 see 25.0 x the image (200 of 8 px)"
-    )
-    # Where one axis has been pooled to a pixel, the other one has padding alone.
-    padded = dataclasses.replace(far, pads=True, tap_spacing=(math.inf, 72.0))
-    assert field_warnings([padded, output], (400, 400)) == []
-    # Short sight beside a look at the whole image is none.
-    assert field_warnings([dataclasses.replace(output, field=INF, local=(3.0, 3.0))], (400, 400)) == []
-    plain = dataclasses.replace(near, dilation=(1.0, 1.0))
-    assert field_warnings([plain, dataclasses.replace(output, field=INF, local=(3.0, 3.0))], (400, 400)) == []

@@ -14,9 +14,9 @@ from rfield.segmentation.config.experiments import DemoConfig, ReproduceConfig, 
 from rfield.segmentation.config.export import EvaluateConfig, ExportConfig, FuseConfig, PredictConfig, PushConfig
 from rfield.segmentation.config.inspect import DoctorConfig, InspectConfig
 from rfield.segmentation.config.train import TrainConfig
-from rfield.segmentation.console import escape_unencodable, print_layers, print_scores, show_progress
+from rfield.segmentation.console import escape_unencodable, print_scores, show_progress
 from rfield.segmentation.parser import parse as parse_words
-from rfield.text import counted
+from rfield.text import counted, format_size
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -267,13 +267,12 @@ def inspect(config: InspectConfig) -> None:
 
     with show_progress("measuring") as progress:
         found = run_inspect(config, progress)
-    print_layers(list(found.values())[-1].layers, config.size)
+    print(list(found.values())[-1].inspection.table())
     for title, each in found.items():
         print(f"{title}: {each.name}, {each.weights}" if title != each.name else f"{each.name}, {each.weights}")
-        for line in each.summary(config.size):
-            print(f"  {line}")
-        for warning in each.warnings:
-            print(f"  warning: {warning}")
+        print(f"  images of {format_size(each.inspection.size)} px")
+        for line in [*each.inspection.summary(), *(f"warning: {advice}" for advice in each.inspection.advice)]:
+            print("  " + line.replace("\n", "\n  "))
     if config.out is not None:
         print(f"written to {config.out}")
 

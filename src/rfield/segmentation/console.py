@@ -3,11 +3,9 @@
 import io
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
-
-from rfield.text import format_pair
 
 
 def escape_unencodable() -> None:
@@ -15,29 +13,6 @@ def escape_unencodable() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-
-
-def print_layers(layers: Sequence[Any], size: tuple[int, int]) -> None:
-    """Print a table of the receptive fields of layers, for images of size (height, width)."""
-    from rich.console import Console
-    from rich.table import Table
-
-    def pair(values: Sequence[float] | None, digits: int = 4) -> str:
-        if values is None or not math.isfinite(max(values)):
-            return "-"
-        return format_pair(values, digits)
-
-    table = Table("layer", "kind", "kernel", "dilation", "stride", "RF, px", "RF / image")
-    for column in table.columns[2:]:
-        column.justify = "right"
-    for layer in layers:
-        field = pair(layer.local)
-        share = pair([extent / side for extent, side in zip(layer.local, size, strict=True)], digits=3)
-        if not math.isfinite(max(layer.field)):
-            field, share = "whole image" + f" + {field}" * (field != "-"), "1"
-        shape = (pair(layer.kernel), pair(layer.dilation), pair(layer.stride))
-        table.add_row(layer.name, layer.kind, *shape, field, share)
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 
 def print_scores(scores: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ from jsonargparse.typing import register_type
 
 from rfield import __version__
 from rfield.segmentation.config.options import Config, Options
-from rfield.segmentation.config.values import Branches, Integers, Names, Numbers, Range, Size
+from rfield.segmentation.config.values import Branches, Integers, Names, Numbers, Range, Size, split_model_file
 from rfield.segmentation.files.untrusted import check_yaml
 
 # Each command's config and function; the function's docstring is the command's help.
@@ -50,6 +50,7 @@ def parse(commands: Commands, words: Sequence[str]) -> tuple[str, Any]:
     try:
         values = parser.parse_args(list(words))[command or ""].as_dict()
         del values["config"]
+        _refuse_model_files(values, words)
         return command or "", commands[command or ""][0](**values)
     except (_MistakeError, ValueError, argparse.ArgumentTypeError) as error:
         page = "rfield" if command is None else f"rfield {command}"
@@ -57,6 +58,17 @@ def parse(commands: Commands, words: Sequence[str]) -> tuple[str, Any]:
         hint = _did_you_mean(message, words, commands, options)
         print(f"{page}: {message}{hint} (see {page} --help)", file=sys.stderr)
         sys.exit(2)
+
+
+def _refuse_model_files(values: Mapping[str, Any], words: Sequence[str]) -> None:
+    """Raise ValueError for a model in a Python file that the command line itself does not name, since it runs code."""
+    for key in ("model", "against"):
+        value = values.get(key)
+        is_file = isinstance(value, str) and split_model_file(value) is not None
+        if is_file and not any(word == value or word.endswith(f"={value}") for word in words):
+            raise ValueError(
+                f"{key} {value} in a config file would run that Python file: give it on the command line itself"
+            )
 
 
 def make_parser(commands: Commands, command: str | None) -> tuple[ArgumentParser, list[str]]:

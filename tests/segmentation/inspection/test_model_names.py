@@ -124,7 +124,7 @@ def test_a_run_knows_where_it_started(mechanism: Any, tmp_path: Path, monkeypatc
         ("timm:resnet19", "timm:resnet19 is not known; is it resnet"),
         (
             "keras:Unet",
-            "keras:Unet is not a model: give torchvision:NAME, smp:NAME, timm:NAME, hf:NAME or a run",
+            "keras:Unet is not a model: give torchvision:NAME, smp:NAME, timm:NAME, hf:NAME, FILE.py:NAME or a run",
         ),
     ],
 )

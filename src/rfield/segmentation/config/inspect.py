@@ -12,16 +12,23 @@ class InspectConfig(Options):
     """Measuring what a network sees."""
 
     model: str
-    """Model: torchvision:NAME, smp:NAME or smp:NAME/ENCODER, timm:NAME, hf:ID, or a run folder."""
+    """Model: FILE.py:NAME, torchvision:NAME, smp:NAME or smp:NAME/ENCODER, timm:NAME, hf:ID, or a run folder.
+    FILE.py:NAME runs the file, and then calls its function or class NAME without arguments."""
     out: str | None = None
     """Folder for inspect.json, layers.csv and effective.png. Default: nothing is written."""
-    size: Size = option(Size(512), parse=Size)
-    """Size of the images in px."""
+    size: Size | None = option(None, parse=Size)
+    """Size of the images in px. Default: the median size of the images of data, or 512."""
+    data: str | None = None
+    """Data set that the size and the images are taken from, as in `rfield train`."""
+    split: str = "train"
+    """Split of data."""
     weights: str | None = None
     """Weights of a model of torchvision, smp or timm, for the effective field: default (those that the library
-    publishes; downloads them), or a .pth or .safetensors file of its state dict. Default: random."""
+    publishes; downloads them), or a .pth or .safetensors file of its state dict, as for FILE.py:NAME too. Default:
+    random."""
     images: str | None = None
-    """Images to measure the effective field on: a file, a folder or a glob in quotes. Default: random noise."""
+    """Images to measure the effective field on: a file, a folder or a glob in quotes. Default: those of data, or random
+    noise."""
     count: int = option(4, check=not_negative)
     """Maximum number of images; 0 leaves the effective field out."""
     measure: Literal["luo", "replknet"] = "luo"
@@ -39,6 +46,8 @@ class InspectConfig(Options):
         super().__post_init__()
         if self.against_weights is not None and self.against is None:
             raise ValueError("against_weights needs against, the model that they are of")
+        if self.data is not None and self.images is not None:
+            raise ValueError("data and images both name images: give one of them")
 
 
 @dataclasses.dataclass

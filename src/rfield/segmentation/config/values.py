@@ -139,6 +139,18 @@ class Names(tuple[str, ...]):
         return ",".join(self)
 
 
+def split_model_file(spec: str) -> tuple[str, str] | None:
+    """Return the file and the name of a model that is given as FILE.py:NAME, or None for any other model.
+
+    >>> split_model_file("nets/unet.py:build"), split_model_file("unet.py"), split_model_file("timm:resnet18")
+    (('nets/unet.py', 'build'), ('unet.py', ''), None)
+    """
+    if spec.endswith(".py"):
+        return spec, ""
+    file, _, name = spec.rpartition(":")
+    return (file, name) if file.endswith(".py") else None
+
+
 def parse_paths(value: Any) -> Any:
     """Return a number of paths from 1 to 255, or `auto`.
 

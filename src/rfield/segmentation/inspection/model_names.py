@@ -1,4 +1,4 @@
-"""Open models by name: torchvision, segmentation_models_pytorch, timm, the Hugging Face Hub, or a run folder."""
+"""Open models by name: a Python file's, torchvision's, smp's, timm's, one of the Hugging Face Hub, or a run folder."""
 
 import dataclasses
 import difflib
@@ -10,7 +10,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from rfield.layers import LearnedFactor
+from rfield.segmentation.config.values import split_model_file
 from rfield.segmentation.files.untrusted import no_pickles, read_json, read_weights
+from rfield.segmentation.inspection.model_files import build_from_file
 from rfield.segmentation.models.weights import fit_keys, state_dict_mismatches
 from rfield.segmentation.runs import build_network, load_run
 from rfield.text import counted
@@ -29,7 +31,7 @@ class Source:
     """For a run with a learned receptive field: the same weights with the receptive field of the start."""
 
 
-def open_model(spec: str, weights: str | None = None) -> Source:
+def open_model(spec: str, weights: str | None = None, run_files: bool = False) -> Source:
     """Build a model by its name.
 
     Args:
@@ -39,6 +41,8 @@ def open_model(spec: str, weights: str | None = None) -> Source:
             weights that the library publishes. A .pth or .safetensors file is a state dict with the model's keys,
             alone or wrapped as training scripts save it (see `read_weights`); no code in it is run, and its last
             layer may have another number of classes. Runs and models of the Hub have their own weights.
+        run_files: accept `FILE.py:NAME`, which runs that file (see `build_from_file`). Only for a name that the user
+            gave on the command line.
 
     Raises:
         FileNotFoundError: if there is no such folder, file or model.
@@ -48,11 +52,19 @@ def open_model(spec: str, weights: str | None = None) -> Source:
         >>> open_model("torchvision:resnet18").weights
         'random weights'
     """
+    if (file := split_model_file(spec)) is not None:
+        if not run_files:
+            raise ValueError(f"{spec} would run a Python file, which only the command line itself may name")
+        if weights == "default":
+            raise ValueError(f"{spec} has no published weights: leave --weights out, or give a file")
+        model = build_from_file(*file)
+        return Source(spec, model.eval(), "its own weights" if weights is None else _load(model, Path(weights)))
     kind, colon, name = spec.partition(":")
     if not colon or kind not in _SOURCES:
         if colon and not Path(spec).exists():
             raise ValueError(
-                f"{spec} is not a model: give {', '.join(f'{kind}:NAME' for kind in _SOURCES)} or a run folder"
+                f"{spec} is not a model: give {', '.join(f'{kind}:NAME' for kind in _SOURCES)}, FILE.py:NAME or a run "
+                "folder"
             )
         kind, name = "", spec
     if not name:

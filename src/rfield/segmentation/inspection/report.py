@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import statistics
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -10,72 +11,38 @@ import torch
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as TF
 
-from rfield.receptive_field.advice import field_warnings
-from rfield.receptive_field.effective import Square, contribution_squares, effective_receptive_field, random_images
+from rfield.receptive_field.advice import outer_taps_on_map
+from rfield.receptive_field.effective import Measure, random_images
+from rfield.receptive_field.inspection import Inspection, measure_effective
 from rfield.receptive_field.per_layer import LayerField, layer_receptive_fields
 from rfield.segmentation import plots
 from rfield.segmentation.config.inspect import InspectConfig
+from rfield.segmentation.config.values import Size
 from rfield.segmentation.conventions import Progress
-from rfield.segmentation.data import evaluation_transform
+from rfield.segmentation.data import evaluation_transform, load_dataset
 from rfield.segmentation.data.images import read_single_image
 from rfield.segmentation.files.atomic import write_csv, write_json
 from rfield.segmentation.inference.predict import compute_device, find_images
 from rfield.segmentation.inspection.model_names import Source, open_model
 from rfield.segmentation.models import ParsingNetwork
 
-_DRAWN = (0.5, 0.99)  # shares of contribution_squares that are drawn
-
 
 @dataclasses.dataclass(frozen=True)
-class Inspection:
-    """The receptive field of one network."""
+class Named:
+    """What a network sees, with the network's name and the origin of its weights."""
 
     name: str
     weights: str
-    layers: list[LayerField]
-    """The last is the output."""
-    warnings: list[str]
-    squares: list[Square]
-    """The squares of the effective field; empty if it was not measured."""
-    scores: Tensor | None
-    """The effective field, Tensor[H, W]."""
-
-    @property
-    def output(self) -> LayerField:
-        return self.layers[-1]
-
-    @property
-    def whole_image(self) -> list[LayerField]:
-        """Return the layers through which the output sees the whole image, if it does."""
-        if math.isfinite(max(self.output.field)):
-            return []
-        return [layer for layer in self.layers[:-1] if layer.kernel is None]
-
-    def summary(self, size: tuple[int, int]) -> list[str]:
-        """Describe the fields in sentences, for an image of size (height, width)."""
-        local = self.output.local
-        lines = []
-        if math.isfinite(max(local)):
-            shares = " x ".join(f"{extent / side:.2f}" for extent, side in zip(local, size, strict=True))
-            lines.append(f"theoretical field {local[0]:.4g}x{local[1]:.4g} px, {shares} of the image's sides")
-        if self.whole_image:
-            names = [f"{layer.name} ({layer.kind})" for layer in self.whole_image]
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            lines.append(f"the whole image is seen through {', '.join(names[:3])}{more}")
-        return lines + [
-            f"{100 * square.share:.0f} % of the contributions come from {square.side}x{square.side} px, "
-            f"{100 * square.area_ratio:.3g} % of the image's area"
-            for square in self.squares
-        ]
+    inspection: Inspection
 
 
-def run_inspect(config: InspectConfig, progress: Progress) -> dict[str, Inspection]:
+def run_inspect(config: InspectConfig, progress: Progress) -> dict[str, Named]:
     """Measure a network, and another one if the config names it or the run has a different start.
 
     Write inspect.json, layers.csv and (if the effective field is measured) effective.png, if the config names a folder.
 
     Args:
-        config: the flags of the command.
+        config: the flags of the command; a model in a Python file is run.
         progress: called with (images done, all images).
 
     Returns:
@@ -86,53 +53,43 @@ def run_inspect(config: InspectConfig, progress: Progress) -> dict[str, Inspecti
         FileNotFoundError, ValueError: as `open_model`; or if the network cannot be run on images of that size.
     """
     torch.manual_seed(config.seed)
-    source = open_model(config.model, config.weights)
+    source = open_model(config.model, config.weights, run_files=True)
     sources = {source.name: source}
     if config.against is not None:
         torch.manual_seed(config.seed)
-        against = open_model(config.against, config.against_weights)
+        against = open_model(config.against, config.against_weights, run_files=True)
         sources = {"before": against, "after": source}
     elif source.start is not None:
         start = dataclasses.replace(source, name=f"{source.name}, at its starting dilation", model=source.start)
         sources = {"before": start, "after": source}
-    images = [] if config.count == 0 else _images(config)
+    size, images = _size_and_images(config)
     total = len(sources) * len(images)
 
-    found: dict[str, Inspection] = {}
+    found: dict[str, Named] = {}
     for index, (title, each) in enumerate(sources.items()):
-        found[title] = _inspect(each, config, _counted(images, progress, index * len(images), total))
+        found[title] = _inspect(each, size, config.measure, _counted(images, progress, index * len(images), total))
     if config.out is None:
         return found
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
-    measured = {title: each for title, each in found.items() if each.scores is not None}
+    measured = {title: each.inspection for title, each in found.items() if each.inspection.scores is not None}
     if measured:
         figure = plots.effective_fields({title: _panel(each) for title, each in measured.items()})
         plots.save(figure, out / "effective.png")
-    _write_layers(out / "layers.csv", list(found.values())[-1], config.size)
-    content = {"size": config.size, "images": config.images or "random", "measure": config.measure}
+    _write_layers(out / "layers.csv", list(found.values())[-1].inspection)
+    content = {"size": size, "images": config.data or config.images or "random", "measure": config.measure}
     networks = {title: _plain(each) for title, each in found.items()}
     write_json(out / "inspect.json", {**content, "count": len(images), "networks": networks}, allow_nan=False)
     return found
 
 
-def _inspect(source: Source, config: InspectConfig, images: Iterable[Tensor]) -> Inspection:
-    layers = _layers(source.model, config.size)
-    squares, scores = [], None
-    if config.count:
-        model: nn.Module = source.model.to(compute_device())
-        try:
-            scores = effective_receptive_field(model, images, config.measure)
-        except ValueError:
-            raise
-        except Exception as error:  # each network has its own exceptions
-            size = f"{config.size[0]}x{config.size[1]}"
-            raise ValueError(f"{source.name} cannot be run on images of {size} px: {error}") from error
-        squares = contribution_squares(scores, compress=config.measure == "replknet")
-    return Inspection(source.name, source.weights, layers, field_warnings(layers, config.size), squares, scores)
+def _inspect(source: Source, size: Size, measure: Measure, images: Iterable[Tensor]) -> Named:
+    layers = _layers(source.model, size)
+    scores, squares = measure_effective(source.model.to(compute_device()), images, size, measure)
+    return Named(source.name, source.weights, Inspection(size, layers, scores, squares))
 
 
-def _layers(model: nn.Module, size: tuple[int, int]) -> list[LayerField]:
+def _layers(model: nn.Module, size: Size) -> list[LayerField]:
     if not isinstance(model, ParsingNetwork):
         return layer_receptive_fields(model, size=size)
     # Padded to `min_size`, a short strip has the map of a longer one, which hides the stride.
@@ -143,11 +100,24 @@ def _layers(model: nn.Module, size: tuple[int, int]) -> list[LayerField]:
         model.min_size = canvas
 
 
-def _images(config: InspectConfig) -> list[Tensor]:
+def _size_and_images(config: InspectConfig) -> tuple[Size, list[Tensor]]:
+    """Return the size to inspect at, and the images of that size to measure the effective field on."""
+    if config.data is not None:
+        dataset = load_dataset(config.data, config.split)
+        size = config.size or Size([round(statistics.median(sides)) for sides in zip(*dataset.sizes(), strict=True)])
+        # Evenly from the whole split, since neighbours are often alike.
+        chosen = [len(dataset) * place // config.count for place in range(min(config.count, len(dataset)))]
+        return size, [_resized(dataset[index][0], size) for index in chosen]
+    size = config.size or Size(512)
     if config.images is None:
-        return list(random_images(config.size, config.count, seed=config.seed))
+        return size, list(random_images(size, config.count, seed=config.seed))
     images = map(read_single_image, find_images(config.images)[: config.count])
-    return [evaluation_transform()(TF.resize(image, list(config.size), antialias=True)) for image in images]
+    return size, [_resized(image, size) for image in images]
+
+
+def _resized(image: Tensor, size: Size) -> Tensor:
+    normalised: Tensor = evaluation_transform()(TF.resize(image, list(size), antialias=True))
+    return normalised
 
 
 def _counted(images: list[Tensor], progress: Progress, done: int, total: int) -> Iterable[Tensor]:
@@ -158,35 +128,32 @@ def _counted(images: list[Tensor], progress: Progress, done: int, total: int) ->
 
 
 def _panel(found: Inspection) -> tuple[Any, dict[str, tuple[float, float]]]:
-    boxes = {}
-    if math.isfinite(max(found.output.local)):
-        boxes["theoretical field" + ", and the whole image" * bool(found.whole_image)] = found.output.local
-    for square in found.squares:
-        if square.share in _DRAWN:
-            boxes[f"{100 * square.share:.0f} % of the contributions"] = (float(square.side),) * 2
-    return found.scores.cpu().numpy() if found.scores is not None else None, boxes
+    return found.scores.cpu().numpy() if found.scores is not None else None, found.boxes()
 
 
-def _write_layers(path: Path, found: Inspection, size: tuple[int, int]) -> None:
+def _write_layers(path: Path, found: Inspection) -> None:
     pairs = ("kernel", "dilation", "stride", "field", "local", "field_per_image")
-    rows = [["layer", "kind", *(f"{name}_{side}" for name in pairs for side in ("height", "width"))]]
+    names = [f"{name}_{side}" for name in pairs for side in ("height", "width")]
+    rows = [["layer", "kind", *names, "outer_taps_on_map"]]
     for layer in found.layers:
-        shares = [field / side for field, side in zip(layer.field, size, strict=True)]
+        shares = [field / side for field, side in zip(layer.field, found.size, strict=True)]
         values = (layer.kernel, layer.dilation, layer.stride, layer.field, layer.local, shares)
         row = ["" if pair is None else f"{pair[axis]:.6g}" for pair in values for axis in (0, 1)]
-        rows.append([layer.name, layer.kind, *row])
+        taps = outer_taps_on_map(layer, found.size)
+        rows.append([layer.name, layer.kind, *row, "" if taps is None else f"{taps:.6g}"])
     write_csv(path, rows)
 
 
-def _plain(found: Inspection) -> dict[str, Any]:
+def _plain(found: Named) -> dict[str, Any]:
     """Return plain values for JSON; null means infinite: the whole image, or one output for all of it."""
+    inspection = found.inspection
     return {
         "model": found.name,
         "weights": found.weights,
-        "warnings": found.warnings,
-        "whole_image_by": [layer.name for layer in found.whole_image],
-        "effective": [dataclasses.asdict(square) for square in found.squares],
-        "layers": [_finite(dataclasses.asdict(layer)) for layer in found.layers],
+        "advice": [dataclasses.asdict(advice) for advice in inspection.advice],
+        "whole_image_by": [layer.name for layer in inspection.whole_image],
+        "effective": [dataclasses.asdict(square) for square in inspection.squares],
+        "layers": [_finite(dataclasses.asdict(layer)) for layer in inspection.layers],
     }
 
 
