@@ -155,6 +155,26 @@ def test_a_whole_image_field_is_said_and_cut_to_the_effective_one(capsys: pytest
     assert (join_tiles(tiles, (401, 330)) - expected).abs().max() < 0.1 * expected.abs().max()
 
 
+@pytest.mark.parametrize(
+    ("room", "sides", "margin", "kept"),
+    [
+        (1, (401, 401), 20, (20, 20)),
+        (1, (401, 401), 8, (16, 16)),
+        (10_000, (401, 401), 20, (52, 52)),
+        (10_000, (61, 401), 20, (61, 104)),
+        (10_000, (401, 61), 20, (104, 61)),
+        (170_000, (401, 401), 20, (401, 401)),
+    ],
+)
+def test_tiles_fill_the_budget(room: int, sides: tuple[int, int], margin: int, kept: tuple[int, int]) -> None:
+    """Of the least size they keep a margin's length, or four strides."""
+    tiler = Tiler(small_cnn(2, dilation=1), memory_budget=2 * room)
+    tiles = tiler._tiles(torch.zeros(1, 3, *sides), 2.0, margin, sides)
+    sizes = [[span.kept_stop - span.kept_start for span in spans] for spans in tiles]
+    assert tuple(map(max, zip(*sizes, strict=True))) == kept
+    assert sum(height * width for height, width in sizes) == sides[0] * sides[1]
+
+
 def test_the_effective_field_is_measured_on_images_of_at_most_513_px(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[int, ...]] = []
 

@@ -77,6 +77,11 @@ def test_a_trainer_is_as_its_config_says(make: Make, values: dict[str, Any], tmp
     assert not any(each._enable_version_counter for each in saved.values())
 
 
+def test_paths_that_a_search_chooses_are_four_at_first() -> None:
+    for paths, count in (("auto", 4), (2, 2)):
+        assert len(module_of(paths=paths, search="sampled").network.head.heads()) == count  # type: ignore[union-attr]
+
+
 def test_advice_is_kept_from_those_who_run_a_training_and_no_other_warning() -> None:
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
