@@ -20,6 +20,7 @@ from rfield.segmentation.experiments.trials import run_trials
 from rfield.segmentation.export.onnx import export_run
 from rfield.segmentation.inference.onnx import evaluate_onnx, load_onnx
 from rfield.segmentation.inference.predict import evaluate_run
+from rfield.segmentation.inference.scores import scores_path
 from rfield.segmentation.models.saving import describe_network
 from rfield.segmentation.runs import build_network, load_run
 from rfield.segmentation.training import train
@@ -153,6 +154,34 @@ def test_finished_trials_of_other_classes_are_not_reported(
     (tmp_path / "sweep/study.journal").unlink()
     with pytest.raises(ValueError, match="d02-seed0 was trained on 3 classes, which the data set has in another order"):
         run_trials(config, points)
+
+
+def test_the_file_of_scores(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "scores.json"
+    assert scores_path(None, path, {"data": "x"}) == scores_path(str(path), tmp_path, {"data": "x"}) == path
+    about = {"model": "runs/x", "data": "voc:data", "checkpoint": "best", "files": "1"}
+    for held, refused, said in (
+        (about, False, ""),
+        (about | {"data": "voc:other/../data", "more": 5}, False, ""),
+        (about | {"checkpoint": "last"}, False, "checkpoint last"),
+        (about | {"files": "2"}, False, "other files"),
+        (about | {"files": "2", "checkpoint": "last"}, False, "checkpoint last"),
+        (about | {"data": "voc:other"}, True, "data voc:other"),
+        (about | {"data": "camvid:data", "files": "2"}, True, "data camvid:data"),
+        (about | {"model": "y", "data": "voc:z"}, True, "model y, data voc:z"),
+        ({"miou": 0.5}, True, "data None"),
+        ([], True, "something else"),
+    ):
+        path.write_text(json.dumps(held))
+        assert scores_path(str(path), tmp_path / "other.json", about) == path
+        note = f"note: {path} held the scores of {said}, which are replaced\n" if said else ""
+        assert capsys.readouterr().err == note
+        if refused:
+            with pytest.raises(ValueError, match=f"holds the scores of {said}: give --json FILE for those of voc:data"):
+                scores_path(None, path, about)
+        else:
+            assert scores_path(None, path, about) == path
+        assert capsys.readouterr().err == ("" if refused else note)
 
 
 def test_scores_of_another_data_set_are_not_replaced(

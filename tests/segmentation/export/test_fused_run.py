@@ -20,8 +20,6 @@ from rfield.segmentation.models.saving import describe_network
 from rfield.segmentation.runs import build_network, load_run
 from rfield.surgery.fuse import dilations
 
-pytestmark = pytest.mark.slow
-
 IMAGE = torch.randn(1, 3, 61, 45, generator=torch.Generator().manual_seed(0))
 MakeRun = Callable[..., Path]
 
@@ -75,22 +73,39 @@ def test_the_issue_s_commands() -> None:
     )
 
 
+PATHS = {"head.paths.0.layers.fc6": [2, 2]}
+
+
 @pytest.mark.parametrize(
-    ("factors", "values", "expected"),
+    ("factors", "values", "expected", "told"),
     [
-        (((4 / 7,),), {}, {}),
-        (((4 / 7,),), {"mechanism": "regulator"}, {}),
-        (((2.0, 0.8),), {"rectangular": True}, {"head.layers.fc6": [2, 5]}),
-        (((2.0,), (0.5,)), {"paths": 2}, {"head.paths.0.layers.fc6": [2, 2]}),
-        (((2.0,), (0.5,)), {"paths": 2, "mechanism": "regulator"}, {"head.paths.0.layers.fc6": [2, 2]}),
+        (((4 / 7,),), {}, {}, {"head.layers.fc6": "7"}),
+        (((4 / 7,),), {"mechanism": "regulator", "search_share": 0.5, "factor": 2.0}, {}, {"head.layers": "7"}),
+        (((2.0, 0.8),), {"rectangular": True}, {"head.layers.fc6": [2, 5]}, {"head.layers.fc6": "2x5"}),
+        (((2.0,), (0.5,)), {"paths": 2}, PATHS, {f"head.paths.{n}.layers.fc6": str(2 + 6 * n) for n in (0, 1)}),
+        (
+            ((2.0,), (0.5,)),
+            {"paths": 2, "mechanism": "regulator"},
+            PATHS,
+            {"head.paths.0.layers": "2", "head.paths.1.layers": "8"},
+        ),
     ],
 )
 def test_a_search_that_has_ended(
-    make_run: MakeRun, tmp_path: Path, factors: Any, values: dict[str, Any], expected: dict[str, list[int]]
+    make_run: MakeRun,
+    tmp_path: Path,
+    factors: Any,
+    values: dict[str, Any],
+    expected: dict[str, list[int]],
+    told: dict[str, str],
 ) -> None:
     run, plain = make_run(factors, **values), tmp_path / "plain"
-    fuse_run(run, plain)
+    assert fuse_run(run, plain) == {name: f"dilation 4, learned {now}, now {now}" for name, now in told.items()}
     assert_same(run, plain)
+    changed: dict[str, Any] = {"out": str(plain), "search": "none", "search_share": None, "factor": 1.0}
+    largest = max(int(side) for now in told.values() for side in now.split("x"))
+    config = load_run(run).config.replace(**changed, rectangular=False, dilation=largest)
+    assert load_run(plain).config == config
     assert json.loads((plain / "fused.json").read_text())["fused"]["dilations"] == expected
     if not expected:
         assert load_run(plain).config.model.dilation == 7
@@ -98,10 +113,11 @@ def test_a_search_that_has_ended(
         assert dilations(network)["head.layers.fc6"] == (7, 7)
 
 
-@pytest.mark.parametrize("paths", [1, 2])
+@pytest.mark.parametrize("paths", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_regulator_that_is_not_snapped(make_run: MakeRun, tmp_path: Path, paths: int) -> None:
     run = make_run(((0.62,),) * paths, snap=False, mechanism="regulator", paths=paths)
-    fuse_run(run, tmp_path / "exact", "resize")
+    told = fuse_run(run, tmp_path / "exact", "resize")
+    assert list(told.values()) == ["resized by 0.62"] * paths
     assert_same(run, tmp_path / "exact")
     fuse_run(run, tmp_path / "near", "dilation")
     assert_same(run, tmp_path / "near", close=False)
@@ -110,6 +126,7 @@ def test_a_regulator_that_is_not_snapped(make_run: MakeRun, tmp_path: Path, path
     assert_same(run, tmp_path / "again")
 
 
+@pytest.mark.slow
 def test_command(make_run: MakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run, plain = make_run(), tmp_path / "plain"
     main(["fuse", str(run), "--out", str(plain)])
@@ -137,6 +154,11 @@ def test_mistakes(make_run: MakeRun, tmp_path: Path, capsys: pytest.CaptureFixtu
             main(["fuse", *words])
         assert error in capsys.readouterr().err
     assert not (tmp_path / "plain").exists()
+    for name in ("checkpoints", "config.yaml"):
+        (tmp_path / "half" / name).mkdir(parents=True)
+        with pytest.raises(FileExistsError, match="half holds a run that was trained"):
+            fuse_run(run, tmp_path / "half")
+        (tmp_path / "half" / name).rmdir()
     fuse_run(run, tmp_path / "plain")
     fused = json.loads((tmp_path / "plain/fused.json").read_text())
     wrong = {"dilations": {"head.layers.fc9": [1, 1]}, "resizes": {}}

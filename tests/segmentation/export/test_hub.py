@@ -17,6 +17,7 @@ from rfield.segmentation.cli import main, parse
 from rfield.segmentation.config.export import PushConfig
 from rfield.segmentation.config.train import TrainConfig
 from rfield.segmentation.data import SyntheticCues
+from rfield.segmentation.export.fused_run import fuse_run
 from rfield.segmentation.export.hub import push_run, share_run
 from rfield.segmentation.files.format import FORMAT
 from rfield.segmentation.models import ParsingNetwork, hub, small_cnn
@@ -97,6 +98,8 @@ def test_share(run: Path, tmp_path: Path) -> None:
     share_run(run, tmp_path / "frozen")
     out = str(tmp_path / "frozen")
     assert load_run(out).config == config.replace(out=out, freeze_backbone=True)
+    with pytest.raises(ValueError, match="frozen comes from the Hub and has no learned layers to fuse"):
+        fuse_run(out, tmp_path / "fused")
     small_cnn(4, dilation=2).save_pretrained(
         tmp_path / "plain", config={"class_names": "abcd", "palette": [[0] * 3] * 4}
     )

@@ -23,6 +23,7 @@ from rfield.segmentation.export import onnx as exporting
 from rfield.segmentation.export.int8 import quantise
 from rfield.segmentation.export.onnx import compare, export_run, read_exported
 from rfield.segmentation.inference.onnx import load_onnx
+from rfield.segmentation.models import small_cnn
 from rfield.segmentation.models.saving import describe_network
 from rfield.segmentation.runs import Run, build_network, load_run
 
@@ -227,17 +228,71 @@ def test_nan_differs() -> None:
     assert compare(lambda x: x, lambda x: x.flip(1), [ramp, ramp]) == (pytest.approx(2 / 3), 0.0)
 
 
-def test_a_file_of_which_one_side_is_free_takes_any_size(tmp_path: Path) -> None:
-    notes = {"class_names": '["a"]', "palette": "[[0, 0, 0]]", "size": "null"}
+def write_file(path: Path, height: Any, width: Any, **notes: str) -> None:
+    """An ONNX file of one channel: the largest of the image's."""
+    make, kind = onnx.helper.make_tensor_value_info, onnx.TensorProto.FLOAT
+    node = onnx.helper.make_node("ReduceMax", ["image"], ["logits"], axes=[1])
+    ends = [make("image", kind, (1, 3, height, width))], [make("logits", kind, (1, 1, height, width))]
+    graph = onnx.helper.make_graph([node], "x", *ends)
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 13)], ir_version=8)
+    onnx.helper.set_model_props(model, {"class_names": '["a"]', "palette": "[[0, 0, 9]]", "size": "null"} | notes)
+    onnx.save(model, path)
+
+
+def test_files_are_opened_with_their_notes(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
     for height, width, expected in (("H", 8, None), (6, "W", None), (6, 8, (6, 8))):
-        make, kind = onnx.helper.make_tensor_value_info, onnx.TensorProto.FLOAT
-        node = onnx.helper.make_node("ReduceMax", ["image"], ["logits"], axes=[1])
-        ends = [make("image", kind, (1, 3, height, width))], [make("logits", kind, (1, 1, height, width))]
-        graph = onnx.helper.make_graph([node], "x", *ends)
-        model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 13)], ir_version=8)
-        onnx.helper.set_model_props(model, notes)
-        onnx.save(model, tmp_path / "model.onnx")
-        assert load_onnx(tmp_path / "model.onnx").fixed_size == expected
+        write_file(path, height, width)
+        assert load_onnx(path).fixed_size == expected
+    model, image = load_onnx(path), torch.randn(1, 3, 6, 8)
+    assert (model.class_names, model.palette, model.size) == (("a",), [(0, 0, 9)], None)
+    assert torch.equal(model(image), image.amax(1, keepdim=True))
+    for size in ((6, 9), (7, 8)):
+        with pytest.raises(
+            ValueError, match=f"an image of {size[0]}x{size[1]} px, but .* accepts only 6x8 px: .* --size"
+        ):
+            model(torch.randn(1, 3, *size))
+    write_file(path, "H", "W", size="[12, 20]")
+    assert load_onnx(path).size == (12, 20)
+    for notes, message in (
+        (
+            {"class_names": '["a", "b"]', "palette": "[[0, 0, 0], [1, 1, 1]]"},
+            "has 2 class names for 1 channel of logits",
+        ),
+        ({"class_names": "[", "palette": "[]"}, r"is not a file of rfield export \(its metadata lack "),
+    ):
+        write_file(path, 6, 8, **notes)
+        with pytest.raises(ValueError, match=f"model.onnx {message}"):
+            load_onnx(path)
+    path.write_text("no model")
+    with pytest.raises(ValueError, match=r"model\.onnx cannot be read as an ONNX model: "):
+        load_onnx(path)
+    with pytest.raises(FileNotFoundError, match=r"there is no model .*no\.onnx"):
+        load_onnx(tmp_path / "no.onnx")
+
+
+def test_what_is_compared_and_what_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = small_cnn(2, head_channels=4, regulate=False)
+    shapes = lambda *given: [tuple(batch.shape) for batch in exporting._batches(*given)]  # noqa: E731
+    assert shapes(network, None) == [(2, 3, 98, 131), (1, 3, 70, 61), (2, 3, 97, 129)]
+    assert shapes(network, (5, 6)) == [(2, 3, 5, 6), (1, 3, 5, 6)]
+    for least, other in (((61, 9), (70, 61)), ((62, 9), (71, 15)), ((9, 80), (18, 86))):
+        network.min_size = least
+        assert shapes(network, None)[1] == (1, 3, *other), "below the size that is padded to, and above"
+    assert torch.equal(exporting._batches(network, None)[0], exporting._batches(network, None)[0])
+    exporting._judge(Path("x"), 0.00099, 0.9991)
+    for difference, agreement in ((0.001, 1.0), (0.0, 0.999), (torch.nan, 1.0)):
+        with pytest.raises(ValueError, match=r"x was not kept: .* \(at most 0.001\), and .* \(more than 99.9%\)"):
+            exporting._judge(Path("x"), difference, agreement)
+    for text, dynamic, message in (("a\nb", True, "a); try --size HEIGHTxWIDTH"), ("", False, "RuntimeError)")):
+
+        def export(*args: Any, text: str = text, **options: Any) -> None:
+            raise RuntimeError(text)
+
+        monkeypatch.setattr(torch.export, "export", export)
+        with pytest.raises(ValueError) as caught:  # noqa: PT011
+            exporting._trace(network, torch.zeros(1), dynamic)
+        assert str(caught.value) == f"the network cannot be traced by torch.export ({message}"
 
 
 def test_images_for_calibration_are_spread_over_the_set(monkeypatch: pytest.MonkeyPatch) -> None:

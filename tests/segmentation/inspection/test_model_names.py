@@ -13,7 +13,7 @@ from rfield.layers import LearnedFactor
 from rfield.receptive_field.probe import output_map, probe_receptive_field
 from rfield.segmentation.config.train import TrainConfig
 from rfield.segmentation.files.untrusted import no_pickles
-from rfield.segmentation.inspection.model_names import open_model
+from rfield.segmentation.inspection.model_names import _first_names, _unknown, open_model
 from rfield.segmentation.models import small_cnn
 from rfield.segmentation.runs import Run, build_network
 
@@ -68,6 +68,33 @@ def test_models_of_smp() -> None:
 def test_models_of_timm_give_their_last_map() -> None:
     assert shape_of(open_model("timm:test_resnet").model)[2:] == (2, 2)
     assert shape_of(open_model("timm:test_vit").model)[2:] == (4, 4)
+
+
+def test_maps_with_channels_last_are_turned(monkeypatch: pytest.MonkeyPatch) -> None:
+    timm = pytest.importorskip("timm")
+
+    class Last(nn.Module):
+        def __init__(self, output_fmt: str) -> None:
+            super().__init__()
+            self.output_fmt = output_fmt
+
+        def forward(self, image: torch.Tensor) -> list[torch.Tensor]:
+            return [image[..., :2], image]
+
+    for layout, shape in (("NHWC", (1, 64, 3, 64)), ("NCHW", (1, 3, 64, 64))):
+        monkeypatch.setattr(timm, "create_model", lambda name, layout=layout, **options: Last(layout))
+        assert shape_of(open_model("timm:resnet18").model) == shape
+
+
+def test_lists_of_names_end_early() -> None:
+    assert [_first_names("abcde"[:count]) for count in (1, 3, 4, 5)] == [
+        "a", "a, b, c", "a, b, c and 1 more", "a, b, c and 2 more"
+    ]  # fmt: skip
+    names = [f"{letter}{letter}" for letter in "jihgfedcba"]
+    assert _unknown("x:?", names) == "x:? is not known; there are aa, bb, cc, dd, ee, ff, gg, hh ..."
+    near = ["Unet1", "unet2", "unet3", "unet4", "other"]
+    assert _unknown("x:UNET1", near).startswith("x:UNET1 is not known; is it Unet1 or unet")
+    assert _unknown("x:y", near, "unet").count(" or ") == 2
 
 
 def test_folders_of_transformers_and_of_rfield(tmp_path: Path) -> None:

@@ -80,7 +80,9 @@ def load_onnx(path: str | Path) -> OnnxModel:
     class_names, palette, size = read_classes(texts, path)
     channels = session.get_outputs()[0].shape[1]
     if isinstance(channels, int) and channels != len(class_names):
-        raise ValueError(f"{path} has {counted(len(class_names), 'class name')} for {channels} channels of logits")
+        raise ValueError(
+            f"{path} has {counted(len(class_names), 'class name')} for {counted(channels, 'channel')} of logits"
+        )
     return OnnxModel(path, session, class_names, palette, size, fixed)
 
 
