@@ -26,6 +26,7 @@ SETTINGS = {
 }
 VGG = "weights/vgg16_features_imagenet_fp16.pth"
 # Written down before the first run; the random sets are drawn for each data set.
+DEEPLAB = {8: "1x1,12,24,36", 16: "1x1,6,12,18"}
 FIXED = {"6,12,18,24": "ASPP 6, 12, 18, 24", "1,2,4,8": "1, 2, 4, 8", "2,4,8,16": "2, 4, 8, 16"}
 
 
@@ -40,15 +41,46 @@ def random_sets(setting: str, count: int = 5) -> list[str]:
     return found
 
 
-def methods(setting: str) -> dict[str, list[str]]:
-    """Return the flags of each method."""
-    fixed = [*FIXED, *random_sets(setting)]
-    return {
-        **{f"fixed-{rates}": ["--aspp", rates, "--path-norm", "true", "--search", "none"] for rates in fixed},
-        "learned": ["--paths", "4"],
-        "learned-auto": ["--paths", "auto"],
-        "one-path": ["--paths", "1", "--path-norm", "true"],
-    }
+# Search flags of the learned sets: the default, and what was tried beside it.
+LEARNED = {
+    "learned": [],
+    "learned-share.3": ["--search-share", "0.3"],
+    "learned-share.45": ["--search-share", "0.45"],
+    "learned-shared-search": ["--shared-kernel", "search"],
+    "learned-shared-always": ["--shared-kernel", "always"],
+    "learned-extra": ["--extra-paths", "1x1,pool"],
+    "learned-guided": ["--class-groups", "auto"],
+}
+
+
+def fixed_sets(setting: str) -> list[str]:
+    return [*FIXED, DEEPLAB[8 if SETTINGS[setting][1] == "largefov_vgg16" else 16], *random_sets(setting)]
+
+
+def methods(setting: str) -> list[str]:
+    """Return the methods of the table, in the order in which they are run: the last two need the runs before."""
+    fixed = [f"fixed-{rates}" for rates in fixed_sets(setting)]
+    return ["learned", "one-path", *fixed, "learned-auto", "four-equal", "learned-set-fixed"]
+
+
+def flags(setting: str, method: str, seed: int, root: Path) -> list[str]:
+    """Return the flags of a method; a set that another run found is that of the same seed."""
+
+    def found(other: str) -> list[int]:
+        metrics = json.loads((root / setting / f"{other}-seed{seed}" / "metrics.json").read_text())
+        return [round(field["effective_dilation"]) for field in metrics.get("paths") or [metrics]]
+
+    if method in LEARNED:
+        return ["--paths", "4", *LEARNED[method]]
+    if method in ("one-path", "learned-auto"):
+        return ["--paths", "1", "--path-norm"] if method == "one-path" else ["--paths", "auto"]
+    if method == "four-equal":
+        rates = ",".join(map(str, found("one-path") * 4))
+    elif method == "learned-set-fixed":
+        rates = ",".join(map(str, found("learned")))
+    else:
+        rates = method.removeprefix("fixed-")
+    return ["--aspp", rates, "--path-norm", "--search", "none"]
 
 
 def command(setting: str, method: str, seed: int, data: Path, channels: int, out: Path) -> list[str]:
@@ -58,14 +90,15 @@ def command(setting: str, method: str, seed: int, data: Path, channels: int, out
     return [
         *(sys.executable, "-m", "rfield", "train", "--data", f"{kind}:{data / name}", "--model", model, *weights),
         *("--freeze-backbone", "--head-channels", str(channels), "--epochs", str(epochs), "--seed", str(seed)),
-        *("--out", str(out), "--resume", *methods(setting)[method]),
+        *("--out", str(out), "--resume", *flags(setting, method, seed, out.parents[1])),
     ]
 
 
-def run(job: tuple[list[str], Path]) -> str:
-    words, out = job
+def run(setting: str, method: str, seed: int, options: argparse.Namespace) -> str:
+    out = options.root / setting / f"{method}-seed{seed}"
     if (out / "metrics.json").is_file():
         return f"{out.name}: done before"
+    words = command(setting, method, seed, options.data, options.channels, out)
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.with_suffix(".log").open("w") as log:
         status = subprocess.run(
@@ -86,7 +119,12 @@ def read(root: Path) -> list[dict]:
             rows.append(
                 {
                     **{"setting": setting, "method": method, "seed": int(seed)},
-                    **{"score": score, "rates": rates, "seconds": seconds},
+                    **{
+                        "score": score,
+                        "rates": rates,
+                        "seconds": seconds,
+                        "search_seconds": (metrics.get("search") or {}).get("seconds"),
+                    },
                 }
             )
     return rows
@@ -119,20 +157,20 @@ def main() -> None:
     parser.add_argument("--settings", default=",".join(SETTINGS))
     parser.add_argument("--methods", help="only these, with slashes between them; fixed sets as in the table")
     parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--channels", type=int, default=128)
+    parser.add_argument("--channels", type=int, default=64)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--report", action="store_true", help="train nothing")
     parser.add_argument("--into", type=Path, help="JSON file for the results")
     options = parser.parse_args()
     if not options.report:
-        jobs = []
-        for seed in map(int, options.seeds.split(",")):
-            for setting in options.settings.split(","):
-                for method in options.methods.split("/") if options.methods else methods(setting):
-                    out = options.root / setting / f"{method}-seed{seed}"
-                    jobs.append((command(setting, method, seed, options.data, options.channels, out), out))
+        jobs = [
+            (setting, method, int(seed))
+            for seed in options.seeds.split(",")
+            for setting in options.settings.split(",")
+            for method in (options.methods.split("/") if options.methods else methods(setting))
+        ]
         with ThreadPoolExecutor(options.jobs) as pool:
-            for number, line in enumerate(pool.map(run, jobs), 1):
+            for number, line in enumerate(pool.map(lambda job: run(*job, options), jobs), 1):
                 print(f"{number}/{len(jobs)} {line}", flush=True)
     rows = read(options.root)
     print(table(rows))

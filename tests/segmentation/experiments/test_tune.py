@@ -71,6 +71,28 @@ def test_the_answer_is_the_curve_s_minimum_and_what_it_is_worth(tmp_path: Path, 
     assert "Now: dilation 4, 47 px" in page
 
 
+@pytest.mark.slow
+def test_several_paths_are_answered_with_a_set(tmp_path: Path, tiny: dict[str, Any]) -> None:
+    out = tmp_path / "tune"
+    page = run_tune(TuneConfig(**{**tiny, "out": str(out), "seeds": (0, 1), "paths": 2}))
+    answer = json.loads((out / "answer.json").read_text())
+    found = [
+        json.loads((out / f"d04-seed{seed}-sampled/metrics.json").read_text())["search"]["sets"] for seed in (0, 1)
+    ]
+    assert [len(size["rates"]) for size in answer["sizes"]] == [1, 2]
+    for place, size in enumerate(answer["sizes"]):
+        entries = [sets["best_of_each_size"][place] for sets in found]
+        assert size["loss"] == pytest.approx(np.mean([entry["loss"] for entry in entries]))
+        assert size["rates_of_each_seed"]["1"] == sorted(rate for rate in entries[1]["rates"] if rate is not None)
+    assert answer["best_rates"] in [size["rates"] for size in answer["sizes"]]
+    assert answer["recommended_rates"] is None  # two images and a random backbone
+    assert "**Not reliable: 2 held-out images, where 16 are needed" in page
+    assert f"--aspp {','.join(map(str, answer['best_rates']))} " in page
+    assert (out / "sets.png").stat().st_size > 5_000
+    with pytest.raises(ValueError, match="neither verify nor class_groups"):
+        TuneConfig(data="synthetic", out="x", paths=2, verify=True)
+
+
 @pytest.mark.parametrize(
     ("kind", "headline"),
     [

@@ -82,7 +82,19 @@ class TuneConfig(SweepConfig):
         "freeze_backbone": True,
         "epochs": 10,
     }
-    fixed: ClassVar[Collection[str]] = (*SweepConfig.fixed, "search", "search_narrowing", "freeze_backbone")
+    fixed: ClassVar[Collection[str]] = (
+        *(*SweepConfig.fixed, "search", "search_narrowing", "freeze_backbone", "aspp", "extra_paths"),
+        *("save_search_weights",),
+    )
+
+    def check(self) -> None:
+        if self.train.model.paths != 1 and (self.grid.verify or self.train.search.class_groups):
+            raise ValueError("tune of several paths has neither verify nor class_groups")
+
+    def run_config(self, out: str, dilation: int, seed: int, search: Search) -> TrainConfig:
+        config = super().run_config(out, dilation, seed, search)
+        # A set is found in windows that become narrower, and the logits of several paths at once.
+        return config.replace(search_narrowing=True) if config.model.paths != 1 else config
 
 
 @dataclasses.dataclass(init=False)

@@ -15,6 +15,7 @@ from rfield.segmentation.conventions import Progress
 from rfield.segmentation.experiments.study import Point, Trial
 from rfield.segmentation.experiments.tables import deviation, field_of, markdown, own_dilation, summarise, sweep_table
 from rfield.segmentation.experiments.trials import finish_trials
+from rfield.segmentation.experiments.tune_sets import run_tune_sets
 from rfield.segmentation.files.atomic import write_json, write_text
 from rfield.segmentation.training.search_report import has_random_backbone
 from rfield.text import counted
@@ -26,7 +27,8 @@ def run_tune(config: TuneConfig, progress: Progress | None = None) -> str:
     For each seed, one network is trained at randomly drawn dilations, so that it works at all of them, and its loss
     on held-out training images is read at each (`SampledSearch`). The answer is the minimum of the mean curve, and how
     sure it is (`rfield.search.judge`); if it is not reliable, nothing is recommended. The files are `answer.md`,
-    `answer.json` and `curve.png`; the runs are beside them, and another call only adds what is missing.
+    `answer.json` and `curve.png`; the runs are beside them, and another call only adds what is missing. With several
+    paths the answer is a set of dilations, see `run_tune_sets`.
 
     Args:
         config: what to tune.
@@ -38,6 +40,8 @@ def run_tune(config: TuneConfig, progress: Progress | None = None) -> str:
     Raises:
         ValueError, OSError: as in `finish_trials`.
     """
+    if config.train.model.paths != 1:
+        return run_tune_sets(config, progress)
     out = Path(config.train.run.out)
     own = own_dilation(config.train.model.model)
     # The start of a sampled search makes no difference: another present dilation needs no other runs.

@@ -4,7 +4,7 @@ from rfield.segmentation.plots.curves import factor_paths, rf_curve
 from rfield.segmentation.plots.effective import effective_fields
 from rfield.segmentation.plots.fields import factor_curve, learned_field
 from rfield.segmentation.plots.masks import colourise, overlay, panel
-from rfield.segmentation.plots.path_costs import class_paths
+from rfield.segmentation.plots.path_costs import class_paths, set_sizes
 from rfield.segmentation.plots.style import save
 
 __all__ = [
@@ -18,4 +18,5 @@ __all__ = [
     "panel",
     "rf_curve",
     "save",
+    "set_sizes",
 ]

@@ -1,11 +1,11 @@
-"""Draw which path of a set serves which class."""
+"""Draw sets of paths: which path serves which class, and what each number of paths is worth."""
 
 from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from rfield.segmentation.plots.style import INK, number
+from rfield.segmentation.plots.style import BLUE, INK, number
 
 
 def class_paths(costs: Sequence[Sequence[float | None]], classes: Sequence[str], paths: Sequence[str]) -> Figure:
@@ -42,4 +42,31 @@ def class_paths(costs: Sequence[Sequence[float | None]], classes: Sequence[str],
         text = number(value) if np.isfinite(value) else "no pixels"
         axes.text(column, row, text, ha="center", va="center", fontsize=7, color="white" if dark else INK)
     figure.colorbar(image, ax=axes, label="loss of the class without the path, minus with it")
+    return figure
+
+
+def set_sizes(sizes: Sequence[tuple[int, float, float, str]]) -> Figure:
+    """Draw the held-out loss against the number of paths.
+
+    Args:
+        sizes: number of paths, loss, standard error of its difference to the best, and dilations as text.
+
+    Example:
+        >>> figure = set_sizes([(1, 0.5, 0.02, "6"), (2, 0.4, 0.0, "3, 12")])
+        >>> [text.get_text() for text in figure.axes[0].texts]
+        ['6', '3, 12']
+    """
+    figure = Figure(figsize=(1.6 + 1.2 * len(sizes), 3.2), layout="constrained")
+    axes = figure.subplots()
+    counts, losses, errors, names = zip(*sizes, strict=True)
+    axes.errorbar(counts, losses, errors, fmt="o-", color=BLUE, capsize=3)
+    for count, loss, error, name in zip(counts, losses, errors, names, strict=True):
+        axes.annotate(
+            name, (count, loss + error), (0, 5), textcoords="offset points", ha="center", fontsize=8, color=INK
+        )
+    axes.margins(x=0.18, y=0.2)
+    axes.set_xticks(counts)
+    axes.set_xlabel("paths", color=INK)
+    axes.set_ylabel("held-out loss", color=INK)
+    axes.spines[["top", "right"]].set_visible(False)
     return figure
