@@ -90,7 +90,7 @@ def command(setting: str, method: str, seed: int, data: Path, channels: int, out
     return [
         *(sys.executable, "-m", "rfield", "train", "--data", f"{kind}:{data / name}", "--model", model, *weights),
         *("--freeze-backbone", "--head-channels", str(channels), "--epochs", str(epochs), "--seed", str(seed)),
-        *("--out", str(out), "--resume", *flags(setting, method, seed, out.parents[1])),
+        *("--precision", "bf16-mixed", "--out", str(out), "--resume", *flags(setting, method, seed, out.parents[1])),
     ]
 
 

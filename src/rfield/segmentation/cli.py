@@ -103,7 +103,7 @@ def predict(config: PredictConfig) -> None:
     """Label images: a palette-PNG mask and a coloured overlay of each."""
     from rfield.segmentation.inference.predict import find_images, predict_run
     from rfield.segmentation.inference.tiling import DEFAULT_BUDGET
-    from rfield.segmentation.runs import load_run, set_dilations
+    from rfield.segmentation.runs import load_run, run_at_dilations
 
     if config.run.endswith(".onnx"):
         from rfield.segmentation.inference.onnx import load_onnx, predict_onnx
@@ -114,7 +114,7 @@ def predict(config: PredictConfig) -> None:
     else:
         run = load_run(config.run, config.checkpoint, config.weights == "search")
         if config.dilations is not None:
-            set_dilations(run.network, config.dilations)
+            run_at_dilations(run.network, config.dilations)
         images = find_images(config.images)
         budget = 2**30 * config.memory_budget if config.memory_budget else DEFAULT_BUDGET
         masks = predict_run(run, images, Path(config.out), budget)

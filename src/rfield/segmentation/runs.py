@@ -152,7 +152,7 @@ def _read_search_weights(path: Path) -> dict[str, Tensor]:
     }
 
 
-def set_dilations(network: ParsingNetwork, dilations: Sequence[float]) -> None:
+def run_at_dilations(network: ParsingNetwork, dilations: Sequence[float]) -> None:
     """Make the learned layers of a network run at other dilations, one for each path.
 
     Raises:

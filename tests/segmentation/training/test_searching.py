@@ -16,7 +16,7 @@ from rfield.segmentation.data import AugmentedDataset
 from rfield.segmentation.files.checkpoints import read_checkpoint
 from rfield.segmentation.models import ParsingNetwork
 from rfield.segmentation.models.saving import describe_network, rebuild_network
-from rfield.segmentation.runs import load_config, load_run, set_dilations
+from rfield.segmentation.runs import load_config, load_run, run_at_dilations
 from rfield.segmentation.training import ParsingModule, read_factor_csv, train
 
 pytestmark = pytest.mark.slow
@@ -172,11 +172,11 @@ def test_further_paths_take_the_place_of_dilated_ones(make: Make, monkeypatch: p
     shared = load_run(config.run.out, search_weights=True).network
     assert len(shared.head.heads()) == 4
     before = shared(image)
-    set_dilations(shared, [2, 3])
+    run_at_dilations(shared, [2, 3])
     assert [path.realised_dilation for path in shared.head.heads()] == [(2, 2), (3, 3), (0, 0), (0, 0)]
     assert not torch.allclose(shared(image), before)
     with pytest.raises(ValueError, match="got 1 dilation, but the network has 2 learned dilations"):
-        set_dilations(shared, [2])
+        run_at_dilations(shared, [2])
 
 
 def rebuild(network: ParsingNetwork) -> torch.nn.Module:
