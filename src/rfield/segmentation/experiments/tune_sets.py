@@ -157,28 +157,7 @@ def _page(config: TuneConfig, answer: dict[str, Any], verdict: Verdict) -> str:
         if verdict.kind == "not reliable"
         else f"**Recommended: {counted(len(answer['best_rates']), 'path')} with dilation {rates}.**\n{name}"
     )
-    sizes = markdown(
-        ("paths", "dilations", "held-out loss", "error", "spread", "cost of the head"),
-        [
-            (
-                str(len(size["rates"])),
-                f"**{_text(size['rates'])}**" if size["rates"] == answer["best_rates"] else _text(size["rates"]),
-                f"{size['loss']:.4f}",
-                *("-" if size[key] is None else f"{size[key]:.4f}" for key in ("error", "spread")),
-                f"{len(size['rates'])} x one path",
-            )
-            for size in answer["sizes"]
-        ],
-    )
-    best = markdown(
-        ("seed", "dilations", "held-out loss", "error"),
-        [
-            (seed, _text([rate for rate in each["rates"] if rate is not None]), f"{each['loss']:.4f}",
-             "-" if each["error"] is None else f"{each['error']:.4f}")
-            for seed, entries in answer["best_of_each_seed"].items()
-            for each in entries[:5]
-        ],
-    )  # fmt: skip
+    sizes, best = _tables(answer)
     fields = ", ".join(f"{field:.4g}" for field in answer["receptive_fields_px"])
     return f"""# What set of receptive fields should this network have?
 
@@ -201,6 +180,33 @@ An error is the standard error of the difference to the best set, over the image
 larger; a spread is the standard deviation over the seeds. The row that is recommended has the fewest paths within one
 error of the best.
 """
+
+
+def _tables(answer: dict[str, Any]) -> tuple[str, str]:
+    """Return the tables of the numbers of paths and of each seed's best sets."""
+    sizes = markdown(
+        ("paths", "dilations", "held-out loss", "error", "spread", "cost of the head"),
+        [
+            (
+                str(len(size["rates"])),
+                f"**{_text(size['rates'])}**" if size["rates"] == answer["best_rates"] else _text(size["rates"]),
+                f"{size['loss']:.4f}",
+                *("-" if size[key] is None else f"{size[key]:.4f}" for key in ("error", "spread")),
+                f"{len(size['rates'])} x one path",
+            )
+            for size in answer["sizes"]
+        ],
+    )
+    best = markdown(
+        ("seed", "dilations", "held-out loss", "error"),
+        [
+            (seed, _text([rate for rate in each["rates"] if rate is not None]), f"{each['loss']:.4f}",
+             "-" if each["error"] is None else f"{each['error']:.4f}")
+            for seed, entries in answer["best_of_each_seed"].items()
+            for each in entries[:5]
+        ],
+    )  # fmt: skip
+    return sizes, best
 
 
 def _paths(config: TuneConfig) -> int:
