@@ -5,11 +5,13 @@ The docs' reference pages name every command and every public name, and no page 
 
 import doctest
 import importlib.util
+import json
 import re
 import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import huggingface_hub
 import PIL.Image
@@ -52,6 +54,7 @@ def test_python_blocks_of_the_docs_run(page: Path, tmp_path: Path, monkeypatch: 
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, object] = {}
     for block in blocks("python", page.read_text()):
+        block = block.replace("range(40)", "range(1)").replace("steps=120", "steps=4")  # of the tutorial
         exec(compile(block, page.name, "exec"), namespace)
 
 
@@ -95,11 +98,17 @@ def test_every_page_is_in_the_site_once() -> None:
     assert {page.name for page in PAGES} - set(re.findall(r"\((\w+\.md)", home)) == {"index.md"}
 
 
+def module(name: str) -> ModuleType:
+    """Return one of the documentation's scripts, whose doctests hold."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"docs/{name}.py")
+    found = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(found)
+    assert doctest.testmod(found).failed == 0
+    return found
+
+
 def test_reference_pages_are_filled_with_every_name() -> None:
-    spec = importlib.util.spec_from_file_location("hooks", ROOT / "docs/hooks.py")
-    hooks = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(hooks)
-    assert doctest.testmod(hooks).failed == 0
+    hooks = module("hooks")
     filled = hooks.names()
     for face in (rfield, rfield.segmentation):
         for name in set(face.__all__) - {"__version__", "models"}:
@@ -130,13 +139,21 @@ def test_the_two_set_up_commands_are_the_makefile_s() -> None:
     assert all(f"\n{target}: " in makefile for target in targets)
 
 
+FROZEN = """```sh
+rfield train --data voc:../shared/data/msrc21_voc --model largefov_vgg16 --weights ../shared/weights/vgg16_features_imagenet_fp16.pth --freeze-backbone --head-channels 128 --dilation 24 --search sampled --epochs 10 --seed 0 --out runs/msrc
+rfield evaluate runs/msrc --split val
+rfield predict runs/msrc ../shared/data/msrc21_voc/JPEGImages --out out
+rfield fuse runs/msrc --out plain
+```"""  # noqa: E501
+
+
 @pytest.mark.shared
-def test_commands_run_on_a_few_images(
+def test_commands_run_on_a_few_images_with_a_frozen_backbone(
     shared: Path, small_msrc: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    for words in commands():
+    for words in commands(FROZEN):
         words = [
             word.replace("../shared/data/msrc21_voc", str(small_msrc)).replace("../shared", str(shared))
             for word in words
@@ -147,6 +164,39 @@ def test_commands_run_on_a_few_images(
     shown = capsys.readouterr().out
     assert shown.count("mIoU") == 2
     assert len(list((tmp_path / "out").glob("*.png"))) == len(list((small_msrc / "JPEGImages").iterdir()))
+
+
+@pytest.mark.slow
+def test_commands_of_the_readme_and_the_tutorial_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("configs", "src"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
+    pages = [README, *((ROOT / f"docs/{name}.md").read_text() for name in ("training", "tutorial"))]
+    done: list[list[str]] = []
+    for words in (words for page in pages for words in commands(page)):
+        # The tests of `inspect` measure larger networks.
+        if words[0] == "inspect" or words in done:
+            continue
+        done.append(words)
+        if words[0] in ("train", "demo"):
+            words = [*words, "--epochs", "1"]
+        main(words)
+    assert {words[0] for words in done} == {"train", "evaluate", "predict", "fuse", "demo", "export"}
+    assert capsys.readouterr().out.count("mIoU") >= 5
+    assert len(list((tmp_path / "out").glob("*.png"))) == 12
+
+
+def test_the_notebook_is_the_tutorial_executed() -> None:
+    notebook = module("notebook")
+    cells = json.loads(notebook.NOTEBOOK.read_text(encoding="utf-8"))["cells"]
+    found = [(cell["cell_type"], "".join(cell["source"])) for cell in cells]
+    assert found == notebook.cells(notebook.PAGE.read_text(encoding="utf-8")), "run docs/notebook.py"
+    shown = "".join("".join(output["text"]) for cell in cells for output in cell.get("outputs", []))
+    assert "the search's verdict: clear" in shown
+    assert not re.search(r"Error|Traceback|/home|/tmp|site-packages", shown)
+    assert len(notebook.NOTEBOOK.read_bytes()) < 50_000
 
 
 @pytest.mark.slow
