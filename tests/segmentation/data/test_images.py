@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from rfield.segmentation.data import FolderDataset, check_data
+from rfield.segmentation.data.check_sample import _check_orientations
 from rfield.segmentation.data.images import apply_orientation, image_files, image_sizes, read_image
+from rfield.segmentation.data.listing import Entry
 from rfield.segmentation.inference.predict import find_images, label_images
 
 RANDOM = np.random.default_rng(0)
@@ -124,8 +126,35 @@ def test_deep_images_that_use_little_of_their_range_are_told(root: Path) -> None
     PIL.Image.fromarray(DEEP // 16).save(root / "train/images/a.png")  # 12 bits in 16
     told = [finding.text for finding in check_data(f"folder:{root}") if finding.file.endswith("images/a.png")]
     assert ["is a 16-bit image" in told[0], "is read as nearly black" in told[1]] == [True, True]
+    for most, dark in ((15 * 256 + 255, True), (16 * 256, False)):
+        PIL.Image.fromarray(np.minimum(DEEP, most)).save(root / "train/images/a.png")
+        found = check_data(f"folder:{root}")
+        assert sum("nearly black: its values use less than 16/256" in finding.text for finding in found) == dark
     PIL.Image.fromarray(DEEP).save(root / "train/images/a.png")
     assert len([f for f in check_data(f"folder:{root}") if f.file.endswith("images/a.png")]) == 1
+
+
+@pytest.mark.parametrize(
+    ("image", "mask", "size", "told"),
+    [
+        (4, 1, (12, 16), "a.jpg has the EXIF orientation 4, which is applied, but its mask has none"),
+        (2, 4, (12, 16), "a.jpg has the EXIF orientation 2, which is applied, but its mask has 4"),
+        (1, 3, (12, 16), "a.png has the EXIF orientation 3, which is applied, but its image has none"),
+        (5, 1, (12, 12), "a.jpg has the EXIF orientation 5, which is applied, but its mask has none"),
+        (1, 5, (12, 12), "a.png has the EXIF orientation 5, which is applied, but its image has none"),
+        (5, 8, (12, 16), "a.jpg has the EXIF orientation 5, which is applied, but its mask has 8"),
+        (5, 4, (12, 16), ""),
+        (1, 8, (16, 12), ""),
+        (7, 7, (12, 12), ""),
+    ],
+)
+def test_orientations_whose_effect_the_sizes_do_not_show(
+    image: int, mask: int, size: tuple[int, int], told: str
+) -> None:
+    found: list[str] = []
+    entry = Entry("a", Path("a.jpg"), (Path("a.png"),))
+    _check_orientations(entry, image, mask, size, lambda level, path, text: found.append(f"{level} {path} {text}"))
+    assert [text.partition(", and their sizes")[0] for text in found] == ([f"warning {told}"] if told else [])
 
 
 def test_prediction_sees_what_training_sees(tmp_path: Path) -> None:

@@ -175,6 +175,39 @@ def test_tiles_fill_the_budget(room: int, sides: tuple[int, int], margin: int, k
     assert sum(height * width for height, width in sizes) == sides[0] * sides[1]
 
 
+def test_a_margin_is_half_the_field_and_two_strides(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = small_cnn(2, dilation=1)
+    tiler = Tiler(network)
+    for field, margin in ((15, 16), (16, 16), (17, 20), (40, 28)):
+        monkeypatch.setattr(tiling, "_field", lambda part, field=field: float(field))
+        assert tiler._margin_of(network, network, torch.zeros(1, 3, 65, 65)) == margin
+    assert not tiler._reasons
+    monkeypatch.undo()
+    assert tiling._field(nn.Conv2d(3, 2, (3, 9))) == 9
+
+
+def test_memory_is_estimated_from_the_largest_layer() -> None:
+    layers = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 2, 1), nn.Conv2d(2, 3, 1))
+    image = torch.zeros(1, 3, 10, 10)
+    output, peak = tiling._peak(lambda: layers(image), layers)
+    assert (tuple(output.shape), peak) == ((1, 3, 10, 10), 2 * 4 * (300 + 800))
+    assert tiling._peak(lambda: layers(image), layers[1], layers[2])[1] == 2 * 4 * (800 + 200)
+    assert tiling._bytes((image, [image.half(), 5], None)) == 1200 + 600
+    # On the first 65x65 px of an image: of the backbone a ReLU of 32 channels at stride 2, of the rest a norm
+    # of 32 channels at stride 4, beside the features, and the logits at the end.
+    network = small_cnn(2, dilation=1, head_channels=4, regulate=False)
+    backbone, rest = Tiler(network)._costs(torch.zeros(1, 3, 201, 65))
+    assert backbone * 65 * 65 == pytest.approx(2 * 4 * 2 * 32 * 33 * 33)
+    assert rest * 65 * 65 == pytest.approx(2 * 4 * 64 * 17 * 17 + 4 * 32 * 17 * 17 + 2 * 4 * 2 * 65 * 65)
+
+
+def test_tiles_are_joined_and_one_must_be() -> None:
+    parts = [(0, 0, torch.ones(2, 3, 4)), (0, 4, torch.zeros(2, 3, 1)), (3, 0, torch.full((2, 1, 5), 2.0))]
+    assert join_tiles(parts, (4, 5))[1].tolist() == [[1, 1, 1, 1, 0]] * 3 + [[2] * 5]
+    with pytest.raises(ValueError, match="there are no tiles"):
+        join_tiles([], (4, 5))
+
+
 def test_the_effective_field_is_measured_on_images_of_at_most_513_px(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[int, ...]] = []
 
