@@ -1,6 +1,6 @@
 """Panels of the val images that guidance changed most: where two runs agree least with each other.
 
-    python studies/paths/panels.py UNGUIDED GUIDED --out docs/images/paths_panels.png [--images 4]
+    python studies/paths/panels.py UNGUIDED GUIDED --out panels.png [--images 4]
 
 UNGUIDED and GUIDED are run folders of studies/paths/paths.sh, with a frozen backbone.
 """
