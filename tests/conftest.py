@@ -1,11 +1,13 @@
 """Fixtures for every test: tiny runs, and the real images and weights if they are available."""
 
+import functools
 import multiprocessing
 import runpy
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -41,6 +43,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(skip)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _parsers() -> Iterator[None]:
+    """Keep each command's parser: making one takes a tenth of a second, and hundreds of tests need one."""
+    from rfield.segmentation import parser
+
+    real, made = parser.make_parser, {}
+
+    def make_parser(commands: "parser.Commands", command: str | None) -> Any:
+        key = command and (command, commands[command][0])
+        if key not in made:
+            made[key] = real(commands, command)
+        return made[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parser, "make_parser", make_parser)
+        yield
+
+
 @pytest.fixture
 def shared() -> Path:
     """The folder ../shared beside the repository; mark the test with `shared`, so that it is skipped without it."""
@@ -64,31 +84,64 @@ def small_msrc(shared: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def make(tmp_path: Path) -> "Callable[..., TrainConfig]":
-    """The config of a run of three epochs of three steps."""
-    data = tmp_path / "data.yaml"
+def undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave a run's own figures empty, since they take a third of a short run; a test marked `figures` draws them."""
+    if request.node.get_closest_marker("figures") is None:
+        from rfield.segmentation.training import report
+
+        left_out = {"factor_curve": lambda *series: None, "save": lambda figure, path: Path(path).touch()}
+        monkeypatch.setattr(report, "plots", SimpleNamespace(**{**vars(report.plots), **left_out}))
+
+
+def tiny_config(folder: Path, out: str = "run", **values: Any) -> "TrainConfig":
+    from rfield.segmentation.config.train import TrainConfig
+
+    data = folder / "data.yaml"
     data.write_text("format: synthetic\nsize: [36, 41]\ndistance: 12\nlength: 6\n")
+    tiny: dict[str, Any] = {
+        "data": str(data),
+        "out": str(folder / out),
+        "model": "small_cnn",
+        "dilation": 3,
+        "head_channels": 8,
+        "search": "gradient",
+        "factor_lr": 0.05,
+        "epochs": 3,
+        "batch_size": 2,
+        "crop_size": (33, 33),
+        "workers": 0,
+        "cache": str(folder / "cache"),
+    }
+    return TrainConfig(**tiny | values)
 
-    def make_config(out: str = "run", **values: Any) -> "TrainConfig":
-        from rfield.segmentation.config.train import TrainConfig
 
-        tiny: dict[str, Any] = {
-            "data": str(data),
-            "out": str(tmp_path / out),
-            "model": "small_cnn",
-            "dilation": 3,
-            "head_channels": 8,
-            "search": "gradient",
-            "factor_lr": 0.05,
-            "epochs": 3,
-            "batch_size": 2,
-            "crop_size": (33, 33),
-            "workers": 0,
-            "cache": str(tmp_path / "cache"),
-        }
-        return TrainConfig(**tiny | values)
+@pytest.fixture
+def make(tmp_path: Path, undrawn: None) -> "Callable[..., TrainConfig]":
+    """The config of a run of three epochs of three steps."""
+    return functools.partial(tiny_config, tmp_path)
 
-    return make_config
+
+@pytest.fixture(scope="session")
+def _whole_runs(tmp_path_factory: pytest.TempPathFactory) -> "Callable[..., TrainConfig]":
+    runs: dict[str, TrainConfig] = {}
+
+    def trained(**values: Any) -> "TrainConfig":
+        from rfield.segmentation.training import train
+
+        key = repr(sorted(values.items()))
+        if key not in runs:
+            config = tiny_config(tmp_path_factory.mktemp("whole"), **values)
+            train(config)
+            runs[key] = config
+        return runs[key]
+
+    return trained
+
+
+@pytest.fixture
+def whole_run(_whole_runs: "Callable[..., TrainConfig]", undrawn: None) -> "Callable[..., TrainConfig]":
+    """The config of a run that `make` makes with the same values, trained already; all tests share it, to read only."""
+    return _whole_runs
 
 
 @pytest.fixture(scope="session")

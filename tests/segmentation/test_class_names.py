@@ -32,7 +32,7 @@ MakeData = Callable[..., str]
 
 
 @pytest.fixture
-def make_data(tmp_path: Path) -> MakeData:
+def make_data(tmp_path: Path, undrawn: None) -> MakeData:
     """A folder of images whose masks have the same meaning with every order of the names."""
 
     def make(names: tuple[str, ...] = NAMES, folder: str = "data") -> str:

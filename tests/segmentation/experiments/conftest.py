@@ -7,7 +7,7 @@ import pytest
 
 
 @pytest.fixture
-def tiny(tmp_path: Path) -> dict[str, Any]:
+def tiny(tmp_path: Path, undrawn: None) -> dict[str, Any]:
     """The fields of any config of an experiment, without `out`."""
     data = tmp_path / "data.yaml"
     data.write_text("format: synthetic\nsize: [36, 41]\ndistance: 12\nlength: 6\n")

@@ -37,6 +37,7 @@ def devkit(tmp_path: Path) -> Path:
     return root
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_paper_s_experiments(devkit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "paper"
     command = f"reproduce --data voc:{devkit} --model small_cnn --head-channels 8 --epochs 2 --dilations 2 --out {out}"

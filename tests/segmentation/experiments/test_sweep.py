@@ -204,6 +204,7 @@ def _forked_workers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.processes
+@pytest.mark.usefixtures("_forked_workers")
 def test_two_workers_share_a_journal(make: Make, capfd: pytest.CaptureFixture[str]) -> None:
     config = make(jobs=2)
     main(["sweep", "--config", write_yaml(config)])
@@ -315,6 +316,7 @@ def test_what_two_processes_have_queued_is_run_once(make: Make, trained: list[st
     assert not study_of(config).get_trials(states=(TrialState.WAITING, TrialState.RUNNING))
 
 
+@pytest.mark.figures
 def test_starts_are_compared_in_the_same_folder(make: Make, trained: list[str]) -> None:
     run_sweep(make(seeds=(0,), dilations=(2,)))
     text = run_sweep(make(seeds=(0,), dilations=(2, 5), search="sampled"))

@@ -130,7 +130,7 @@ def test_borders_finer_than_the_features_can_be_told() -> None:
     torch.manual_seed(0)
     step = torch.zeros(1, 3, 33, 33)
     step[..., 15:] = 1.0
-    network = small_cnn(2, dilation=1, decoder=True)
+    network = small_cnn(2, dilation=1, head_channels=32, decoder=True)
     labels = (step[:, 0] > 0).long()
     optimizer = torch.optim.Adam(network.parameters(), lr=3e-3)
     for _ in range(60):

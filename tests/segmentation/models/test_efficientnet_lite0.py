@@ -90,13 +90,20 @@ def test_any_block_may_be_the_last(whole: Any, block: int, tmp_path: Path) -> No
 
 
 def linearised(backbone: Backbone) -> Backbone:
-    """Positive weights and nothing that could stop or turn a gradient, in float64."""
+    """Positive weights and nothing that could stop or turn a gradient, in float64.
+
+    With such weights all channels are alike: one is enough.
+    """
     for parent in list(backbone.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.BatchNorm2d | nn.ReLU6):
                 setattr(parent, name, nn.Identity())
             elif isinstance(child, nn.Conv2d):
-                nn.init.constant_(child.weight, 1 / child.weight[0].numel())
+                channels = 3 if child.in_channels == 3 else 1
+                geometry = child.kernel_size, child.stride, child.padding, child.dilation
+                thin = nn.Conv2d(channels, 1, *geometry, bias=False)
+                nn.init.constant_(thin.weight, 1 / thin.weight.numel())
+                setattr(parent, name, thin)
     return backbone.double()
 
 

@@ -1,5 +1,6 @@
 """Every network of `MODELS` goes through the same checks: inherit `NetworkTester` and name the model."""
 
+import copy
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,16 +19,23 @@ from rfield.segmentation.models import (
     small_cnn_backbone,
 )
 
+# Initial weights take longer than most tests: each network is made once, and copied.
+MADE: dict[tuple[type, bool, object], ParsingNetwork] = {}
+
 
 class NetworkTester:
     model: str
     stride: int
     options: ClassVar[dict[str, Any]] = {}
 
-    def network(self, regulate: bool = True, min_size: int | tuple[int, int] | None = None) -> ParsingNetwork:
+    def network(self, regulate: bool = True, min_size: int | None = None) -> ParsingNetwork:
+        key = (type(self), regulate, min_size)
+        if key not in MADE:
+            torch.manual_seed(0)
+            sizes = {"dilation": 2, "head_channels": 16, "dropout": 0.0}
+            MADE[key] = build_model(self.model, 3, regulate=regulate, min_size=min_size, **sizes, **self.options)
         torch.manual_seed(0)
-        sizes = {"dilation": 2, "head_channels": 16, "dropout": 0.0}
-        return build_model(self.model, 3, regulate=regulate, min_size=min_size, **sizes, **self.options)
+        return copy.deepcopy(MADE[key])
 
     @pytest.mark.parametrize("regulate", [False, True])
     @pytest.mark.parametrize("size", [(33, 33), (17, 40), (1, 1), (3, 2), (1, 9)])

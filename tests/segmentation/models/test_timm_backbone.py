@@ -14,7 +14,8 @@ from rfield.segmentation.config.train import TrainConfig
 from rfield.segmentation.conventions import IMAGENET_MEAN as MEAN
 from rfield.segmentation.conventions import IMAGENET_STD as STD
 from rfield.segmentation.models import build_model, find_model
-from rfield.segmentation.models.timm_backbone import TimmBackbone, load_timm_weights, timm_backbone
+from rfield.segmentation.models import timm_backbone as timm_backbone_module
+from rfield.segmentation.models.timm_backbone import TimmBackbone, _Placement, load_timm_weights, timm_backbone
 from rfield.segmentation.runs import build_network
 
 timm = pytest.importorskip("timm")
@@ -36,8 +37,20 @@ def filled(name: str, output_stride: int, weights: str | Path) -> TimmBackbone:
     return backbone
 
 
-@pytest.mark.parametrize("output_stride", [8, 16, 32])
-@pytest.mark.parametrize("name", ["resnet18", "mobilenetv3_small_050", "tf_efficientnet_lite0", "regnetx_002"])
+@pytest.mark.parametrize(
+    ("name", "output_stride"),
+    [
+        ("resnet18", 8),
+        ("resnet18", 16),
+        ("resnet18", 32),
+        ("mobilenetv3_small_050", 8),
+        ("mobilenetv3_small_050", 32),
+        ("tf_efficientnet_lite0", 16),
+        ("tf_efficientnet_lite0", 32),
+        ("regnetx_002", 8),
+        ("regnetx_002", 32),
+    ],
+)
 def test_features_are_timms(name: str, output_stride: int, tmp_path: Path) -> None:
     options: dict[str, Any] = {} if output_stride == 32 else {"output_stride": output_stride}
     whole = timm.create_model(name, **options if name == "resnet18" else {}).eval()
@@ -70,7 +83,7 @@ def test_features_are_timms(name: str, output_stride: int, tmp_path: Path) -> No
         ("resnet18", 8, 435),
         ("resnet18", 32, 435),
         ("convnext_atto", 8, 1136),
-        ("convnext_atto", 32, 1136),
+        ("test_convnext", 32, 920),
         ("vgg11", 32, 150),
         ("densenet121", 32, 2071),
     ],
@@ -79,7 +92,7 @@ def test_the_place_and_the_field_are_the_gradient_s(name: str, output_stride: in
     """Through the backbone itself: its padding and its crop too."""
     backbone = timm_backbone(name, output_stride)
     assert theoretical_receptive_field(backbone) == (field, field)
-    lengths = [output_stride * (2**power // output_stride) + 1 for power in (9, 10, 11, 12)]
+    lengths = [output_stride * (field // output_stride + 4) + 1]
     thickness = output_stride + 1
 
     class Fine(torch.nn.Module):
@@ -162,12 +175,21 @@ def test_padding_is_split_so_that_features_lie_on_the_grid() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 @pytest.mark.parametrize(
-    "name", ["resnet10t", "convnext_atto", "xception41", "legacy_xception", "xcit_nano_12_p16_224"]
+    ("name", "suffix"),
+    [
+        ("resnet10t", ".pth"),
+        ("resnet10t", ".safetensors"),
+        ("convnext_atto", ".pth"),
+        ("xception41", ".safetensors"),
+        ("legacy_xception", ".pth"),
+        ("xcit_nano_12_p16_224", ".safetensors"),
+    ],
 )
-def test_local_files_with_timms_keys(name: str, suffix: str, tmp_path: Path) -> None:
+def test_local_files_with_timms_keys(name: str, suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of every kind of wrapper that timm has, from half precision."""
+    monkeypatch.setattr(timm_backbone_module, "_measure", lambda backbone, name: _Placement(0, 0, 0, 0.0, 1.0, 1.0))
+    monkeypatch.setattr(timm_backbone_module, "_PLACEMENTS", {})
     whole = timm.create_model(name)
     randomise(whole)
     state = {key: value.half() if value.is_floating_point() else value for key, value in whole.state_dict().items()}

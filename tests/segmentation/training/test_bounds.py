@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def tiny(tmp_path: Path) -> dict[str, Any]:
+def tiny(tmp_path: Path, undrawn: None) -> dict[str, Any]:
     """A run of forty steps whose factor is learned by its gradient."""
     data = tmp_path / "data.yaml"
     data.write_text("format: synthetic\nsize: [36, 41]\ndistance: 12\nlength: 4\n")
@@ -48,8 +48,10 @@ def push(patch: pytest.MonkeyPatch, towards: float) -> None:
     patch.setattr(GradientSearch, "loss", loss)
 
 
-@pytest.mark.parametrize(("towards", "words"), [(1.0, "upper bound.*output_stride"), (-1.0, "lower bound.*crop_size")])
-@pytest.mark.parametrize("rectangular", [False, True])
+@pytest.mark.parametrize(
+    ("towards", "words", "rectangular"),
+    [(1.0, "upper bound.*output_stride", True), (-1.0, "lower bound.*crop_size", False)],
+)
 def test_a_factor_that_stays_at_a_bound_is_told_once(
     tiny: dict[str, Any], towards: float, words: str, rectangular: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -89,6 +89,7 @@ def test_the_command_says_first_and_last_that_an_answer_is_not_reliable(
 
 
 @pytest.mark.slow
+@pytest.mark.figures
 def test_every_path_has_a_verdict(make: Make, capsys: pytest.CaptureFixture[str]) -> None:
     config = make(search="sampled", paths=2, rectangular=True, epochs=2)
     search = train(config)["search"]

@@ -41,6 +41,7 @@ def metrics_of(config: TrainConfig) -> dict[str, Any]:
     return metrics
 
 
+@pytest.mark.figures
 @pytest.mark.parametrize("frozen", [False, True])
 def test_a_run_folder(make: Make, frozen: bool, capsys: pytest.CaptureFixture[str]) -> None:
     config = make(freeze_backbone=frozen, epochs=4)
@@ -230,7 +231,7 @@ def test_the_recorded_gradients_are_the_loss_s_derivative(make: Make, loss_resol
 
 @pytest.mark.parametrize("values", [{"canvas": (39, 50)}, {"loss_resolution": "image"}, {"flip": False}])
 def test_frozen_runs_learn_at_sizes_off_the_stride(make: Make, values: dict[str, Any]) -> None:
-    config = make(freeze_backbone=True, lr=3e-3, head_lr_scale=1.0, epochs=8, dropout=0.0, **values)
+    config = make(freeze_backbone=True, lr=3e-3, head_lr_scale=1.0, epochs=8, val_every=8, dropout=0.0, **values)
     train(config)
     losses = read_factor_csv(Path(config.run.out) / "factor.csv")["loss"]
     assert losses[-3:].mean() < losses[:3].mean()

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def tiny(tmp_path: Path) -> dict[str, Any]:
+def tiny(tmp_path: Path, undrawn: None) -> dict[str, Any]:
     """A run of two epochs of three steps."""
     data = tmp_path / "data.yaml"
     data.write_text("format: synthetic\nsize: [36, 41]\ndistance: 12\nlength: 6\n")

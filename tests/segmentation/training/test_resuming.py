@@ -94,10 +94,9 @@ def test_the_written_config_gives_the_same_run(make: Make) -> None:
     ],
 )
 def test_an_interrupted_run_goes_on_exactly(
-    make: Make, monkeypatch: pytest.MonkeyPatch, values: dict[str, Any], error: type[BaseException]
+    make: Make, whole_run: Make, monkeypatch: pytest.MonkeyPatch, values: dict[str, Any], error: type[BaseException]
 ) -> None:
-    whole, cut = make("whole", dropout=0.5, **values), make("cut", dropout=0.5, **values)
-    train(whole)
+    whole, cut = whole_run(dropout=0.5, **values), make("cut", dropout=0.5, **values)
     with monkeypatch.context() as patch:
         stop_at(patch, STEPS_AN_EPOCH + 2, error)
         with pytest.raises(error):
@@ -127,9 +126,8 @@ main(sys.argv[1:])
 """
 
 
-def test_a_killed_run_goes_on_exactly(make: Make, forked: Forked) -> None:
-    whole, cut = make("whole", dropout=0.5), make("cut", dropout=0.5, workers=1)
-    train(whole)
+def test_a_killed_run_goes_on_exactly(make: Make, whole_run: Make, forked: Forked) -> None:
+    whole, cut = whole_run(dropout=0.5), make("cut", dropout=0.5, workers=1)
     config = Path(cut.run.out).with_suffix(".yaml")
     config.write_text(yaml.safe_dump(cut.plain()))
     assert forked(KILLED, "train", "--config", str(config)).returncode == -signal.SIGKILL
@@ -137,9 +135,10 @@ def test_a_killed_run_goes_on_exactly(make: Make, forked: Forked) -> None:
     assert_same_run(whole, cut)
 
 
-def test_a_run_that_never_ended_an_epoch_begins_anew(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole, cut = make("whole", epochs=1), make("cut", epochs=1)
-    train(whole)
+def test_a_run_that_never_ended_an_epoch_begins_anew(
+    make: Make, whole_run: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, cut = whole_run(epochs=1), make("cut", epochs=1)
     with monkeypatch.context() as patch:
         stop_at(patch, 1, RuntimeError)
         with pytest.raises(RuntimeError):

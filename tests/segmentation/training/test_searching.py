@@ -60,6 +60,7 @@ def test_paths_are_learned_and_recorded(make: Make, search: str, rectangular: bo
         assert path.effective_dilation[0] == pytest.approx(described["effective_dilation"], rel=1e-6)
 
 
+@pytest.mark.figures
 def test_paths_that_are_not_needed_are_taken_out(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Combinations, "fewest", lambda self: self.best_of_each_size()[2])
     config = make(search="sampled", paths="auto", epochs=4, search_share=0.5)
@@ -109,7 +110,9 @@ def test_a_search_computes_features_once_for_all_dilations(
 
 def test_published_guidance_warns_of_the_drift(make: Make) -> None:
     values: dict[str, Any] = {"path_guidance": "gradient", "path_weight": 30.0, "optimizer": "adamw", "lr": 0.05}
-    config = make(paths=2, class_groups=[["neither"], ["both"]], epochs=20, head_lr_scale=1.0, dropout=0.0, **values)
+    config = make(
+        paths=2, class_groups=[["neither"], ["both"]], epochs=20, val_every=20, head_lr_scale=1.0, dropout=0.0, **values
+    )
     with pytest.warns(UserWarning, match="no joint rest point"):
         train(config)
 

@@ -29,10 +29,18 @@ pytestmark = pytest.mark.slow
 Make = Callable[..., TrainConfig]
 
 
+OWN = {"dropout": 0.5, "val_every": 1}
+
+
 @pytest.fixture
 def make(make: Make) -> Make:
     """Those of conftest.py with dropout, also where the backbone is frozen."""
-    return lambda out="run", **values: make(out, **{"dropout": 0.5, "val_every": 1} | values)
+    return lambda out="run", **values: make(out, **OWN | values)
+
+
+@pytest.fixture
+def whole_run(whole_run: Make) -> Make:
+    return lambda **values: whole_run(**OWN | values)
 
 
 def results(config: TrainConfig) -> tuple[Any, ...]:
@@ -89,10 +97,9 @@ def before_step(patch: pytest.MonkeyPatch, step: int, act: Callable[[ParsingModu
     ],
 )
 def test_a_signal_saves_the_step_and_the_run_goes_on_exactly(
-    make: Make, step: int, signum: int, values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    make: Make, whole_run: Make, step: int, signum: int, values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole, cut = make("whole", **values), make("cut", **values)
-    train(whole)
+    whole, cut = whole_run(**values), make("cut", **values)
     handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
     with monkeypatch.context() as patch:
         before_step(patch, step, lambda module: os.kill(os.getpid(), signum))
@@ -107,9 +114,10 @@ def test_a_signal_saves_the_step_and_the_run_goes_on_exactly(
     assert results(cut) == results(whole)
 
 
-def test_a_run_stopped_at_every_step_goes_on_exactly(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole, cut = make("whole", search="spsa", epochs=2), make("cut", search="spsa", epochs=2, resume=True)
-    train(whole)
+def test_a_run_stopped_at_every_step_goes_on_exactly(
+    make: Make, whole_run: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, cut = whole_run(search="spsa", epochs=2), make("cut", search="spsa", epochs=2, resume=True)
     for step in range(1, 7):
         with monkeypatch.context() as patch:
             before_step(patch, step, lambda module: os.kill(os.getpid(), signal.SIGTERM))
@@ -119,9 +127,10 @@ def test_a_run_stopped_at_every_step_goes_on_exactly(make: Make, monkeypatch: py
     assert results(cut) == results(whole)
 
 
-def test_a_signal_at_a_step_limit_and_a_second_one(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole, cut = make("whole", max_steps=4), make("cut", max_steps=4)
-    train(whole)
+def test_a_signal_at_a_step_limit_and_a_second_one(
+    make: Make, whole_run: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, cut = whole_run(max_steps=4), make("cut", max_steps=4)
     with monkeypatch.context() as patch:
         before_step(patch, 4, lambda module: os.kill(os.getpid(), signal.SIGTERM))
         with pytest.raises(Interrupted, match="4 steps are saved"):
@@ -208,10 +217,14 @@ def test_the_command_ends_with_one_line(
 
 @pytest.mark.parametrize(("value", "step"), [(float("nan"), 1), (float("inf"), 5), (float("nan"), 6)])
 def test_a_loss_that_is_no_number_ends_the_run(
-    make: Make, value: float, step: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    make: Make,
+    whole_run: Make,
+    value: float,
+    step: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    whole, bad = make("whole"), make("bad")
-    train(whole)
+    whole, bad = whole_run(), make("bad")
     capsys.readouterr()
     path = Path(bad.run.out).with_suffix(".yaml")
     path.write_text(yaml.safe_dump(bad.plain()))
@@ -282,10 +295,9 @@ def test_weights_that_are_no_numbers_are_not_saved(make: Make, step: int, monkey
 
 
 def test_a_torn_last_checkpoint_and_the_one_before(
-    make: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    make: Make, whole_run: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    whole, cut = make("whole"), make("cut")
-    train(whole)
+    whole, cut = whole_run(), make("cut")
     with monkeypatch.context() as patch:
         before_step(patch, 8, lambda module: os.kill(os.getpid(), signal.SIGTERM))
         with pytest.raises(Interrupted):
@@ -313,10 +325,14 @@ def test_a_torn_last_checkpoint_and_the_one_before(
     ids=["checkpoint", "log"],
 )
 def test_a_full_disk_is_one_line_and_costs_no_checkpoint(
-    make: Make, name: str, words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    make: Make,
+    whole_run: Make,
+    name: str,
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    whole, cut = make("whole"), make("cut")
-    train(whole)
+    whole, cut = whole_run(), make("cut")
 
     def fill(module: ParsingModule) -> None:
         place = Path(cut.run.out) / name

@@ -1,5 +1,6 @@
 """The base class of all data sets, and helpers for their masks."""
 
+import functools
 from abc import abstractmethod
 from collections.abc import Sequence
 
@@ -88,11 +89,16 @@ def voc_palette() -> list[tuple[int, int, int]]:
         >>> voc_palette()[:4]
         [(0, 0, 0), (128, 0, 0), (0, 128, 0), (128, 128, 0)]
     """
-    return [
+    return [*_voc_colours()]
+
+
+@functools.cache
+def _voc_colours() -> tuple[tuple[int, int, int], ...]:
+    return tuple(
         (
             sum((index >> 3 * bit & 1) << 7 - bit for bit in range(3)),
             sum((index >> 3 * bit + 1 & 1) << 7 - bit for bit in range(3)),
             sum((index >> 3 * bit + 2 & 1) << 7 - bit for bit in range(3)),
         )
         for index in range(256)
-    ]
+    )
