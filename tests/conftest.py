@@ -163,7 +163,8 @@ def in_processes() -> "Callable[..., None]":
 
 # runs before the code of a separate process
 _FORKED = """
-import os, sys
+import multiprocessing, os, sys
+multiprocessing.set_start_method(None, force=True)  # Otherwise data loaders would start servers of their own.
 for number, suffix in ((1, "out"), (2, "err")):
     os.dup2(os.open(f"{{{out!r}}}.{{suffix}}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
 sys.argv = {words!r}

@@ -18,5 +18,6 @@ def tiny(tmp_path: Path, undrawn: None) -> dict[str, Any]:
         "freeze_backbone": True,
         "epochs": 2,
         "batch_size": 2,
+        "workers": 0,
         "cache": str(tmp_path / "cache"),
     }

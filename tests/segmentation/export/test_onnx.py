@@ -31,7 +31,7 @@ from rfield.segmentation.runs import Run, build_network, load_run
 MakeRun = Callable[..., Path]
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(scope="module")
 def _one_registry() -> Iterator[None]:
     """Read torch's table of translations once: its exporter does so for each file, which takes a second."""
     from torch.onnx._internal.exporter._registration import ONNXRegistry
@@ -42,7 +42,7 @@ def _one_registry() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def make_run(tmp_path_factory: pytest.TempPathFactory) -> MakeRun:
+def make_run(tmp_path_factory: pytest.TempPathFactory, _one_registry: None) -> MakeRun:
     """The folder of a run of a random network with learned dilations or, not snapped, resizes."""
 
     def make(factors: Any = ((4 / 7,),), snap: bool = True, seed: int = 0, **values: Any) -> Path:

@@ -30,7 +30,8 @@ Make = Callable[..., TrainConfig]
 SERVER = multiprocessing.get_context("forkserver")  # conftest.py says what it has imported.
 # What torchrun sets and a process is, and where it speaks to.
 PROCESS = """
-import os, sys
+import multiprocessing, os, sys
+multiprocessing.set_start_method(None, force=True)  # as in a process that torchrun starts
 rank, port, out = {rank}, {port}, {out!r}
 os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", GROUP_RANK="0")
 os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="here")

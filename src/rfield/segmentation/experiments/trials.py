@@ -207,6 +207,8 @@ def _work_in_processes(config: SweepConfig, jobs: int) -> None:
 
 def _worker(config: SweepConfig, threads: int) -> None:
     """Run one of several processes; the trial that failed keeps the message."""
+    # Otherwise the data loaders would spawn their processes too, each with all imports, in every epoch.
+    multiprocessing.set_start_method(None, force=True)
     torch.set_num_threads(threads)
     escape_unencodable()
     try:
