@@ -1,7 +1,11 @@
 """Advice on receptive fields: what does not suit the images, and that its code mends it."""
 
+import ast
 import dataclasses
+import json
 import math
+import runpy
+from pathlib import Path
 
 import pytest
 import torch
@@ -158,3 +162,45 @@ def test_maps_of_one_pixel_and_short_sight() -> None:
     assert advice.code == "rfield.adapt(model, '1')"
     (advice,) = field_advice(layer_receptive_fields(nn.Conv2d(3, 3, 1)), (9, 9))
     assert advice.code == "images = torch.nn.functional.interpolate(images, scale_factor=0.5)"
+
+
+STUDY = Path(__file__).parents[2] / "studies/advice"
+FOUND = json.loads((STUDY / "advice.json").read_text())
+ILL_SET = {  # whose pyramids have larger rates than DeepLabv3 at their stride and these sizes
+    "torchvision deeplabv3_mobilenet_v3_large": ("96x96", "256x256", "513x513"),
+    "smp DeepLabV3Plus, resnet18": ("96x96", "256x256", "513x513"),
+    "torchvision deeplabv3_resnet50": ("96x96", "256x256"),
+    "smp DeepLabV3, resnet18": ("96x96", "256x256"),
+    "transformers MobileViT, DeepLabV3": ("96x96", "256x256"),
+}
+
+
+def test_models_of_four_libraries() -> None:
+    """The layers were measured once (studies/advice); the advice on them is made again here."""
+    study = runpy.run_path(str(STUDY / "advice.py"))
+    assert len(FOUND) == 17
+    for name, found in FOUND.items():
+        again = study["advise"]([study["restored"](values) for values in found["layers"]])
+        assert json.loads(json.dumps(again)) == {key: found[key] for key in again}, name
+        assert bool(found["pyramids"]) == (name in ILL_SET), name
+        for size, advice in found["advice"].items():
+            for text, code in advice:
+                ast.parse(code)
+                assert "\n" not in text + code
+            warned = any(text.startswith(pyramid) for pyramid in found["pyramids"] for text, _ in advice)
+            assert warned == (size in ILL_SET.get(name, ())), (name, size)
+    (first, *_) = [text for text, _ in FOUND["smp DeepLabV3Plus, resnet18"]["advice"]["96x96"] if "decoder" in text]
+    assert first == "decoder.aspp.0.convs: rates 12/24/36 at output stride 16 see 16.9 x the image (1619 of 96 px)"
+
+
+@pytest.mark.slow
+def test_a_known_ill_set_model_is_mended() -> None:
+    smp = pytest.importorskip("segmentation_models_pytorch")
+    model = smp.DeepLabV3Plus("resnet18", encoder_weights=None)
+    layers = layer_receptive_fields(model)
+    advice = [each for each in field_advice(layers, (513, 513)) if each.text.startswith("decoder.aspp")]
+    for each in advice:
+        exec(each.code, {"model": model, "rfield": rfield})
+    rates = [rate for name, rate in rfield.dilations(model).items() if "aspp" in name and max(rate) > 1]
+    assert rates == [(6, 6), (12, 12), (18, 18)]
+    assert model.eval()(torch.zeros(1, 3, 64, 64)).shape == (1, 1, 64, 64)
