@@ -21,6 +21,7 @@ PACKAGES: dict[str, set[str]] = {
     "search": {"torch"},
     "receptive_field": {"torch", "matplotlib"},  # matplotlib only where a figure is drawn
     "surgery": {"torch"},
+    "integrations": {"torch", "lightning", "transformers", "accelerate"},
     "segmentation.conventions": set(),
     "segmentation.config": set(),
     "segmentation.files": {"yaml", "torch", "safetensors"},

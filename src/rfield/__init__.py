@@ -33,6 +33,7 @@ _PUBLIC = {
     "resized_size": "rfield.ops",
     "set_dilations": "rfield.surgery.fuse",
     "theoretical_receptive_field": "rfield.receptive_field.theoretical",
+    "tune": "rfield.surgery.tune",
     "weight_gradient": "rfield.layers",
 }
 

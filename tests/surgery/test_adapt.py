@@ -287,3 +287,37 @@ def test_public_names_stay_functions_whatever_was_imported() -> None:
     assert isinstance(rfield.fuse(model), nn.Sequential)
     assert isinstance(rfield.regulate(nn.Sequential(dilated(3, 2)), "0"), ReceptiveFieldRegulator)
     assert copy.deepcopy(model)[0].effective_dilation == (2.0, 2.0)
+
+
+class TestWhatAdaptSays:
+    def test_convolutions_of_an_encoder_are_named(self) -> None:
+        parts = {"encoder": 2, "decoder": 3, "head": 4}
+        model = nn.ModuleDict({name: nn.Sequential(nn.Conv2d(1, 1, 3, dilation=rate)) for name, rate in parts.items()})
+        wrapped = nn.Sequential(copy.deepcopy(model))
+        with pytest.warns(UserWarning, match=r"1 convolution of 'encoder', .* is among the 3 .*\['decoder', 'he"):
+            adapt(model)
+        with pytest.warns(UserWarning, match=r"of '0\.encoder', .*out by select=\['0\.decoder', '0\.head'\]"):
+            adapt(wrapped)
+        alone = nn.ModuleDict({"backbone": nn.Sequential(*(nn.Conv2d(1, 1, 3, dilation=2) for _ in range(2)))})
+        with pytest.warns(UserWarning, match="2 convolutions of 'backbone', .* are among the 2 .*; name others"):
+            adapt(alone)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            adapt(nn.ModuleDict({"encoder": nn.Sequential(nn.Conv2d(1, 1, 3, dilation=2))}), "encoder")
+
+    def test_wrapped_and_compiled_models_are_refused(self) -> None:
+        def plain() -> nn.Module:
+            return nn.Sequential(nn.Conv2d(1, 1, 3, dilation=2))
+
+        in_place = plain()
+        in_place.compile()
+        for model, message in (
+            (nn.DataParallel(plain()), "the model is wrapped in DataParallel: adapt the plain model"),
+            (torch.compile(plain()), "the model is wrapped in OptimizedModule"),
+            (nn.Sequential(torch.compile(plain())), "'0' is wrapped in OptimizedModule"),
+            (in_place, "the model is compiled"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                adapt(model)
+            with pytest.raises(ValueError, match=message):
+                regulate(model, "0")

@@ -109,6 +109,29 @@ class Search:
         """Do the search method's part of a step."""
         raise NotImplementedError
 
+    def report(self) -> str:
+        """Return what has been found so far, a line for each factor and axis: the dilations at the start and now.
+
+        A sampled search adds how sure they are, see `rfield.search.judge`.
+        """
+        lines = []
+        for index, (group, names) in enumerate(zip(self.groups, self.group_names(), strict=True)):
+            for axis, start in enumerate(self.starts[index]):
+                side = f", {('height', 'width')[axis]}" if len(self.starts[index]) > 1 else ""
+                scales = [layer.base_dilation[axis] / group[0].base_dilation[axis] for layer in group]
+                before = ", ".join(f"{start * scale:.3g}" for scale in scales)
+                now = ", ".join(f"{layer.effective_dilation[axis]:.3g}" for layer in group)
+                lines.append(f"{names}{side}: dilation {before} -> {now}{self._certainty(index, axis)}")
+        return "\n".join(lines)
+
+    def group_names(self) -> list[str]:
+        """Return the names of each factor's layers in the model."""
+        return [self._layer_names(group) for group in self.groups]
+
+    def _certainty(self, index: int, axis: int) -> str:
+        """Return how sure the dilation of a factor and axis is, as the end of its line in the report."""
+        return ""
+
     def state_dict(self) -> dict[str, Any]:
         """Return plain types and copied tensors, to be saved beside the model's state."""
         return copy.deepcopy(self._state())
@@ -181,8 +204,12 @@ class Search:
                 f"loss_fn returned factor_losses of shape {tuple(factor_losses.shape)}, but the model has "
                 f"{len(self.groups)} factors"
             )
-        self._overrides = [(layer, layer.dilation_override) for group in self.groups for layer in group]
+        self._keep_overrides()
         return _OverrideInBackward.apply(loss, self), factor_losses
+
+    def _keep_overrides(self) -> None:
+        """Remember the dilations of this step's forward pass."""
+        self._overrides = [(layer, layer.dilation_override) for group in self.groups for layer in group]
 
     def _check_layers(self) -> None:
         """Raise ValueError for a layer that no forward pass runs, or whose bounds contain no integer dilation."""

@@ -1,7 +1,6 @@
 """Search by the factors' exact gradient, the method of the paper (Wei et al., CVPR 2017)."""
 
 import functools
-import warnings
 import weakref
 from typing import Any
 
@@ -11,15 +10,15 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from rfield.search.base import LossFunction, Search
 
-# After this many optimizer steps, warn about factors that no optimizer updates.
-_STEPS_BEFORE_WARNING = 10
+# After this many optimizer steps, refuse factors that no optimizer updates.
+_STEPS_BEFORE_CHECK = 10
 
 
 class GradientSearch(Search):
     """Search by the exact gradient of the factors, which the optimizer applies (Wei et al., CVPR 2017).
 
-    A factor with a loss of its own needs one more backward pass. A warning names each factor that no optimizer updates,
-    for example because `adapt` was called after the optimizer was made.
+    A factor with a loss of its own needs one more backward pass. `step` raises ValueError for a factor that no
+    optimizer updates, for example because `adapt` was called after the optimizer was made.
 
     Args:
         model, loss_fn, steps, seed: see `Search`.
@@ -60,22 +59,21 @@ class GradientSearch(Search):
                 if layer.map_size is not None and layer.log_factor.requires_grad:
                     layer.clamp_factor_(layer.map_size)
         self._record()
-        if self.step_index == min(_STEPS_BEFORE_WARNING, self.steps):
-            self._warn_about_missing_optimizer()
+        if self.step_index == min(_STEPS_BEFORE_CHECK, self.steps):
+            self._check_optimizers()
         if self.step_index >= self.steps:
             self._finalize()
 
-    def _warn_about_missing_optimizer(self) -> None:
+    def _check_optimizers(self) -> None:
         _WATCHING.discard(self)
         if not any(id(weight) in self._optimized for weight in self.model.parameters()):
             return  # the model is trained by something other than torch's optimizers
         for group in self.groups:
             if id(group[0].log_factor) not in self._optimized:
-                warnings.warn(
+                raise ValueError(
                     f"no optimizer that has stepped holds the factor of {self._layer_names(group)}, so that its "
                     "receptive field is not learned: make the optimizer after adapt or regulate, of "
-                    "rfield.parameter_groups",
-                    stacklevel=4,
+                    "rfield.parameter_groups"
                 )
         self._optimized = set()
 

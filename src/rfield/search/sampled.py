@@ -127,8 +127,15 @@ class SampledSearch(Search):
         self._freeze_factors()
 
     def loss(self, batch: Any) -> Tensor:
-        if self.done:
-            return self._call_loss_fn(batch)[0]
+        if not self.done:
+            self.begin_step(batch)
+        return self._call_loss_fn(batch)[0]
+
+    def begin_step(self, batch: Any) -> None:
+        """Make the layers run at this step's dilations, for a training loop that computes the loss by itself.
+
+        `step` ends it. The first call runs `loss_fn` on the batch, for the layers to record the sizes of their maps.
+        """
         if not self._windows:
             for group in self.groups:  # with an override, a regulator respects its memory budget
                 override_dilation(group, group[0].effective_dilation[: group[0].log_factor.numel()])
@@ -145,7 +152,7 @@ class SampledSearch(Search):
             draw = self._random("dilation", index)
             dilation = [self._draw_dilation(index, axis, draw) for axis in range(group[0].log_factor.numel())]
             override_dilation(group, dilation, draw)
-        return self._call_loss_fn(batch)[0]
+        self._keep_overrides()
 
     def _set_range(self, members: Sequence[int]) -> tuple[float, float]:
         """Return the range that a set's branches share: up to half the map, since larger kernels see mostly zeros."""
@@ -226,6 +233,9 @@ class SampledSearch(Search):
             random_backbone=random_backbone,
             unit="held-out batch",
         )
+
+    def _certainty(self, index: int, axis: int) -> str:
+        return f"; {self.verdict(index, axis)}" if self.losses[index, axis] else ""
 
     def _evaluate_curves(self) -> None:
         """Evaluate all curves, set each factor to its best dilation, and narrow the windows around that."""

@@ -11,10 +11,12 @@ from torch import nn
 
 from rfield.layers import AdaptiveConv2d, LearnedFactor, ReceptiveFieldRegulator
 from rfield.layers.adaptive_conv import reason_not_adaptable
-from rfield.text import format_size
+from rfield.text import counted, format_size
 
 Select = str | Sequence[str] | Callable[[str, nn.Conv2d], bool]
 Share = Literal["parallel", "layer", "stage"]
+_WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "OptimizedModule")
+_ENCODERS = ("encoder", "backbone")
 
 
 def adapt(
@@ -46,9 +48,11 @@ def adapt(
         The new layers, in the order of the model's modules.
 
     Raises:
-        ValueError: if no convolution is selected, a pattern matches nothing, or a convolution selected by name or
-            function cannot be adapted: an even kernel, a padding other than zeros, hooks, or its own forward. The model
-            is then unchanged. Among the convolutions selected by default, these are left out with a warning.
+        ValueError: if no convolution is selected, a pattern matches nothing, the model or a part of it is wrapped
+            (DistributedDataParallel, `fully_shard`, `torch.compile`), or a convolution selected by name or function
+            cannot be adapted: an even kernel, a padding other than zeros, hooks, or its own forward. The model is then
+            unchanged. Among the convolutions selected by default, these are left out with a warning. Another warning
+            says which of them belong to an encoder or backbone, which is often pretrained.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=4, dilation=4))
@@ -61,6 +65,7 @@ def adapt(
         raise ValueError(f"share must be None, 'parallel', 'layer' or 'stage', got {share!r}")
     if axes not in (1, 2):
         raise ValueError(f"axes must be 1 or 2, got {axes!r}")
+    refuse_wrapped(model)
     if isinstance(model, nn.Conv2d):
         raise ValueError("the model is itself a convolution: use AdaptiveConv2d.from_conv")
     convs = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
@@ -75,6 +80,8 @@ def adapt(
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if id(module) in by_conv:
             _replace(model, name, by_conv[id(module)])
+    if select is None and (note := _encoder_note(selected)):
+        warnings.warn(note, stacklevel=2)
     return list(layers.values())
 
 
@@ -108,6 +115,7 @@ def regulate(
         >>> regulate(model, "1", factor=2.0).effective_dilation
         (2.0, 2.0)
     """
+    refuse_wrapped(model)
     modules = dict(model.named_modules(remove_duplicate=False))
     if not name or name not in modules:
         parts = [key for key in modules if key]
@@ -138,6 +146,38 @@ def regulate(
         if part is module:
             _replace(model, other, regulator)
     return regulator
+
+
+def refuse_wrapped(model: nn.Module) -> None:
+    """Raise ValueError if a model or a part of it is wrapped or compiled, which must come after `adapt`."""
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        if kind in _WRAPPERS or kind.startswith("FSDP") or module._compiled_call_impl is not None:
+            what = repr(name) if name else "the model"
+            how = f"wrapped in {kind}" if module._compiled_call_impl is None else "compiled"
+            raise ValueError(
+                f"{what} is {how}: adapt the plain model, then make the optimizer, then wrap it; compile it after the "
+                "search"
+            )
+
+
+def _encoder_note(names: Sequence[str]) -> str | None:
+    """Return a sentence that says which of the adapted convolutions belong to an encoder, or None."""
+    parts = {name: name.split(".")[:-1] for name in names}
+    encoded = [name for name in names if {*_ENCODERS} & {*parts[name]}]
+    if not encoded:
+        return None
+    path = parts[encoded[0]]
+    depth = 1 + min(path.index(part) for part in _ENCODERS if part in path)
+    encoder = ".".join(path[:depth])
+    others = [*dict.fromkeys(".".join(parts[name][:depth]) for name in names if name not in encoded)]
+    chosen = others[0] if len(others) == 1 else others
+    leave = f"leave them out by select={chosen!r}" if others else "name others by select="
+    are = "is" if len(encoded) == 1 else "are"
+    return (
+        f"{counted(len(encoded), 'convolution')} of {encoder!r}, which is often pretrained, {are} among the "
+        f"{len(names)} that adapt made learnable; {leave}"
+    )
 
 
 def _adaptable(model: nn.Module, convs: dict[str, nn.Conv2d], select: Select | None) -> list[str]:

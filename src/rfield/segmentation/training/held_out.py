@@ -9,15 +9,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from rfield.search.certainty import LEAST_IMAGES
+from rfield.search.held_out import held_out_count
 from rfield.segmentation.data import IGNORE_INDEX, ParsingDataset, evaluation_transform
 from rfield.segmentation.inference.feature_cache import CachedFeatures
 from rfield.segmentation.training.distributed import rank_and_world_size
 from rfield.text import counted
-
-# Share of the training images, and the most of them; more where they would be fewer than a verdict needs, but never
-# more than a third.
-_SHARE = 0.1
-_MOST = 64
 
 
 class WholeImages(Dataset[tuple[Tensor, Tensor]]):
@@ -107,8 +103,7 @@ def draw_held_out(count: int, data: str, seed: int) -> list[int]:
             f"a sampled search holds up to a third of the training images out, but {data} has "
             f"{counted(count, 'image')} to train on, and 3 are needed"
         )
-    held_out = min(max(round(_SHARE * count), LEAST_IMAGES), _MOST, count // 3)
-    return sorted(random.Random(seed).sample(range(count), held_out))
+    return sorted(random.Random(seed).sample(range(count), held_out_count(count)))
 
 
 def tell_of_few(held_out: int, count: int) -> None:

@@ -1,0 +1,1 @@
+"""Callbacks that learn receptive fields in the training loops of other libraries."""
