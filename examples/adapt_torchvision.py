@@ -9,8 +9,8 @@ from torch.utils.data import DataLoader
 from torchvision.models.segmentation import deeplabv3_mobilenet_v3_large
 
 import rfield
+from rfield.search.held_out import HeldOut
 from rfield.segmentation.data import SyntheticCues
-from rfield.surgery.fuse import dilations
 
 Batch = tuple[Tensor, Tensor]
 
@@ -25,15 +25,17 @@ def main(steps: int = 300, out: str = "runs/deeplabv3.pt") -> nn.Module:
     rfield.adapt(model, "classifier", share="parallel")  # before the optimizer is made
     optimizer = torch.optim.AdamW(rfield.parameter_groups(model, lr=1e-3, factor_lr=1e-2))
     train = DataLoader(SyntheticCues("train", length=4 * steps), batch_size=4)
-    held_out = list(DataLoader(SyntheticCues("val", length=8), batch_size=4))
+    held_out = HeldOut(train)
     search = rfield.SampledSearch(model, loss_fn, steps=6 * steps // 10, held_out=held_out)
     for batch in train:
         search.loss(batch).backward()
         optimizer.step()
         optimizer.zero_grad()
         search.step()
+        if search.done:
+            held_out.give_back()
+    print(search.report())
     plain = rfield.fuse(model)
-    print(dilations(plain))
     Path(out).parent.mkdir(exist_ok=True)
     torch.save(plain.state_dict(), out)  # the keys of torchvision's own model
     return plain

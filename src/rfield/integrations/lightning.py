@@ -52,7 +52,7 @@ class ReceptiveFieldSearch(LoopSearch, Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Make the search, or continue that of a checkpoint."""
-        if self.held_out is None and trainer.reload_dataloaders_every_n_epochs:
+        if self.held_out is None and trainer.reload_dataloaders_every_n_epochs:  # type: ignore[attr-defined]
             raise ValueError(
                 "reload_dataloaders_every_n_epochs makes new loaders, of which no samples are held out: give batches "
                 "by held_out="
