@@ -42,6 +42,33 @@ def test_a_decoder_needs_the_whole_backbone() -> None:
         config_of(decoder=True, freeze_backbone=True)
 
 
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"aspp": "6,12", "search": "sampled"}, "aspp 6,12 must be two or more branches"),
+        ({"aspp": "1x1,pool", "search": "none"}, "at least one of them a dilation, with search none and one path"),
+        ({"aspp": [0, 6], "search": "none"}, "branches are dilations of at least 1, 1x1 and pool, with commas"),
+        ({"extra_paths": "1x1"}, "extra_paths 1x1 need search sampled, several paths, no class_groups"),
+        ({"extra_paths": "pool", "paths": 2, "search": "spsa"}, "extra_paths pool need search sampled"),
+        ({"extra_paths": "pool,pool", "paths": 2}, "extra_paths are 1x1 or pool, none of them twice, got pool,pool"),
+        ({"extra_paths": [6], "paths": 2}, "extra_paths are 1x1 or pool, none of them twice, got 6"),
+        ({"shared_kernel": "search"}, "shared_kernel search needs several paths"),
+    ],
+)
+def test_branches_that_do_not_fit(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        config_of(**values)
+
+
+def test_other_dilations_are_for_run_folders() -> None:
+    assert PredictConfig(run="run", images="x", dilations="2,3.5", weights="search").dilations == (2, 3.5)
+    for values in ({"dilations": "2"}, {"weights": "search"}):
+        with pytest.raises(ValueError, match="dilations and weights are for run folders: net.onnx has fixed dilations"):
+            PredictConfig(run="net.onnx", images="x", **values)
+    with pytest.raises(ValueError, match="dilations must be positive, got 0"):
+        PredictConfig(run="run", images="x", dilations="2,0")
+
+
 def test_label_smoothing_goes_with_cross_entropy() -> None:
     assert config_of(label_smoothing=0.1).optim.label_smoothing == 0.1
     with pytest.raises(ValueError, match="label_smoothing goes with the loss cross_entropy, not dice"):
