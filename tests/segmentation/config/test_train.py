@@ -63,7 +63,7 @@ def test_branches_that_do_not_fit(values: dict[str, Any], message: str) -> None:
 def test_other_dilations_are_for_run_folders() -> None:
     assert PredictConfig(run="run", images="x", dilations="2,3.5", weights="search").dilations == (2, 3.5)
     for values in ({"dilations": "2"}, {"weights": "search"}):
-        with pytest.raises(ValueError, match="dilations and weights are for run folders: net.onnx has fixed dilations"):
+        with pytest.raises(ValueError, match=r"dilations and weights are for run folders: net\.onnx has fixed"):
             PredictConfig(run="net.onnx", images="x", **values)
     with pytest.raises(ValueError, match="dilations must be positive, got 0"):
         PredictConfig(run="run", images="x", dilations="2,0")

@@ -7,8 +7,10 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
-from rfield.segmentation.files.atomic import atomic_write, write_error, write_text
+from rfield.segmentation.files.atomic import atomic_write, write_error, write_text, write_weights
 
 
 def test_the_order_is_write_sync_rename_sync(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,3 +89,11 @@ def test_a_pipe_is_written_and_stays_a_pipe(tmp_path: Path) -> None:
     assert found == ["{}"]
     assert pipe.is_fifo()
     assert [each.name for each in tmp_path.iterdir()] == ["scores.json"]
+
+
+def test_weights_may_be_read_by_whom_other_files_may(tmp_path: Path) -> None:
+    write_weights(tmp_path / "own.safetensors", {"a": torch.ones(3, 2).t()})
+    (tmp_path / "plain").write_bytes(b"")
+    modes = [(tmp_path / name).stat().st_mode for name in ("own.safetensors", "plain")]
+    assert modes[0] == modes[1]
+    assert load_file(tmp_path / "own.safetensors")["a"].tolist() == [[1, 1, 1], [1, 1, 1]]

@@ -85,9 +85,9 @@ def test_overlay_rejects_unequal_sizes_and_opacities_out_of_range() -> None:
 
 def test_panel_draws_every_picture_in_its_place_at_its_own_shape() -> None:
     portrait, portrait_mask = IMAGE.transpose(1, 0, 2), MASK.T.copy()
-    columns = {"image": [IMAGE, portrait], "ground truth": [None, portrait_mask], "prediction": [MASK, portrait_mask]}
+    columns = {"image": [IMAGE, portrait], "mask": [None, portrait_mask], "prediction": [MASK, portrait_mask]}
     figure = plots.panel(columns, PALETTE, ["road", "car", "boat"])
-    assert [text.get_text() for text in figure.texts] == ["image", "ground truth", "prediction"]
+    assert [text.get_text() for text in figure.texts] == ["image", "mask", "prediction"]
     drawn = [IMAGE, MASK, portrait, portrait_mask, portrait_mask]
     wanted = [plots.colourise(picture, PALETTE) if picture.ndim == 2 else picture for picture in drawn]
     assert [pixels(axes).tolist() for axes in figure.axes] == [picture.tolist() for picture in wanted]
@@ -97,6 +97,15 @@ def test_panel_draws_every_picture_in_its_place_at_its_own_shape() -> None:
     assert below.y1 < first.y0
     across, up = figure.get_size_inches()
     assert first.width * across / (first.height * up) == pytest.approx(3 / 2)
+
+
+def test_panel_paints_no_prediction_where_there_is_no_true_label() -> None:
+    truth = np.array([[1, 255, 0]], np.uint8)
+    guess = np.array([[2, 2, 2]], np.uint8)
+    figure = plots.panel({"ground truth": [truth, None], "before": [guess, guess]}, PALETTE)
+    painted = [plots.colourise(mask, PALETTE).tolist() for mask in (truth, np.array([[2, 255, 2]], np.uint8), guess)]
+    assert [pixels(axes).tolist() for axes in figure.axes] == painted
+    assert all(axes.axison and axes.spines["left"].get_visible() for axes in figure.axes), "outlined"
 
 
 def test_panel_s_legend_holds_the_classes_that_occur() -> None:
@@ -139,7 +148,8 @@ def test_factor_curve_draws_the_data_and_names_start_end_and_best() -> None:
     assert curve(upper, 1) == [[0, 30], [14, 6]]
     assert curve(upper, 2)[1] == [5.5, 5.5]
     assert curve(lower) == [STEP, LOSS]
-    assert texts(upper) == ["start  14  (436 px)", "end  6  (308 px)", "known best  5.5"]
+    assert texts(upper) == ["first step  14  (436 px)", "end  6  (308 px)", "known best  5.5"]
+    assert all(text.get_position()[1] > 1 for text in upper.texts), "above the axes, on no line"
     assert upper.get_xlim() == lower.get_xlim()
     low, high = upper.get_ylim()
     assert low < 5.5
@@ -168,7 +178,7 @@ def test_a_constant_factor_has_one_receptive_field_on_the_right_axis() -> None:
 def test_a_single_record_can_be_drawn() -> None:
     figure = plots.factor_curve([5], [6], [308], [1.5])
     figure.draw_without_rendering()
-    assert texts(figure.axes[0]) == ["start  6  (308 px)"]
+    assert texts(figure.axes[0]) == ["first step  6  (308 px)"]
     assert figure.axes[1].lines[0].get_marker() == "o"
 
 
@@ -290,7 +300,11 @@ def test_rf_curve_shows_values_means_spread_and_marks() -> None:
     assert means["fixed"] == pytest.approx([0.65, 0.85, 0.5])
     assert means["sampled"] == [0.8]
     assert len(axes.collections) == 1, "a spread needs two values"
-    assert [text.get_text() for text in axes.texts] == [" best  6"]
+    assert [text.get_text() for text in axes.texts] == ["best  6"]
+    # The mark's text stands above all values, and the legend beside the axes.
+    low, high = axes.get_ylim()
+    assert low + 0.925 * (high - low) > 0.9
+    assert axes.get_legend().get_bbox_to_anchor().x0 > axes.bbox.x1
     assert [text.get_text() for text in axes.get_xticklabels()] == ["2", "6", "24"]
     (top,) = axes.child_axes
     assert [text.get_text() for text in top.get_xticklabels()] == ["244", "308", "596"]
@@ -325,9 +339,23 @@ def test_rf_curve_refuses(curves: dict[str, dict[float, list[float]]], marked: d
 
 
 @pytest.mark.parametrize("runs", [{}, {"a": ([1, 2], [1.0])}, {"a": ([1], [0.0])}, {"a": ([2, 1], [1.0, 1.0])}])
-def test_factor_paths_refuse(runs: dict[str, tuple[list[int], list[float]]]) -> None:
+def test_dilation_paths_refuse(runs: dict[str, tuple[list[int], list[float]]]) -> None:
     with pytest.raises(ValueError, match=r"1 to 5 runs|the same length|above 0|must rise"):
-        plots.factor_paths({"group": runs})
+        plots.dilation_paths({"group": runs}, (16, 212))
+
+
+def test_dilations_that_were_drawn_are_points_and_the_right_axis_is_in_px() -> None:
+    figure = plots.dilation_paths({"": {"path 1": ([1, 2, 3, 4], [2, 8, 4, 4])}}, (16, 212), drawn_until=2)
+    (axes,) = figure.axes
+    drawn, line = axes.lines
+    assert (drawn.get_linestyle(), list(drawn.get_ydata())) == ("None", [2, 8])
+    assert (line.get_linestyle(), list(line.get_ydata()), line.get_label()) == ("-", [4, 4], "path 1")
+    (right,) = axes.child_axes
+    places = dict(zip(right.get_yticks(), right.get_yticklabels(), strict=True))
+    labels = {float(place): text.get_text() for place, text in places.items()}
+    assert labels == {2: "244", 3: "260", 4: "276", 6: "308", 8: "340"}
+    curve = plots.factor_curve([1, 2, 3], [2, 8, 4], [244, 340, 276], [3.0, 2.0, 1.0], drawn_until=2).axes[0]
+    assert [list(line.get_ydata()) for line in curve.lines] == [[2, 8], [4], [2, 4]]
 
 
 def test_effective_fields_share_colours_scale_and_canvas() -> None:

@@ -7,6 +7,7 @@ from signal import SIGINT, SIGTERM
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -132,7 +133,11 @@ def test_paths_are_logged_by_name(tmp_path: Path, rectangular: bool) -> None:
         learned_layers(module.network)[1][0].set_factor((1.0 + step, 1.5) if rectangular else 1.0 + step)
         log.on_train_batch_end(trainer_at(step), module, None, None, 0)
     log.on_save_checkpoint(trainer_at(2), module, {})
-    found = {name: (steps.tolist(), factors.tolist()) for name, (steps, factors) in read_paths_csv(log.path).items()}
+    base = module.network.head.paths[0].dilation
+    found = {
+        name: (steps.tolist(), np.round(base / dilations, 4).tolist())
+        for name, (steps, dilations) in read_paths_csv(log.path).items()
+    }
     if rectangular:
         names = [f"path {path}, {axis}" for path in (1, 2) for axis in ("height", "width")]
         assert list(found) == names

@@ -254,7 +254,7 @@ def test_no_search_has_no_factor(make: Make) -> None:
     metrics = train(config)
     assert "search" not in metrics
     assert metrics["factor"] == 1
-    with pytest.raises(FileNotFoundError, match="search_weights.safetensors: a run has it once its sampled search has"):
+    with pytest.raises(FileNotFoundError, match=r"search_weights\.safetensors: a run has it once its sampled"):
         load_run(config.run.out, search_weights=True)
     with pytest.raises(ValueError, match="got 1 dilation, but the network has no learned layer"):
         run_at_dilations(load_run(config.run.out).network, [2])

@@ -87,8 +87,6 @@ def _draw(runs: dict[str, Run], fields: dict[str, float]) -> None:
     """Draw the learned dilation, predictions before and after, and the receptive fields in px, into the run folder."""
     out, transform, dataset = runs["after"].folder, evaluation_transform(), load_dataset("scenes", "val")
     steps = read_factor_csv(out / "factor.csv")
-    curve = plots.factor_curve(steps["step"], steps["effective_dilation"], steps["receptive_field_px"], steps["loss"])
-    plots.save(curve, out / "factor.png")
     samples = [dataset[index] for index in range(_SHOWN)]
     columns: dict[str, list[npt.NDArray[np.uint8]]] = {
         "image": [image.permute(1, 2, 0).numpy() for image, _ in samples],

@@ -45,7 +45,7 @@ def run_reproduce(config: ReproduceConfig, progress: Progress | None = None) -> 
 
     The experiments are the grid of fixed dilations, and learning from bad starts at dilation 14 and 6 (436 and 308 px
     nominal) by the exact gradient and by the other searches. The files are `results.json`, `results.csv` (a row for
-    each run), `report.md`, `grid.png`, `factor.png` (the factor over the steps) and a `panel-SEARCH.png` for each
+    each run), `report.md`, `grid.png`, `factor.png` (the dilation over the steps) and a `panel-SEARCH.png` for each
     search; the runs are beside them, and another call only adds what is missing.
 
     Args:
@@ -103,8 +103,8 @@ def _draw(
         for dilation, field in starts.items():
             columns = read_factor_csv(out / Point(kind, dilation, seed).name / "factor.csv")
             group = paths.setdefault(_SHOWN[kind], {})
-            group[f"from {field:.0f} px"] = (columns["step"], columns["factor"])
-    plots.save(plots.factor_paths(paths), out / "factor.png")
+            group[f"from {field:.0f} px"] = (columns["step"], columns["effective_dilation"])
+    plots.save(plots.dilation_paths(paths, field_of(config)), out / "factor.png")
     improper = min(
         (row for row in rows if row.search == "none" and row.dilation in starts), key=lambda row: row.miou
     ).dilation
@@ -189,7 +189,7 @@ nominal, 212 px + 16 px a dilation. Figures are means over the seeds; a spread i
 
 {_starts_table(rows, best, starts, ends)}
 
-`factor.png` shows the factor of the first seed over training, of SPSA and the sampled search as it was drawn;
+`factor.png` shows the dilation of the first seed over training, of SPSA and the sampled search as it was drawn;
 `panel-SEARCH.png`: image, ground truth, best manual rf, improper rf, improper rf + learned, on validation images that
 are spaced evenly through the list.
 

@@ -98,10 +98,11 @@ def write_csv(path: Path, rows: Iterable[Sequence[Any]]) -> None:
 
 def write_weights(path: Path, state: Mapping[str, "Tensor"]) -> None:
     """Write tensors by name to a .safetensors file."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
-    with atomic_path(path) as partial:
-        save_file({key: value.contiguous() for key, value in state.items()}, partial)
+    # Not save_file, whose files nobody else may read.
+    with atomic_write(path) as file:
+        file.write(save({key: value.contiguous() for key, value in state.items()}))
 
 
 def write_error(path: Path, error: OSError, kept: str) -> OSError:

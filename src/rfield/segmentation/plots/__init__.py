@@ -1,6 +1,6 @@
 """Draw learned receptive fields and labelled images: arrays in, matplotlib Figures out."""
 
-from rfield.segmentation.plots.curves import factor_paths, rf_curve
+from rfield.segmentation.plots.curves import dilation_paths, rf_curve
 from rfield.segmentation.plots.effective import effective_fields
 from rfield.segmentation.plots.fields import factor_curve, learned_field
 from rfield.segmentation.plots.masks import colourise, overlay, panel
@@ -10,9 +10,9 @@ from rfield.segmentation.plots.style import save
 __all__ = [
     "class_paths",
     "colourise",
+    "dilation_paths",
     "effective_fields",
     "factor_curve",
-    "factor_paths",
     "learned_field",
     "overlay",
     "panel",

@@ -15,6 +15,7 @@ from rfield.segmentation.plots.style import (
     LEGEND,
     check_curves,
     checked_series,
+    draw_steps,
     number,
     plain_axes,
     soften,
@@ -68,14 +69,25 @@ def rf_curve(
     axes.set_xlabel("dilation [feature px]")
     for (name, curve), colour in zip(curves.items(), FIELD_COLOURS, strict=False):
         _draw_curve(axes, name, curve, colour, (errors or {}).get(name, {}))
+    low, high = axes.get_ylim()
+    rows = 0.075 * len(marked)  # above all values, so that no text stands on a line
+    axes.set_ylim(low, high + (high - low) * rows / (1 - rows))
+    _label_dilations(axes, dilations, field)
+    middle = np.sqrt(np.prod(axes.get_xlim()))
     for place, (name, dilation) in enumerate(marked.items()):
         axes.axvline(dilation, color=INK, linewidth=1.3, linestyle=(3 * place, DASHES[1]), zorder=1.5)
-        text = f" {name}  {number(dilation)}"
-        at = (dilation, 0.99 - 0.07 * place)
-        axes.annotate(text, at, xycoords=axes.get_xaxis_transform(), color=INK, va="top", fontsize=9.5)
-    _label_dilations(axes, dilations, field)
+        side, offset = ("left", 5) if dilation <= middle else ("right", -5)
+        axes.annotate(
+            f"{name}  {number(dilation)}",
+            (dilation, 0.99 - 0.075 * place),
+            (offset, 0),
+            xycoords=axes.get_xaxis_transform(),
+            textcoords="offset points",
+            **{"color": INK, "va": "top", "ha": side, "fontsize": 9.5},
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
+        )
     if len(curves) > 1:
-        axes.legend(loc="best", **LEGEND)
+        axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), **LEGEND)
     return figure
 
 
@@ -117,41 +129,56 @@ def _label_dilations(axes: Axes, dilations: Sequence[float], field: tuple[float,
         top.tick_params(which="minor", length=0)
 
 
-def factor_paths(paths: Mapping[str, Mapping[str, tuple[npt.ArrayLike, npt.ArrayLike]]]) -> Figure:
-    """Draw the factors of several runs over the steps: one axes for each group, one line for each run, logarithmic.
+def dilation_paths(
+    paths: Mapping[str, Mapping[str, tuple[npt.ArrayLike, npt.ArrayLike]]],
+    field: tuple[float, float],
+    drawn_until: float | None = None,
+) -> Figure:
+    """Draw the dilations of several runs or paths over the steps: one axes for each group, one line for each of them.
 
     Args:
-        paths: titles of the groups, each with one to five names of runs to (step [N], factor [N]); steps rise.
+        paths: titles of the groups, each with one to five names to (step [N], dilation in feature px [N]); steps rise.
+        field: (slope, offset) of the receptive field in input px over the dilation, for the axis on the right.
+        drawn_until: step up to which the dilations were drawn at random, so that they are points and no line.
 
     Raises:
-        ValueError: if there is nothing to draw, more than five runs in a group, arrays that are empty, differ in length
-            or are not finite, steps that fall, or factors not above 0.
+        ValueError: if there is nothing to draw, more than five lines in a group, arrays that are empty, differ in
+            length or are not finite, steps that fall, or dilations not above 0.
 
     Example:
-        >>> figure = factor_paths({"from 436 px": {"gradient": ([1, 2], [1.0, 1.1]), "spsa": ([1, 2], [1.0, 1.4])}})
+        >>> runs = {"from 436 px": ([1, 2], [14, 13]), "from 308 px": ([1, 2], [6, 6])}
+        >>> figure = dilation_paths({"gradient": runs}, field=(16, 212))
         >>> [axes.get_title(loc="left") for axes in figure.axes]
-        ['from 436 px']
+        ['gradient']
     """
     if not paths or not all(1 <= len(runs) <= len(FIELD_COLOURS) for runs in paths.values()):
         raise ValueError(f"every group must have 1 to {len(FIELD_COLOURS)} runs, got {[*map(len, paths.values())]}")
+    slope, offset = field
     figure = Figure(figsize=(8, 0.6 + 2.6 * len(paths)), layout="constrained")
     for axes, (title, runs) in zip(figure.subplots(len(paths), squeeze=False)[:, 0], paths.items(), strict=True):
-        plain_axes(axes, "factor f")
+        plain_axes(axes, "dilation [feature px]")
         axes.set_title(title, fontsize=10.5, color=INK, loc="left")
         axes.set_yscale("log")
-        for (name, (step, factor)), colour in zip(runs.items(), FIELD_COLOURS, strict=False):
-            steps, factors = checked_series("step", step), checked_series("factor", factor)
-            check_curves(steps, factor=factors)
-            if not factors.min() > 0:
-                raise ValueError(f"factors must be above 0, got {factors.min()} in {name!r}")
-            axes.plot(steps, factors, color=colour, linewidth=1.2, label=name)
-        reach = max(1.05, *(float(np.exp(np.abs(np.log(np.asarray(f, float))).max())) for _, f in runs.values())) ** 1.1
-        axes.set_ylim(1 / reach, reach)
+        seen: list[float] = []
+        for (name, (step, dilation)), colour in zip(runs.items(), FIELD_COLOURS, strict=False):
+            steps, dilations = checked_series("step", step), checked_series("dilation", dilation)
+            check_curves(steps, dilation=dilations)
+            if not dilations.min() > 0:
+                raise ValueError(f"dilations must be above 0, got {dilations.min()} in {name!r}")
+            draw_steps(axes, steps, dilations, colour, drawn_until, label=name)
+            seen += [float(dilations.min()), float(dilations.max()), float(dilations[-1])]
+        low, high = min(seen) / 1.15, max(seen) * 1.15
+        axes.set_ylim(low, high)
         axes.yaxis.set_minor_locator(NullLocator())
-        ticks = np.geomspace(1 / reach, reach, 5)
+        ticks = sorted({float(round(tick)) if tick >= 1 else tick for tick in np.geomspace(min(seen), max(seen), 5)})
         axes.set_yticks(ticks, [number(tick) for tick in ticks])
+        right = axes.secondary_yaxis("right")
+        right.set_yticks(ticks, [f"{slope * tick + offset:.0f}" for tick in ticks])
+        right.yaxis.set_minor_locator(NullLocator())
+        right.set_ylabel("receptive field [px]")
+        soften(right)
         step_axis(axes, checked_series("step", [0, max(float(np.max(step)) for step, _ in runs.values())]))
-        axes.legend(loc="lower left", bbox_to_anchor=(0.3, 1.0), ncols=5, **LEGEND)
+        axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=5, **LEGEND)
     return figure
 
 

@@ -22,7 +22,7 @@ from rfield.segmentation.plots.style import (
     axes_at,
     check_curves,
     checked_series,
-    note,
+    draw_steps,
     number,
     padded,
     plain_axes,
@@ -37,6 +37,7 @@ def factor_curve(
     receptive_field_px: npt.ArrayLike,
     loss: npt.ArrayLike,
     known_best: float | None = None,
+    drawn_until: float | None = None,
 ) -> Figure:
     """Draw how a receptive field was learned: effective dilation, receptive field and loss over the steps.
 
@@ -46,6 +47,7 @@ def factor_curve(
         receptive_field_px: [N], in input px: an affine function of the effective dilation.
         loss: [N]; what is not finite leaves a gap.
         known_best: effective dilation to mark, in feature px.
+        drawn_until: step up to which a search drew the dilations at random, so that they are points and no line.
 
     Raises:
         ValueError: if the arrays are empty, differ in length or (other than the loss) are not finite, if the steps
@@ -71,17 +73,16 @@ def factor_curve(
     step_axis(lower, steps)
     upper.set_ylim(*padded([*dilation, *([] if known_best is None else [known_best])], 0.17, least=0.1 * dilation[0]))
 
-    upper.plot(steps, dilation, color=BLUE, linewidth=2, label="learned")
+    draw_steps(upper, steps, dilation, BLUE, drawn_until, label="learned")
     upper.plot(steps[[0, -1]], dilation[[0, -1]], "o", color=BLUE, markersize=6, clip_on=False, zorder=5)
-    # Labels are on the side that the curve leaves free.
-    side = 1 if dilation[-1] <= dilation[0] else -1
-    for index, name, across in ((0, "start", 6), (-1, "end", -2))[: steps.size]:
+    # Above the axes, so that no text stands on a line.
+    for index, name, place in ((0, "first step", 0.0), (-1, "end", 1.0))[: steps.size]:
         text = f"{name}  {number(dilation[index])}  ({field[index]:.0f} px)"
-        note(upper, text, (steps[index], dilation[index]), (across, 9 * side), BLUE)
+        upper.text(place, 1.02, text, transform=upper.transAxes, color=BLUE, ha="right" if place else "left")
     if known_best is not None:
         upper.axhline(known_best, color=ORANGE, linewidth=1.6, linestyle=DASHES, zorder=1.5)
-        at = (upper.get_xlim()[0], known_best)
-        note(upper, f"known best  {number(known_best)}", at, (6, -4 * side), ORANGE)
+        text = f"known best  {number(known_best)}"
+        upper.text(0.5, 1.02, text, transform=upper.transAxes, color=ORANGE, ha="center")
     if slope > 0:
         right = upper.secondary_yaxis("right", functions=(lambda d: slope * d + offset, lambda r: (r - offset) / slope))
     else:

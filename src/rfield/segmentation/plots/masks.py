@@ -78,6 +78,7 @@ def panel(
     columns: Mapping[str, Sequence[npt.NDArray[np.uint8] | None]],
     palette: npt.ArrayLike,
     class_names: Sequence[str] | None = None,
+    truth: str = "ground truth",
 ) -> Figure:
     """Draw samples in rows, images and label maps in columns, and a legend of the classes that occur.
 
@@ -86,6 +87,8 @@ def panel(
             colours of its classes (255, no label, in a neutral grey), None leaves its place empty. Sizes may differ.
         palette: [256, 3], RGB colours 0..255, one for every mask value.
         class_names: the names for the legend; without them the indices stand there.
+        truth: title of the column of true labels, if there is one: pixels without a label have none in the other masks
+            of the sample either.
 
     Raises:
         ValueError: if there is nothing to draw, if the columns differ in length, if a picture is neither image nor
@@ -107,6 +110,8 @@ def panel(
         raise ValueError(f"every column must have one picture (or None) a sample, but their lengths are {lengths}")
     colours = _checked_palette(palette)
     rows = [[_checked_picture(picture) for picture in row] for row in zip(*columns.values(), strict=True)]
+    if truth in columns:
+        rows = [_hide_unlabelled(row, row[list(columns).index(truth)]) for row in rows]
     pictures = [picture for row in rows for picture in row if picture is not None]
     present = sorted({int(value) for mask in pictures if mask.ndim == 2 for value in np.unique(mask)})
     names = [_class_name(value, class_names) for value in present]
@@ -133,7 +138,8 @@ def panel(
                 axes.imshow(colourise(picture, colours), interpolation="nearest")
             else:
                 axes.imshow(picture)
-            axes.set_axis_off()
+            axes.set(xticks=[], yticks=[])
+            axes.spines[:].set(color="#8C8C8C", linewidth=0.6)
         top -= row_height + gap
     if names:
         swatches = [
@@ -143,6 +149,21 @@ def panel(
         below, per_line = (0.5, (top + gap - 0.14) / height), -(-len(names) // lines)
         figure.legend(swatches, names, loc="upper center", bbox_to_anchor=below, ncols=per_line, **LEGEND)
     return figure
+
+
+def _hide_unlabelled(
+    row: Sequence[npt.NDArray[np.uint8] | None], truth: npt.NDArray[np.uint8] | None
+) -> list[npt.NDArray[np.uint8] | None]:
+    """Return the pictures of a sample, with no label in masks where the true mask has none."""
+    if truth is None or truth.ndim != 2:
+        return list(row)
+    hidden = truth == IGNORE_INDEX
+    return [
+        np.where(hidden, np.uint8(IGNORE_INDEX), picture)
+        if picture is not None and picture.shape == truth.shape
+        else picture
+        for picture in row
+    ]
 
 
 def _checked_palette(palette: npt.ArrayLike) -> npt.NDArray[np.uint8]:

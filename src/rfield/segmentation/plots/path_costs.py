@@ -30,7 +30,7 @@ def class_paths(costs: Sequence[Sequence[float | None]], classes: Sequence[str],
         )
     values = np.array([[np.nan if cost is None else cost for cost in row] for row in costs], dtype=float)
     bound = float(np.nanmax(np.abs(values))) if np.isfinite(values).any() else 1.0
-    figure = Figure(figsize=(2.2 + 0.9 * len(paths), 1.1 + 0.28 * len(classes)), layout="constrained")
+    figure = Figure(figsize=(2.4 + 0.9 * len(paths), 1.4 + 0.28 * len(classes)), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(np.ma.masked_invalid(values), cmap="PuOr_r", vmin=-bound or -1, vmax=bound or 1, aspect="auto")
     axes.set_xticks(range(len(paths)), paths)
@@ -41,7 +41,8 @@ def class_paths(costs: Sequence[Sequence[float | None]], classes: Sequence[str],
         dark = np.isfinite(value) and abs(value) > 0.6 * bound
         text = number(value) if np.isfinite(value) else "no pixels"
         axes.text(column, row, text, ha="center", va="center", fontsize=7, color="white" if dark else INK)
-    figure.colorbar(image, ax=axes, label="loss of the class without the path, minus with it")
+    figure.suptitle("increase of a class's loss without the path", fontsize=10, color=INK)
+    figure.colorbar(image, ax=axes)
     return figure
 
 

@@ -8,7 +8,6 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 
 from rfield.segmentation.files.atomic import atomic_write
@@ -92,11 +91,19 @@ def axes_at(figure: Figure, left: float, bottom: float, width: float, height: fl
     return figure.add_axes((left / across, bottom / up, width / across, height / up))
 
 
-def note(axes: Axes, text: str, at: tuple[float, float], offset: tuple[float, float], colour: str) -> None:
-    """Write text beside a data point, on the side of `offset` (typographic points)."""
-    ha, va = "left" if offset[0] > 0 else "right", "bottom" if offset[1] > 0 else "top"
-    halo = [withStroke(linewidth=3, foreground="white")]
-    axes.annotate(text, at, offset, textcoords="offset points", ha=ha, va=va, color=colour, path_effects=halo)
+def draw_steps(
+    axes: Axes,
+    steps: npt.NDArray[np.float64],
+    values: npt.NDArray[np.float64],
+    colour: str,
+    drawn_until: float | None,
+    **options: Any,
+) -> None:
+    """Draw values over the steps: as points up to a step, since they were drawn at random, and as a line from there."""
+    drawn = steps <= (-np.inf if drawn_until is None else drawn_until)
+    if drawn.any():
+        axes.plot(steps[drawn], values[drawn], ".", color=colour, markersize=3, alpha=0.55)
+    axes.plot(steps[~drawn], values[~drawn], color=colour, linewidth=2, **options)
 
 
 def step_axis(axes: Axes, steps: npt.NDArray[np.float64]) -> None:

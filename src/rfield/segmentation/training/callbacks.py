@@ -238,12 +238,12 @@ def read_factor_csv(path: Path) -> dict[str, np.ndarray]:
 
 
 def read_paths_csv(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Return steps and factors of each path and axis of a run's `paths.csv`, by name."""
+    """Return steps and dilations of each path and axis of a run's `paths.csv`, by name; not of paths without one."""
     found: dict[str, list[tuple[float, float]]] = {}
     with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+        rows = [row for row in csv.DictReader(file) if float(row["effective_dilation"])]
     axes = {row["axis"] for row in rows}
     for row in rows:
         name = f"path {row['path']}" + (f", {row['axis']}" if len(axes) > 1 else "")
-        found.setdefault(name, []).append((float(row["step"]), float(row["factor"])))
+        found.setdefault(name, []).append((float(row["step"]), float(row["effective_dilation"])))
     return {name: (np.array(points)[:, 0], np.array(points)[:, 1]) for name, points in found.items()}

@@ -250,7 +250,7 @@ def report(data: Data, built: Built, fitted: Fitted, progress: Progress) -> Repo
     write_json(out / "metrics.json", metrics)
     if config.model.paths == "auto":
         save_config(out, config.replace(paths=len(metrics["paths"])))
-    plot_results(out, config.search.search, metrics)
+    plot_results(out, config.search.search, metrics, network.stride)
     return Report(metrics)
 
 

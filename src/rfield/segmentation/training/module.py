@@ -284,7 +284,7 @@ class ParsingModule(L.LightningModule):
             state = {f"{prefix}{name}": value for name, value in own.state_dict().items()}
             averaged = {name: value.to(state[name].dtype) for name, value in search.averaged.weights.items()}
             path = Path(self.config.run.out) / SEARCH_WEIGHTS
-            write_weights(path, {name: value.contiguous() for name, value in {**state, **averaged}.items()})
+            write_weights(path, {**state, **averaged})
         if isinstance(self.network.head, MultiPathHead):
             self.network.head.leave_out(search.left_out)
 

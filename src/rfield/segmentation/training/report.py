@@ -14,6 +14,9 @@ from rfield.segmentation.training.callbacks import read_factor_csv, read_paths_c
 from rfield.segmentation.training.fields import Field, first_dilated
 from rfield.segmentation.training.search_report import describe_search
 
+# Lines in one axes; there are as many colours.
+_MOST_LINES = 5
+
 
 def describe_fields(
     out: Path,
@@ -46,33 +49,48 @@ def describe_fields(
     return described
 
 
-def plot_results(out: Path, search: str, metrics: dict[str, Any]) -> None:
-    """Draw the run's figures."""
+def plot_results(out: Path, search: str, metrics: dict[str, Any], stride: int) -> None:
+    """Draw the run's figures; `stride`: input px between neighbouring features."""
+    field = 2.0 * stride, metrics["receptive_field_px"] - 2 * stride * metrics["effective_dilation"]
+    found = metrics.get("search", {})
+    drawn_until = found["steps"] if search == "sampled" else None
     columns = read_factor_csv(out / "factor.csv")
-    figure = plots.factor_curve(
-        columns["step"], columns["effective_dilation"], columns["receptive_field_px"], columns["loss"]
-    )
-    plots.save(figure, out / "factor.png")
+    series = (columns[name] for name in ("step", "effective_dilation", "receptive_field_px", "loss"))
+    plots.save(plots.factor_curve(*series, drawn_until=drawn_until), out / "factor.png")
     if (out / "paths.csv").is_file():
-        plots.save(plots.factor_paths({"the paths' factors": read_paths_csv(out / "paths.csv")}), out / "paths.png")
+        lines = list(read_paths_csv(out / "paths.csv").items())
+        groups = {
+            lines[first][0]: dict(lines[first : first + _MOST_LINES]) for first in range(0, len(lines), _MOST_LINES)
+        }
+        titled = {"" if len(groups) == 1 else f"from {name} on": group for name, group in groups.items()}
+        plots.save(plots.dilation_paths(titled, field, drawn_until), out / "paths.png")
     if search == "sampled":
-        found = metrics["search"]
-        last = found.get("factors", [{"path": 0, "axis": "height", **found}])
-        curves = (
-            {f"step {reading['step']}": reading for reading in found["readings"][-5:]}
-            if len(last) == 1
-            else {f"path {each['path'] + 1}, {each['axis']}": each for each in last[:5]}
-        )
-        drawn = {name: {at: [loss] for at, loss in each["curve"]} for name, each in curves.items()}
-        errors = {name: dict(each["errors"]) for name, each in curves.items()}
-        delivered = {"delivered": metrics["effective_dilation"]} if len(last) == 1 else None
-        plots.save(plots.rf_curve(drawn, "held-out loss", delivered, errors=errors), out / "curve.png")
+        _plot_curves(out, found, metrics["effective_dilation"], field)
         if "sets" in found:
             kept = [path for path, rate in enumerate(found["sets"]["chosen"]["rates"]) if rate is not None]
             costs = [[row[path] for path in kept] for row in found["sets"]["class_costs"]]
-            names = [path.get("branch") or f"dilation {path['effective_dilation']:.3g}" for path in metrics["paths"]]
+            names = [
+                f"path {number}\n" + each.get("branch", f"dilation {each['effective_dilation']:.3g}")
+                for number, each in enumerate(metrics["paths"], 1)
+            ]
             classes = read_json(out / "classes.json")["class_names"]
             plots.save(plots.class_paths(costs, classes, names), out / "class_paths.png")
+
+
+def _plot_curves(out: Path, found: dict[str, Any], delivered: float, field: tuple[float, float]) -> None:
+    """Draw the curves of a sampled search: each evaluation of one factor, or the last of each of several."""
+    last = found.get("factors", [{"path": 0, "axis": "height", **found}])
+    if len(last) == 1:
+        curves = {f"step {reading['step']}": reading for reading in found["readings"][-_MOST_LINES:]}
+        marked = {"delivered": delivered}
+    else:
+        axes = {each["axis"] for each in last}
+        names = [f"path {each['path'] + 1}" + (f", {each['axis']}" if len(axes) > 1 else "") for each in last]
+        curves = dict(zip(names, last[:_MOST_LINES], strict=False))
+        marked = {f"{name} delivered": each["verdict"]["dilation"] for name, each in curves.items()}
+    drawn = {name: {at: [loss] for at, loss in each["curve"]} for name, each in curves.items()}
+    errors = {name: dict(each["errors"]) for name, each in curves.items()}
+    plots.save(plots.rf_curve(drawn, "held-out loss", marked, field, errors=errors), out / "curve.png")
 
 
 def _describe_paths(out: Path, rectangular: bool, fields: list[Field], search: dict[str, Any]) -> dict[str, Any]:
