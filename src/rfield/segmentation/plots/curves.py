@@ -83,7 +83,10 @@ def rf_curve(
             (offset, 0),
             xycoords=axes.get_xaxis_transform(),
             textcoords="offset points",
-            **{"color": INK, "va": "top", "ha": side, "fontsize": 9.5},
+            color=INK,
+            va="top",
+            ha=side,
+            fontsize=9.5,
             bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
         )
     if len(curves) > 1:

@@ -55,8 +55,14 @@ def plot_results(out: Path, search: str, metrics: dict[str, Any], stride: int) -
     found = metrics.get("search", {})
     drawn_until = found["steps"] if search == "sampled" else None
     columns = read_factor_csv(out / "factor.csv")
-    series = (columns[name] for name in ("step", "effective_dilation", "receptive_field_px", "loss"))
-    plots.save(plots.factor_curve(*series, drawn_until=drawn_until), out / "factor.png")
+    figure = plots.factor_curve(
+        columns["step"],
+        columns["effective_dilation"],
+        columns["receptive_field_px"],
+        columns["loss"],
+        drawn_until=drawn_until,
+    )
+    plots.save(figure, out / "factor.png")
     if (out / "paths.csv").is_file():
         lines = list(read_paths_csv(out / "paths.csv").items())
         groups = {
