@@ -1,6 +1,8 @@
 """Output of the command line: help, hints for typos, and text on consoles of any encoding."""
 
 import io
+import os
+import platform
 import re
 import shlex
 import sys
@@ -9,7 +11,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+import rfield
+from rfield.segmentation import doctor
 from rfield.segmentation.cli import COMMANDS, main
 from rfield.segmentation.config.experiments import DemoConfig
 from rfield.segmentation.console import print_scores, show_progress
@@ -151,3 +156,34 @@ def test_the_bar_shows_no_old_score(monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(bar.get_metrics(trainer, module)) == {"loss", "miou"}
     trainer.current_epoch = 1
     assert set(bar.get_metrics(trainer, module)) == {"loss"}
+
+
+def test_doctor_describes_processors_and_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_file(*args: Any, **options: Any) -> None:
+        raise OSError
+
+    cpus = "processor : 0\nmodel name\t: Fast: 3 GHz \nmodel name\t: Slow\n"
+    monkeypatch.setattr(doctor, "open", lambda *args, **options: io.StringIO(cpus), raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 4, 7})
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU{index}")
+    memory = lambda index: SimpleNamespace(total_memory=(index + 1) * 2**33)  # noqa: E731
+    monkeypatch.setattr(torch.cuda, "get_device_properties", memory)
+    monkeypatch.setattr(torch.version, "cuda", "12.1")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.delenv("MKL_NUM_THREADS", raising=False)
+    monkeypatch.setattr(doctor, "_OPTIONAL", ("a-package-that-nobody-has", "numpy"))
+    lines = doctor.environment_report().splitlines()
+    assert lines[0] == f"{'rfield':<25}  {rfield.__version__}"
+    assert f"{'a-package-that-nobody-has':<25}  not installed" in lines
+    found = dict(line.split(maxsplit=1) for line in lines)
+    assert found["processor"].startswith("Fast: 3 GHz, 3 cores, ")
+    assert found["GPU"] == "GPU0, 8 GiB, CUDA 12.1; GPU1, 16 GiB, CUDA 12.1; Apple MPS"
+    assert "MKL_NUM_THREADS" not in found
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(doctor, "open", no_file, raising=False)
+    for name, said in (("x86", "x86"), ("", "unknown")):
+        monkeypatch.setattr(platform, "processor", lambda name=name: name)
+        found = dict(line.split(maxsplit=1) for line in doctor.environment_report().splitlines())
+        assert (found["processor"].split(",")[0], found["GPU"]) == (said, "none")
