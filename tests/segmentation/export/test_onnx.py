@@ -1,8 +1,11 @@
 """`rfield export`: files match the network, and are not kept otherwise."""
 
+import contextlib
 import functools
 import json
+import logging
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -286,6 +289,26 @@ def test_files_are_opened_with_their_notes(tmp_path: Path) -> None:
         load_onnx(path)
     with pytest.raises(FileNotFoundError, match=r"there is no model .*no\.onnx"):
         load_onnx(tmp_path / "no.onnx")
+
+
+def test_the_exporters_are_silent(capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:
+    def speak() -> None:
+        print("printed")
+        logging.getLogger("torch.onnx").warning("logged")
+        logging.getLogger("torch.onnx").error("an error")
+        warnings.warn("warned", stacklevel=1)
+
+    logging.disable(logging.DEBUG)
+    try:
+        with warnings.catch_warnings(record=True) as told, contextlib.suppress(KeyError):
+            warnings.simplefilter("always")
+            with exporting.quiet_exporters():
+                speak()
+                raise KeyError
+        assert (capsys.readouterr().out, told, caplog.messages) == ("", [], ["an error"])
+        assert logging.root.manager.disable == logging.DEBUG, "as before"
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def test_what_is_compared_and_what_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:

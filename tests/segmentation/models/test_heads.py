@@ -31,6 +31,19 @@ def test_regulated_at_factor_1_equals_plain(grid: tuple[int, int], output_size: 
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
 
 
+def test_several_learned_paths_start_with_a_norm_unless_it_is_said() -> None:
+    for values, expected in (
+        ({}, False),
+        ({"paths": 2}, True),
+        ({"rates": (1, 2)}, False),
+        ({"norm": True}, True),
+        ({"paths": 2, "norm": False}, False),
+    ):
+        spec = HeadSpec(3, head_channels=4, **values)  # type: ignore[arg-type]
+        assert spec.has_norm == expected
+        assert isinstance(SinglePathHead(8, 5, spec).norm, torch.nn.BatchNorm2d) == expected
+
+
 def test_upsampling_keeps_the_logits_at_the_features() -> None:
     plain, _ = heads()
     features = torch.randn(1, 8, 5, 3)

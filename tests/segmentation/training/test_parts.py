@@ -16,6 +16,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from rfield.layers import AdaptiveConv2d
 from rfield.search import GradientSearch, SampledSearch, SpsaSearch, learned_layers
 from rfield.segmentation.config.train import TrainConfig
+from rfield.segmentation.data import EpochSampler
 from rfield.segmentation.runs import build_network
 from rfield.segmentation.training import LineProgress, ParsingModule, prepare, read_factor_csv, train
 from rfield.segmentation.training import fit as fit_module
@@ -31,7 +32,7 @@ from rfield.segmentation.training.callbacks import (
 from rfield.segmentation.training.fit import _canvas
 from rfield.segmentation.training.loaders import loader_position
 from rfield.segmentation.training.search_report import describe_search
-from rfield.segmentation.training.stopping import StopOnSignal
+from rfield.segmentation.training.stopping import LossGuard, StopOnSignal
 from rfield.segmentation.training.trainer import make_trainer, quiet_lightning
 
 Make = Any
@@ -181,6 +182,49 @@ def test_a_signal_to_one_process_stops_all() -> None:
         trainer.world_size = 1
         assert stop._asked(trainer) == (signum is not None)
         assert len(seen) == 1
+
+
+@pytest.mark.parametrize("precision", ["32-true", "16-mixed"])
+def test_what_is_not_finite_ends_a_step(precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, guard = module_of(search="gradient"), LossGuard(tmp_path / "last.ckpt", [f"image{n}" for n in range(6)])
+    sampler, saved, asked = EpochSampler(range(6), 1, 0, shuffle=False), [], []
+    progress = SimpleNamespace(current=SimpleNamespace(ready=2))
+    epoch_loop = SimpleNamespace(batch_progress=progress, _batches_that_stepped=5)
+    trainer = trainer_at(4, precision=precision, world_size=1, fit_loop=SimpleNamespace(epoch_loop=epoch_loop))
+    trainer.train_dataloader = SimpleNamespace(sampler=sampler, batch_size=2)
+    trainer.strategy = SimpleNamespace(reduce_boolean_decision=lambda good, **how: asked.append(how["all"]) or good)
+    trainer.lightning_module, trainer.save_checkpoint = module, saved.append
+    optimizer: Any = None
+    module.step_loss = torch.tensor(0.5)
+    guard.on_before_optimizer_step(trainer, module, optimizer)  # No weight has a gradient.
+    first, *_, last = module.parameters()
+    first.grad, last.grad = torch.zeros_like(first), torch.full_like(last, torch.nan)
+    what = r"step 5: the gradient of the loss 0\.5 is not finite, with factor 1, on image2, image3\. "
+    if precision == "16-mixed":
+        guard.on_before_optimizer_step(trainer, module, optimizer)
+        what, module.step_loss = (
+            r"step 5: the loss is inf, with factor 1, on image2, image3\. ",
+            torch.tensor(torch.inf),
+        )
+    with pytest.raises(ValueError, match=f"^{what}The state before this step is in .*last.ckpt. Look at these files"):
+        guard.on_before_optimizer_step(trainer, module, optimizer)
+    assert (saved, epoch_loop._batches_that_stepped, set(asked)) == ([guard.checkpoint], 4, {True})
+    last.data.fill_(torch.nan)
+    with pytest.raises(ValueError, match=f"{what}The weights were not finite before it, and nothing was saved before"):
+        guard.on_before_optimizer_step(trainer, module, optimizer)
+    guard.checkpoint.touch()
+    with pytest.raises(ValueError, match=f"{what}.*, so the last good state is that of .*last.ckpt"):
+        guard.on_before_optimizer_step(trainer, module, optimizer)
+    assert len(saved) == 1
+
+    def gather(everyones: list[list[str]], mine: list[str]) -> None:
+        everyones[:] = [mine, ["image4"]]
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    trainer.world_size = 2
+    assert guard._batch(trainer, False) == ["image2", "image3", "image4"]
+    trainer.strategy = SimpleNamespace(reduce_boolean_decision=lambda good, **how: False)
+    assert guard._batch(trainer, True) == ["image4"], "another process"
 
 
 # ------------------------------------------------------------------------------------------------ a factor at a bound
