@@ -37,7 +37,7 @@ _PUBLIC = {
     "weight_gradient": "rfield.layers",
 }
 
-__all__ = ["__version__", *sorted(_PUBLIC)]
+__all__ = ["__version__", *_PUBLIC]
 
 
 def __getattr__(name: str) -> Any:

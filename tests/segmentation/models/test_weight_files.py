@@ -148,6 +148,7 @@ def saved(tmp_path: Path, content: Any) -> Path:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
+        ({"conv.weight": torch.ones(1), "epoch": 3}, r"holds no flat dict .* \(it has conv\.weight, epoch\)"),
         (
             Net(),
             r"cannot be read as weights: it holds a whole pickled model .*\(.*Net\), .*save the model's state_dict",

@@ -86,7 +86,6 @@ def quantise(source: Path, out: Path, images: ParsingDataset, count: int) -> Non
                 str(prepared),
                 str(out),
                 _Reader(batches),
-                quant_format=quantization.QuantFormat.QDQ,
                 op_types_to_quantize=["Conv"],
                 per_channel=True,
                 # 7 bits for weights, because sums of 8-bit products overflow on processors without VNNI.
