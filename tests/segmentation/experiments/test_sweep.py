@@ -198,9 +198,9 @@ def test_an_interrupted_trial_is_run_again(
 
 @pytest.fixture
 def _forked_workers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Spares the workers their imports: they are handed what they need in the same way as to spawned ones."""
-    servers = {"spawn": multiprocessing.get_context("forkserver")}
-    monkeypatch.setattr("rfield.segmentation.experiments.trials.multiprocessing.get_context", servers.__getitem__)
+    """Spares the workers their imports."""
+    contexts = {"spawn": multiprocessing.get_context("fork")}
+    monkeypatch.setattr("rfield.segmentation.experiments.trials.multiprocessing.get_context", contexts.__getitem__)
 
 
 @pytest.mark.processes

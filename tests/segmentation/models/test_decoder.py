@@ -133,7 +133,7 @@ def test_borders_finer_than_the_features_can_be_told() -> None:
     network = small_cnn(2, dilation=1, head_channels=32, decoder=True)
     labels = (step[:, 0] > 0).long()
     optimizer = torch.optim.Adam(network.parameters(), lr=3e-3)
-    for _ in range(60):
+    for _ in range(30):
         loss = nn.functional.cross_entropy(network(step), labels)
         optimizer.zero_grad()
         loss.backward()
