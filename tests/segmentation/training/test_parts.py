@@ -3,7 +3,6 @@
 import csv
 import warnings
 from pathlib import Path
-from signal import SIGINT, SIGTERM
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,10 +15,11 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from rfield.layers import AdaptiveConv2d
 from rfield.search import GradientSearch, SampledSearch, SpsaSearch, learned_layers
 from rfield.segmentation.config.train import TrainConfig
-from rfield.segmentation.data import EpochSampler
+from rfield.segmentation.files.untrusted import read_yaml
 from rfield.segmentation.runs import build_network
 from rfield.segmentation.training import LineProgress, ParsingModule, prepare, read_factor_csv, train
 from rfield.segmentation.training import fit as fit_module
+from rfield.segmentation.training import module as module_module
 from rfield.segmentation.training.callbacks import (
     FactorLog,
     LastValidation,
@@ -31,8 +31,9 @@ from rfield.segmentation.training.callbacks import (
 )
 from rfield.segmentation.training.fit import _canvas
 from rfield.segmentation.training.loaders import loader_position
+from rfield.segmentation.training.run_folder import save_config
 from rfield.segmentation.training.search_report import describe_search
-from rfield.segmentation.training.stopping import LossGuard, StopOnSignal
+from rfield.segmentation.training.stopping import StopOnSignal
 from rfield.segmentation.training.trainer import make_trainer, quiet_lightning
 
 Make = Any
@@ -166,65 +167,22 @@ def test_the_last_epoch_is_validated() -> None:
         assert trainer.check_val_every_n_epoch == expected
 
 
-def test_a_signal_to_one_process_stops_all() -> None:
-    for others, own, signum in ((True, None, SIGTERM), (False, None, None), (True, SIGINT, SIGINT)):
-        seen: list[tuple[bool, bool]] = []
-
-        def decide(asked: bool, all: bool, others: bool = others, seen: Any = seen) -> bool:
-            seen.append((asked, all))
-            return asked or others
-
-        stop = StopOnSignal(Path("last.ckpt"))
-        stop.signum = own
-        trainer = trainer_at(3, world_size=2, strategy=SimpleNamespace(reduce_boolean_decision=decide))
-        assert (stop._asked(trainer), stop.signum) == (signum is not None, signum)
-        assert seen == [(own is not None, False)]
-        trainer.world_size = 1
-        assert stop._asked(trainer) == (signum is not None)
-        assert len(seen) == 1
+def test_factors_of_two_processes_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(module_module, "refuse_unequal", lambda *given: seen.append(given))
+    module = module_of(search="gradient", paths=2, factor=2.0)
+    for size in (1, 2):
+        module._trainer = trainer_at(7, world_size=size)
+        module.on_train_epoch_end()
+    ((factors, where),) = seen
+    assert factors.tolist() == pytest.approx([2.0, 2.0])
+    assert (where, factors.requires_grad) == ("step 7", False)
 
 
-@pytest.mark.parametrize("precision", ["32-true", "16-mixed"])
-def test_what_is_not_finite_ends_a_step(precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module, guard = module_of(search="gradient"), LossGuard(tmp_path / "last.ckpt", [f"image{n}" for n in range(6)])
-    sampler, saved, asked = EpochSampler(range(6), 1, 0, shuffle=False), [], []
-    progress = SimpleNamespace(current=SimpleNamespace(ready=2))
-    epoch_loop = SimpleNamespace(batch_progress=progress, _batches_that_stepped=5)
-    trainer = trainer_at(4, precision=precision, world_size=1, fit_loop=SimpleNamespace(epoch_loop=epoch_loop))
-    trainer.train_dataloader = SimpleNamespace(sampler=sampler, batch_size=2)
-    trainer.strategy = SimpleNamespace(reduce_boolean_decision=lambda good, **how: asked.append(how["all"]) or good)
-    trainer.lightning_module, trainer.save_checkpoint = module, saved.append
-    optimizer: Any = None
-    module.step_loss = torch.tensor(0.5)
-    guard.on_before_optimizer_step(trainer, module, optimizer)  # No weight has a gradient.
-    first, *_, last = module.parameters()
-    first.grad, last.grad = torch.zeros_like(first), torch.full_like(last, torch.nan)
-    what = r"step 5: the gradient of the loss 0\.5 is not finite, with factor 1, on image2, image3\. "
-    if precision == "16-mixed":
-        guard.on_before_optimizer_step(trainer, module, optimizer)
-        what, module.step_loss = (
-            r"step 5: the loss is inf, with factor 1, on image2, image3\. ",
-            torch.tensor(torch.inf),
-        )
-    with pytest.raises(ValueError, match=f"^{what}The state before this step is in .*last.ckpt. Look at these files"):
-        guard.on_before_optimizer_step(trainer, module, optimizer)
-    assert (saved, epoch_loop._batches_that_stepped, set(asked)) == ([guard.checkpoint], 4, {True})
-    last.data.fill_(torch.nan)
-    with pytest.raises(ValueError, match=f"{what}The weights were not finite before it, and nothing was saved before"):
-        guard.on_before_optimizer_step(trainer, module, optimizer)
-    guard.checkpoint.touch()
-    with pytest.raises(ValueError, match=f"{what}.*, so the last good state is that of .*last.ckpt"):
-        guard.on_before_optimizer_step(trainer, module, optimizer)
-    assert len(saved) == 1
-
-    def gather(everyones: list[list[str]], mine: list[str]) -> None:
-        everyones[:] = [mine, ["image4"]]
-
-    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
-    trainer.world_size = 2
-    assert guard._batch(trainer, False) == ["image2", "image3", "image4"]
-    trainer.strategy = SimpleNamespace(reduce_boolean_decision=lambda good, **how: False)
-    assert guard._batch(trainer, True) == ["image4"], "another process"
+def test_a_config_keeps_the_order_of_its_groups(tmp_path: Path) -> None:
+    config = TrainConfig(data="synthetic", out="x").resolved()
+    save_config(tmp_path, config)
+    assert list(read_yaml(tmp_path / "config.yaml").items()) == list(config.plain().items())
 
 
 # ------------------------------------------------------------------------------------------------ a factor at a bound
