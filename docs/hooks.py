@@ -84,4 +84,8 @@ def names() -> str:
             if where is not None:  # neither the version nor a module
                 package = next(prefix for prefix in _SECTIONS if where.startswith(prefix))
                 sections[_SECTIONS[package]].append(f"::: {where}.{found.__qualname__}\n")
+    # They need their libraries, so `import rfield` does not have them.
+    sections[_SECTIONS["rfield.integrations"]] += [
+        f"::: rfield.integrations.{library}.ReceptiveFieldSearch\n" for library in ("lightning", "transformers")
+    ]
     return "\n".join("\n".join([f"## {title}\n", *dict.fromkeys(items)]) for title, items in sections.items() if items)
