@@ -14,6 +14,7 @@ from rfield.segmentation.config.experiments import DemoConfig, ReproduceConfig, 
 from rfield.segmentation.config.export import EvaluateConfig, ExportConfig, FuseConfig, PredictConfig, PushConfig
 from rfield.segmentation.config.inspect import DoctorConfig, InspectConfig
 from rfield.segmentation.config.train import TrainConfig
+from rfield.segmentation.config.values import split_model_file
 from rfield.segmentation.console import escape_unencodable, print_scores, show_progress
 from rfield.segmentation.parser import parse as parse_words
 from rfield.text import counted, format_size
@@ -247,10 +248,17 @@ def sweep(config: SweepConfig) -> None:
 
 def tune(config: TuneConfig) -> None:
     """Find the receptive field that a network should have, with the whole curve."""
-    from rfield.segmentation.experiments import run_tune
+    from rfield.segmentation.experiments import run_tune, run_tune_file
 
-    with show_progress("preparing") as progress:
-        print(run_tune(config, progress))
+    if (file := split_model_file(config.train.model.model)) is None:
+        with show_progress("preparing") as progress:
+            print(run_tune(config, progress))
+        return
+    from rfield.segmentation.inspection.model_files import build_from_file
+
+    network = build_from_file(*file)
+    with show_progress("training") as progress:
+        print(run_tune_file(config, network, progress))
 
 
 def reproduce(config: ReproduceConfig) -> None:

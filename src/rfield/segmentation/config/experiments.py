@@ -3,11 +3,11 @@
 import dataclasses
 import re
 from collections.abc import Collection, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from rfield.segmentation.config.options import Config, Options, option
 from rfield.segmentation.config.train import Search, TrainConfig
-from rfield.segmentation.config.values import Integers, not_negative, positive
+from rfield.segmentation.config.values import Integers, Names, not_negative, positive
 
 
 @dataclasses.dataclass
@@ -37,6 +37,12 @@ class TuneOptions(GridOptions):
     """The network's dilation now; the gain is measured against it. Default: the model's own."""
     verify: bool = False
     """Train a grid of fixed dilations too, and compare."""
+    select: Names | None = option(None, parse=Names)
+    """With a model FILE.py:NAME: names or patterns of the convolutions to learn. Default: those with a dilation above
+    1."""
+    share: Literal["parallel", "layer", "stage"] | None = None
+    """With a model FILE.py:NAME: which convolutions keep the ratios of their dilations: the parallel ones of a list,
+    those of a layer or of a stage. Default: none."""
 
 
 @dataclasses.dataclass
