@@ -50,7 +50,9 @@ def _parsers() -> Iterator[None]:
 
     real, made = parser.make_parser, {}
 
-    def make_parser(commands: "parser.Commands", command: str | None) -> Any:
+    def make_parser(commands: "parser.Commands", command: str | None, every: bool = False) -> Any:
+        if every:
+            return real(commands, command, every)
         key = command and (command, commands[command][0])
         if key not in made:
             made[key] = real(commands, command)

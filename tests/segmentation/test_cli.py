@@ -1,6 +1,7 @@
 """The flags of the command line, and its errors. The tests of each package cover the commands themselves."""
 
 import dataclasses
+import importlib.util
 import re
 import shlex
 from pathlib import Path
@@ -120,6 +121,20 @@ def test_lists_in_a_config(tmp_path: Path, text: str) -> None:
         yaml.safe_dump({key: value for key, value in config.plain().items() if key not in SweepConfig.fixed})
     )
     assert parse(["sweep", "--config", str(file)])[1] == config
+
+
+def test_completion_knows_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["--print_completion", "jsonschema"])
+    assert exit_.value.code == 0
+    assert '"crop_size"' in capsys.readouterr().out
+    if importlib.util.find_spec("shtab") is None:
+        message = error_of(capsys, "--print_completion", "shtab-bash")
+        assert message == "rfield: --print_completion needs the package shtab: pip install shtab\n"
+        return
+    with pytest.raises(SystemExit):
+        main(["--print_completion", "shtab-bash"])
+    assert "--crop-size" in capsys.readouterr().out
 
 
 def test_defaults_are_the_dataclass_s() -> None:

@@ -5,6 +5,7 @@ Imports no torch, so that `rfield --help` answers at once.
 
 import argparse
 import difflib
+import importlib.util
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +24,8 @@ Commands = Mapping[str, tuple[type[Config] | type[Options], Callable[[Any], None
 
 _NUMBERS = {"int": "whole number", "float": "number"}
 _load_yaml = get_loader("yaml")
+# Prints a script that completes commands and flags in a shell.
+_COMPLETION = "--print_completion"
 
 
 def _load_checked_yaml(text: str) -> Any:
@@ -35,7 +38,7 @@ def _load_checked_yaml(text: str) -> Any:
 
 
 set_loader("yaml", _load_checked_yaml, exceptions=(ValueError,))
-set_parsing_settings(docstring_parse_attribute_docstrings=True)
+set_parsing_settings(docstring_parse_attribute_docstrings=True, add_print_completion_argument=True)
 for _kind in (Size, Range, Integers, Numbers, Branches, Names):
     register_type(_kind, list)
 
@@ -46,7 +49,11 @@ def parse(commands: Commands, words: Sequence[str]) -> tuple[str, Any]:
     A mistake is one line on stderr and exit status 2.
     """
     command = words[0] if words and words[0] in commands else None
-    parser, options = make_parser(commands, command)
+    completion = command is None and any(word.startswith(_COMPLETION) for word in words)
+    if completion and any("shtab" in word for word in words) and importlib.util.find_spec("shtab") is None:
+        print(f"rfield: {_COMPLETION} needs the package shtab: pip install shtab", file=sys.stderr)
+        sys.exit(2)
+    parser, options = make_parser(commands, command, completion)
     try:
         values = parser.parse_args(list(words))[command or ""].as_dict()
         del values["config"]
@@ -71,10 +78,10 @@ def _refuse_model_files(values: Mapping[str, Any], words: Sequence[str]) -> None
             )
 
 
-def make_parser(commands: Commands, command: str | None) -> tuple[ArgumentParser, list[str]]:
+def make_parser(commands: Commands, command: str | None, every: bool = False) -> tuple[ArgumentParser, list[str]]:
     """Return the parser of the whole command line, and the flags of one command, or of rfield itself for None.
 
-    The other commands have a name and a help text, and no flags.
+    The other commands have a name and a help text, and no flags, unless `every` command is wanted.
     """
     parser = _Parser(
         prog="rfield",
@@ -90,7 +97,7 @@ def make_parser(commands: Commands, command: str | None) -> tuple[ArgumentParser
     flags = list(parser._option_string_actions)
     for name, (config_class, function) in commands.items():
         own = _Parser(allow_abbrev=False, description=function.__doc__)
-        if name == command:
+        if every or name == command:
             own.add_argument("--config", action="config", help="A .yaml file with any of these values.")
             _add_options(own, config_class)
             flags = list(own._option_string_actions)

@@ -8,10 +8,12 @@ from rfield.segmentation.config.options import Config, Options, option
 from rfield.segmentation.config.values import (
     BRANCH_KINDS,
     Branches,
+    Names,
     Range,
     Size,
     ascending,
     below_one,
+    loggers,
     not_negative,
     parse_class_weights,
     parse_groups,
@@ -189,6 +191,9 @@ class RunOptions(Options):
     """Processes that load images."""
     devices: int = option(1, check=positive)
     """Processes (one for each GPU, or on the CPU) to train on; with torchrun or srun, the number that they started."""
+    logger: Names = option(Names(("tensorboard", "csv")), parse=Names, check=loggers)
+    """Where losses and scores are logged, one or more with commas: tensorboard, csv (both in the run folder), wandb,
+    mlflow."""
     cache: str | None = None
     """Folder of the feature cache. Default: the user's cache folder."""
 

@@ -233,6 +233,13 @@ def not_negative(name: str, value: Any) -> None:
             raise ValueError(f"{name} must not be negative, got {number}")
 
 
+def loggers(name: str, value: Any) -> None:
+    """Raise ValueError unless all names are loggers."""
+    known = ("tensorboard", "csv", "wandb", "mlflow")
+    if unknown := [each for each in value if each not in known]:
+        raise ValueError(f"{name} must be among {', '.join(known)}, got {', '.join(unknown)}")
+
+
 def share(name: str, value: Any) -> None:
     """Raise ValueError unless a number is in (0, 1]."""
     positive(name, value)

@@ -47,7 +47,7 @@ from rfield.segmentation.training.run_folder import check_run_folder, save_confi
 from rfield.segmentation.training.search_phase import SearchPhase
 from rfield.segmentation.training.search_report import has_random_backbone
 from rfield.segmentation.training.stopping import LossGuard, StopOnSignal
-from rfield.segmentation.training.trainer import make_trainer, quiet_lightning
+from rfield.segmentation.training.trainer import check_loggers, make_trainer, quiet_lightning
 
 
 @dataclass(frozen=True)
@@ -125,6 +125,7 @@ def train(config: TrainConfig, progress: Progress | None = None) -> dict[str, An
 
 def prepare_data(config: TrainConfig, progress: Progress) -> Data:
     """Join the other processes, open and check the data, and refuse a run folder that does not fit."""
+    check_loggers(config.run.logger)
     config = config.replace(devices=world_size(config.run.devices))
     init_distributed(config.run.devices)
     torch.manual_seed(config.run.seed)

@@ -15,7 +15,7 @@ from rfield.segmentation.files.untrusted import read_json
 from rfield.segmentation.runs import SEARCH_WEIGHTS, load_config, read_classes
 
 # Settings that may change when a run is resumed.
-_MAY_CHANGE = ("out", "workers", "cache", "skip_bad", "devices")
+_MAY_CHANGE = ("out", "workers", "cache", "skip_bad", "devices", "logger")
 _RUN_FILES = (
     "config.yaml",
     "classes.json",

@@ -1,15 +1,16 @@
 """Lightning's trainer for a run: callbacks in their order, checkpoints, and fewer warnings."""
 
+import importlib.util
 import logging
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.strategies import DDPStrategy
 
 from rfield.segmentation.config.train import OptimOptions, RunOptions
@@ -56,7 +57,7 @@ def make_trainer(
         use_distributed_sampler=False,
         enable_model_summary=False,
         log_every_n_steps=10,
-        logger=[TensorBoardLogger(out / "logs", name="", version="tensorboard"), CSVLogger(out / "logs", name="csv")],
+        logger=make_loggers(out, run.logger),
         plugins=[WholeCheckpoints()],
         callbacks=[
             FactorLog(out / "factor.csv"),
@@ -79,6 +80,33 @@ def make_trainer(
         ],
         enable_progress_bar=sys.stdout.isatty(),
     )
+
+
+def make_loggers(out: Path, names: Sequence[str]) -> list[Logger]:
+    """Make Lightning's loggers of a run.
+
+    Args:
+        out: the run folder; its name is the run's, in the project or experiment `rfield`.
+        names: see `RunOptions.logger`.
+
+    Raises:
+        ValueError: if a logger's package is not installed.
+    """
+    makers: dict[str, Callable[[], Logger]] = {
+        "tensorboard": lambda: TensorBoardLogger(out / "logs", name="", version="tensorboard"),
+        "csv": lambda: CSVLogger(out / "logs", name="csv"),
+        "wandb": lambda: WandbLogger(name=out.name, save_dir=out / "logs", project="rfield"),
+        "mlflow": lambda: MLFlowLogger("rfield", out.name, save_dir=str(out / "logs" / "mlflow")),
+    }
+    check_loggers(names)
+    return [makers[name]() for name in names]
+
+
+def check_loggers(names: Sequence[str]) -> None:
+    """Raise ValueError if a logger's package is not installed."""
+    for name in names:
+        if name != "csv" and importlib.util.find_spec(name) is None:
+            raise ValueError(f"logger {name} needs the package {name}: pip install {name}")
 
 
 @contextmanager
