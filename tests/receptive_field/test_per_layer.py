@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from rfield.layers import AdaptiveConv2d, ReceptiveFieldRegulator
-from rfield.receptive_field.per_layer import LayerField, layer_receptive_fields
+from rfield.receptive_field.per_layer import LayerField, _regulated, layer_receptive_fields
 from rfield.receptive_field.theoretical import theoretical_receptive_field
 from rfield.segmentation.models import small_cnn
 
@@ -85,6 +85,15 @@ def test_learned_dilations_are_the_effective_ones() -> None:
     assert layer.dilation == pytest.approx((6, 8))
     assert layer.tap_spacing == pytest.approx((24, 8), rel=0.02)
     assert layer.stride == pytest.approx((2, 2 / 3))
+
+
+def test_regulators_inside_each_other_multiply() -> None:
+    inner = ReceptiveFieldRegulator(nn.Conv2d(3, 3, 3, padding=12, dilation=12), factor=(2.0, 1.5))
+    outer = ReceptiveFieldRegulator(nn.Sequential(inner), factor=(2.0, 4.0))
+    assert _regulated(outer, "module.0.module") == pytest.approx((1 / 4, 1 / 6))
+    assert _regulated(outer, "module.0") == pytest.approx((1 / 2, 1 / 4)), "around it"
+    inner.snap()
+    assert _regulated(outer, "module.0.module") == pytest.approx((1 / 2, 1 / 4))
 
 
 class Attends(nn.Module):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rfield.receptive_field.probe import probe_receptive_field, probe_window
+from rfield.receptive_field.probe import Window, probe_receptive_field, probe_window
 from rfield.receptive_field.theoretical import receptive_field_px, theoretical_receptive_field
 from rfield.segmentation.config.train import TrainConfig
 from rfield.segmentation.conventions import IMAGENET_MEAN as MEAN
@@ -303,3 +303,29 @@ def test_the_model_of_a_run(tmp_path: Path) -> None:
         build_network(config.replace(model="timm:resnet10x"), 3)
     with pytest.raises(ValueError, match=r"'resnet10t' is not known; the known ones are .*, small_cnn and timm:NAME"):
         find_model("resnet10t")
+
+
+@pytest.mark.parametrize(
+    ("measured", "local", "more", "before", "offset"),
+    [
+        (1.5, 9.0, 3, 1, 0.5),
+        (1.6, 9.0, 3, 2, -0.4),
+        (-1.0, 9.0, 3, 0, -1.0),
+        (4.0, 9.0, 3, 3, 1.0),
+        (2.0, 9.0, 0, 0, 2.0),
+        # What lies more than a stride off, or sees everything, is no centre.
+        (4.1, 9.0, 3, 1, 0.5),
+        (-4.1, 9.0, 0, 0, 0.0),
+        (1.0, float("inf"), 3, 1, 0.5),
+        (1.0, float("inf"), 0, 0, 0.0),
+    ],
+)
+def test_padding_goes_where_the_measured_centre_is(
+    measured: float, local: float, more: int, before: int, offset: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    window = Window(9.0, local, 5 * 4 + measured, 5, 11)
+    monkeypatch.setattr(timm_backbone_module, "probe_window", lambda *args, **options: window)
+    backbone: Any = SimpleNamespace(stride=4, fine_stride=0)
+    place = timm_backbone_module._placement(backbone, more)
+    assert (place.before, place.after) == (before, more - before)
+    assert place.offset == pytest.approx(offset)
