@@ -22,8 +22,9 @@ _SECTIONS = {
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     """Return a page's text with its generated parts, and with links into the repository as plain text."""
-    markdown = markdown.replace("<!-- every command -->", commands() if "<!-- every command -->" in markdown else "")
-    markdown = markdown.replace("<!-- every name -->", names() if "<!-- every name -->" in markdown else "")
+    for place, make in {"command": commands, "name": names, "study": studies}.items():
+        if f"<!-- every {place} -->" in markdown:
+            markdown = markdown.replace(f"<!-- every {place} -->", make())
     return cut_links(markdown)
 
 
@@ -58,6 +59,19 @@ def cut_links(markdown: str) -> str:
 def _as_path(found: re.Match[str]) -> str:
     text, path = found[1], found[2].rstrip("/")
     return f"`{path}`" if text.strip("`") in path else f"{text} (`{path}`)"
+
+
+def studies() -> str:
+    """Return the question and the answer of every study whose page has both."""
+    parts = []
+    for path in sorted(Path(__file__).parents[1].glob("studies/*/README.md")):
+        text = path.read_text(encoding="utf-8").replace("](../../docs/", "](")
+        text = re.sub(r"\[([^\]]+)\]\((?!\w+\.md)[^)]*\)", r"\1", text)
+        found = [re.search(rf"(?m)^(?:- |\*\*){word}[.:](?:\*\*)? (.*)$", text) for word in ("Question", "Answer")]
+        if all(found):
+            question, answer = (each[1][0].upper() + each[1][1:] for each in found if each)
+            parts.append(f"## {text.splitlines()[0][2:]}\n\n*{question}*\n\n{answer} (`studies/{path.parent.name}`)\n")
+    return "\n".join(parts)
 
 
 def commands() -> str:
