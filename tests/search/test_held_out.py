@@ -39,6 +39,7 @@ def test_loaders_that_nothing_can_be_held_out_of() -> None:
     for loader, message in (
         ([1, 2, 3], "held out of a DataLoader, got a list: give batches by held_out="),
         (DataLoader(Stream()), "the samples of a Stream have no index"),
+        (DataLoader(range(9), batch_size=None), "the loader makes no batches"),
         (DataLoader(range(2)), "up to a third of the samples out, but there are 2"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -68,8 +68,11 @@ def test_what_is_recommended() -> None:
 
 
 def test_what_is_refused() -> None:
-    with pytest.raises(ValueError, match="needs batches and seeds"):
+    with pytest.raises(ValueError, match="needs a seed or more, got none"):
         rfield.tune(network(), loss_fn, loader(), seeds=[])
+    small = DataLoader(TensorDataset(torch.zeros(3, 1, 8, 8)), batch_size=4, drop_last=True)
+    with pytest.raises(ValueError, match="the loader has no batch"):
+        rfield.tune(network(), loss_fn, small)
     data = loader()
     with pytest.raises(ValueError, match="nothing to adapt"):
         rfield.tune(nn.Sequential(nn.Conv2d(1, 1, 1)), loss_fn, data)

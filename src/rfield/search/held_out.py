@@ -62,6 +62,8 @@ class HeldOut:
         dataset: Any = loader.dataset
         if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
             raise ValueError(f"the samples of a {type(dataset).__name__} have no index, so none can be held out: {how}")
+        if loader.batch_sampler is None:
+            raise ValueError(f"the loader makes no batches (batch_size is None), so none can be held out: {how}")
         if len(dataset) < 3:
             raise ValueError(f"a search holds up to a third of the samples out, but there are {len(dataset)}")
         self.indices = sorted(random.Random(seed).sample(range(len(dataset)), held_out_count(len(dataset))))

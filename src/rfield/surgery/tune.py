@@ -114,13 +114,15 @@ def tune(
         >>> found.factors[0].verdict.kind, found.dilations
         ('not reliable', {})
     """
-    if len(loader) < 1 or not seeds:
-        raise ValueError(f"tune needs batches and seeds, got {len(loader)} batches and the seeds {list(seeds)}")
-    steps = max(100, 10 * len(loader)) if steps is None else steps
+    if not seeds:
+        raise ValueError("tune needs a seed or more, got none")
     searches, images = [], []
     for place, seed in enumerate(seeds):
         held_out = HeldOut(loader, seed)
         try:
+            if len(loader) < 1:
+                raise ValueError("the loader has no batch: give a smaller batch_size, or drop_last=False")
+            steps = max(100, 10 * len(loader)) if steps is None else steps
             copied = copy_model(model)
             adapt(copied, select, share, axes)
             search = SampledSearch(copied, loss_fn, steps, held_out, seed, narrowings={})
@@ -138,7 +140,7 @@ def tune(
             held_out.give_back()
         searches.append(search)
         images.append(held_out.indices)
-    if progress is not None:
+    if progress is not None and steps is not None:
         progress(steps * len(seeds), steps * len(seeds))
     return Tuned([_factor(searches, images, index, axis) for index, axis in searches[0].readings])
 

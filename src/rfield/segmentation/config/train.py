@@ -58,7 +58,8 @@ class ModelOptions(Options):
     """The network: backbone and head."""
 
     model: str = "largefov_vgg16"
-    """Network: largefov_vgg16, efficientnet_lite0, small_cnn, or timm:NAME, such as timm:resnet18."""
+    """Network: largefov_vgg16, efficientnet_lite0, small_cnn, or timm:NAME, such as timm:resnet18. For tune also
+    FILE.py:NAME: this runs the file, and then calls its function or class NAME without arguments."""
     weights: str | None = None
     """Pretrained weights of the backbone: imagenet (from an installed package, or downloaded), a local .pth or
     .safetensors file, or random. Default: imagenet for efficientnet_lite0 if its package is installed, else random."""
