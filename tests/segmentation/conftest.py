@@ -1,5 +1,6 @@
-"""Small devkits in the layout of PASCAL VOC."""
+"""Small devkits in the layout of PASCAL VOC, and small ONNX files."""
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -34,5 +35,30 @@ def make_devkit(tmp_path: Path) -> Callable[..., Path]:
                 mask.putpalette([level for colour in voc_palette() for level in colour])
                 mask.save(root / f"SegmentationClass/{name}.png")
         return root
+
+    return make
+
+
+@pytest.fixture
+def onnx_file(tmp_path: Path) -> Callable[[Sequence[str]], Path]:
+    """Write an ONNX file as `rfield export` does, but of one layer; an export of a real network takes seconds."""
+
+    def make(class_names: Sequence[str]) -> Path:
+        onnx = pytest.importorskip("onnx")
+        helper, kind, count = onnx.helper, onnx.TensorProto.FLOAT, len(class_names)
+        weights = np.random.default_rng(0).normal(size=(count, 3, 1, 1)).astype(np.float32)
+        sides = [
+            helper.make_tensor_value_info(name, kind, ("N", channels, "H", "W"))
+            for name, channels in (("image", 3), ("logits", count))
+        ]
+        layer = helper.make_node("Conv", ["image", "weights"], ["logits"])
+        graph = helper.make_graph(
+            [layer], "network", sides[:1], sides[1:], [onnx.numpy_helper.from_array(weights, "weights")]
+        )
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+        notes = {"class_names": class_names, "palette": [(level, level, level) for level in range(256)], "size": None}
+        helper.set_model_props(model, {name: json.dumps(value) for name, value in notes.items()})
+        onnx.save(model, tmp_path / "model.onnx")
+        return tmp_path / "model.onnx"
 
     return make

@@ -1,7 +1,7 @@
 """Class lists are matched by name: reordered if the order differs, refused if the names differ."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ from rfield.segmentation.config.train import TrainConfig
 from rfield.segmentation.data import load_dataset, match_classes
 from rfield.segmentation.experiments.study import Point
 from rfield.segmentation.experiments.trials import run_trials
-from rfield.segmentation.export.onnx import export_run
 from rfield.segmentation.inference.onnx import evaluate_onnx, load_onnx
 from rfield.segmentation.inference.predict import evaluate_run
 from rfield.segmentation.inference.scores import scores_path
@@ -99,6 +98,7 @@ def test_other_names_are_refused_unless_asked_for(
     run: Path,
     make_data: MakeData,
     command: str,
+    onnx_file: Callable[[Sequence[str]], Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -106,7 +106,7 @@ def test_other_names_are_refused_unless_asked_for(
     monkeypatch.chdir(tmp_path)
     data = make_data(OTHER_NAMES, "other")
     if "onnx" in command:
-        export_run(load_run(run), "model.onnx")
+        onnx_file(NAMES)
     words = {
         "evaluate": ["evaluate", str(run), "--json", "scores.json"],
         "evaluate model.onnx": ["evaluate", "model.onnx", "--json", "scores.json"],

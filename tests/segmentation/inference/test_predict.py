@@ -1,7 +1,7 @@
 """Score and label with networks that are not trained."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +23,6 @@ from rfield.segmentation.data import (
     evaluation_transform,
     voc_palette,
 )
-from rfield.segmentation.export.onnx import export_run
 from rfield.segmentation.inference.feature_cache import cache_features
 from rfield.segmentation.inference.predict import (
     evaluate,
@@ -300,12 +299,17 @@ def test_the_command(make_run: MakeRun, image_folder: Path, tmp_path: Path, caps
 
 @pytest.mark.parametrize("kind", ["run", pytest.param("onnx", marks=pytest.mark.slow)])
 def test_an_image_that_cannot_be_read_is_passed_over_and_named(
-    make_run: MakeRun, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+    make_run: MakeRun,
+    image_folder: Path,
+    tmp_path: Path,
+    onnx_file: Callable[[Sequence[str]], Path],
+    capsys: pytest.CaptureFixture[str],
+    kind: str,
 ) -> None:
     model = make_run()
     if kind == "onnx":
         pytest.importorskip("onnxruntime")
-        model = export_run(load_run(model), tmp_path / "model.onnx").path
+        model = onnx_file(load_run(model).class_names)
     (image_folder / "clear.png").write_bytes(b"no image")
     (image_folder / "odd.jpg").write_bytes((image_folder / "odd.jpg").read_bytes()[:300])
     out = tmp_path / "out"
