@@ -91,7 +91,7 @@ def undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     if request.node.get_closest_marker("figures") is None:
         from rfield.segmentation.training import report
 
-        left_out = {"factor_curve": lambda *series: None, "save": lambda figure, path: Path(path).touch()}
+        left_out = {"factor_curve": lambda *series, **options: None, "save": lambda figure, path: Path(path).touch()}
         monkeypatch.setattr(report, "plots", SimpleNamespace(**{**vars(report.plots), **left_out}))
 
 
