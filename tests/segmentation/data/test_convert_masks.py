@@ -14,6 +14,7 @@ from tests.segmentation.data.test_options import FORMATS, make
 from rfield.segmentation.cli import main
 from rfield.segmentation.data import FolderDataset, check_data, load_dataset
 from rfield.segmentation.data.convert_masks import convert_masks, list_colours
+from rfield.segmentation.data.files import new_folder
 from rfield.segmentation.data.looks_like import looks_like
 from rfield.segmentation.data.pairing import find_pairs
 
@@ -221,6 +222,23 @@ def test_labelme_files_that_are_not_understood(
     with pytest.raises(ValueError, match=words):
         convert_masks(tmp_path / "s", tmp_path / "data")
     assert not (tmp_path / "data").exists()
+
+
+def test_a_new_folder_is_hidden_until_it_is_whole(tmp_path: Path) -> None:
+    target = tmp_path / "a/data"
+    with pytest.raises(KeyError), new_folder(target):
+        raise KeyError
+    with new_folder(target) as made:
+        (made / "x").touch()
+        (hidden,) = target.parent.iterdir()
+        assert hidden.name.startswith(".data")
+    assert [path.relative_to(tmp_path).as_posix() for path in sorted(tmp_path.rglob("*"))] == [
+        "a",
+        "a/data",
+        "a/data/x",
+    ]
+    with pytest.raises(FileExistsError, match="data exists; name a folder that does not"), new_folder(target):
+        pass
 
 
 def test_a_folder_of_no_layout_says_what_it_looks_like(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from rfield.segmentation.data import FolderDataset, check_data
-from rfield.segmentation.data.check_sample import _check_orientations
+from rfield.segmentation.data.check_sample import _check_kind_of_image, _check_orientations
 from rfield.segmentation.data.images import apply_orientation, image_files, image_sizes, read_image
 from rfield.segmentation.data.listing import Entry
 from rfield.segmentation.inference.predict import find_images, label_images
@@ -108,6 +108,10 @@ def write_tiff_of_12_bits(path: Path, low: int, high: int) -> None:
 def test_twelve_bits_have_a_range_of_their_own(tmp_path: Path) -> None:
     write_tiff_of_12_bits(tmp_path / "a.tif", 0x800, 0xFFF)
     assert pixels_of(tmp_path / "a.tif")[..., 0].tolist() == [[128, 128], [255, 255]]
+    found: list[str] = []
+    with PIL.Image.open(tmp_path / "a.tif") as image:
+        assert _check_kind_of_image(image, tmp_path, lambda level, path, text: found.append(f"{level} {text}"))
+    assert found == ["warning is a 12-bit image, of which only the upper 8 bits are read; save it with 8 bits"]
 
 
 @pytest.mark.parametrize(("kind", "words"), [("int32", "whole numbers of up to 32 bits"), ("float32", "floats")])

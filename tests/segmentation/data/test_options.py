@@ -196,6 +196,7 @@ def test_classes_keep_the_order_of_classes_txt(tmp_path: Path) -> None:
         ({"mask_suffix": "/../../x"}, "mask_suffix must be the end of a file's name"),
         ({"mirrored": "left"}, r"mirrored must hold pairs of classes, such as .*, got 'left'"),
         ({"mirrored": [["a", "b", "c"]]}, "mirrored must hold pairs"),
+        ({"mirrored": [["a", 1]]}, "mirrored must hold pairs"),
         ({"mirrored": [["a", "b"], ["b", "c"]]}, "mirrored names 'b' twice"),
         ({"mirrored": [["a", "a"]]}, "mirrored names 'a' twice"),
         ({"mirrored": [["a", "bb"]]}, "mirrored names 'bb', but the classes are a, b, c; did you mean 'b'"),
