@@ -58,7 +58,7 @@ def test_python_blocks_of_the_docs_run(page: Path, tmp_path: Path, monkeypatch: 
     namespace: dict[str, object] = {}
     for block in blocks("python", page.read_text()):
         block = block.replace("range(40)", "range(1)").replace("steps=120", "steps=4")  # of the tutorial
-        block = block.replace("fcn_resnet50", "deeplabv3_mobilenet_v3_large").replace("model, 256", "model, 97")
+        block = block.replace("fcn_resnet50", "lraspp_mobilenet_v3_large").replace("model, 256", "model, 97")
         exec(compile(block, page.name, "exec"), namespace)
 
 
