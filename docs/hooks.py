@@ -99,7 +99,6 @@ def names() -> str:
                 package = next(prefix for prefix in _SECTIONS if where.startswith(prefix))
                 sections[_SECTIONS[package]].append(f"::: {where}.{found.__qualname__}\n")
     # They need their libraries, so `import rfield` does not have them.
-    sections[_SECTIONS["rfield.integrations"]] += [
-        f"::: rfield.integrations.{library}.ReceptiveFieldSearch\n" for library in ("lightning", "transformers")
-    ]
+    callbacks = ("lightning.ReceptiveFieldSearch", "transformers.ReceptiveFieldSearch", "loop.LoopSearch")
+    sections[_SECTIONS["rfield.integrations"]] += [f"::: rfield.integrations.{name}\n" for name in callbacks]
     return "\n".join("\n".join([f"## {title}\n", *dict.fromkeys(items)]) for title, items in sections.items() if items)
