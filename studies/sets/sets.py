@@ -100,10 +100,12 @@ def run(setting: str, method: str, seed: int, options: argparse.Namespace) -> st
         return f"{out.name}: done before"
     words = command(setting, method, seed, options.data, options.channels, out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with out.with_suffix(".log").open("w") as log:
-        status = subprocess.run(
-            words, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"}
-        ).returncode
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with out.with_name(f"{out.name}.log").open("w") as log:
+        process = subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT, env=environment)
+        _, status, used = os.wait4(process.pid, 0)
+    if not status:  # The processor's time, which other work on the machine changes little.
+        out.with_name(f"{out.name}.cpu").write_text(f"{used.ru_utime + used.ru_stime:.1f}\n")
     return f"{out.name}: status {status}"
 
 
@@ -115,18 +117,10 @@ def read(root: Path) -> list[dict]:
             metrics = json.loads(path.read_text())
             fields = metrics.get("paths") or [metrics]
             rates = sorted(field["effective_dilation"] for field in fields)
-            score, seconds = 100 * metrics[SETTINGS[setting][4]], metrics["train_seconds"]
-            rows.append(
-                {
-                    **{"setting": setting, "method": method, "seed": int(seed)},
-                    **{
-                        "score": score,
-                        "rates": rates,
-                        "seconds": seconds,
-                        "search_seconds": (metrics.get("search") or {}).get("seconds"),
-                    },
-                }
-            )
+            cpu = path.parent.with_name(f"{path.parent.name}.cpu")
+            row = {"setting": setting, "method": method, "seed": int(seed)}
+            row |= {"score": 100 * metrics[SETTINGS[setting][4]], "rates": rates}
+            rows.append({**row, "cpu_seconds": float(cpu.read_text()) if cpu.is_file() else None})
     return rows
 
 
@@ -136,7 +130,7 @@ def table(rows: list[dict]) -> str:
         own = [row for row in rows if row["setting"] == setting]
         if not own:
             continue
-        lines += [f"### {setting}", "", "| set | score | seeds | dilations |", "|---|---|---|---|"]
+        lines += [f"### {setting}", "", "| set | score | seeds | dilations | CPU seconds |", "|---|---|---|---|---|"]
         found: dict[str, list[dict]] = {}
         for row in own:
             found.setdefault(row["method"], []).append(row)
@@ -145,7 +139,9 @@ def table(rows: list[dict]) -> str:
             error = f" ± {statistics.stdev(scores) / len(scores) ** 0.5:.1f}" if len(scores) > 1 else ""
             learned = not method.startswith("fixed")
             rates = "; ".join(", ".join(f"{rate:g}" for rate in row["rates"]) for row in each) if learned else ""
-            lines.append(f"| {method} | {statistics.mean(scores):.1f}{error} | {len(each)} | {rates} |")
+            times = [row["cpu_seconds"] for row in each if row["cpu_seconds"] is not None]
+            cpu = f"{statistics.median(times):.0f}" if times else "-"
+            lines.append(f"| {method} | {statistics.mean(scores):.1f}{error} | {len(each)} | {rates} | {cpu} |")
         lines.append("")
     return "\n".join(lines)
 
