@@ -160,7 +160,7 @@ def run_at_dilations(network: ParsingNetwork, dilations: Sequence[float]) -> Non
     """
     groups = learned_layers(network)
     if len(groups) != len(dilations):
-        have = counted(len(groups), "learned dilation") if groups else "no learned layer: open the run before fuse"
+        have = counted(len(groups), "learned dilation") if groups else "none that is learned, as after fuse"
         raise ValueError(f"got {counted(len(dilations), 'dilation')}, but the network has {have}")
     for group, dilation in zip(groups, dilations, strict=True):
         override_dilation(group, [dilation] * group[0].log_factor.numel())

@@ -256,5 +256,5 @@ def test_no_search_has_no_factor(make: Make) -> None:
     assert metrics["factor"] == 1
     with pytest.raises(FileNotFoundError, match=r"search_weights\.safetensors: a run has it once its sampled"):
         load_run(config.run.out, search_weights=True)
-    with pytest.raises(ValueError, match="got 1 dilation, but the network has no learned layer"):
+    with pytest.raises(ValueError, match="got 1 dilation, but the network has none that is learned"):
         run_at_dilations(load_run(config.run.out).network, [2])
