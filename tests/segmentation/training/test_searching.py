@@ -155,8 +155,8 @@ def test_aspp_trains_with_equal_dilations_a_1x1_convolution_and_image_pooling(ma
 
 def test_further_paths_take_the_place_of_dilated_ones(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     # Image pooling and one dilation are best; the 1x1 convolution and the other dilations are not.
-    def score(table: Combinations, combination: tuple[int | None, ...]) -> list[float]:
-        return [float(sum((place is not None) != (path in (1, 3)) for path, place in enumerate(combination)))]
+    def score(table: Combinations, combination: tuple[int | None, ...]) -> list[list[float]]:
+        return [[float(sum((place is not None) != (path in (1, 3)) for path, place in enumerate(combination)))]]
 
     monkeypatch.setattr(Combinations, "_score", score)
     config = make(search="sampled", paths=2, extra_paths=("1x1", "pool"), epochs=2, search_share=0.5)
