@@ -216,6 +216,10 @@ class TestChances:
         logits = torch.stack(shares).mean(0).clamp(min=1e-12).log()[None, :, None, None]
         losses = [make_loss("dice", 4)(logits.expand(-1, -1, *mask.shape[1:]), mask) for mask in masks]
         assert chance == pytest.approx(torch.stack(losses).mean().item())
+        shares = masks[0].flatten()[masks[0].flatten() != 255].bincount(minlength=4).float()
+        logits = (shares / shares.sum()).clamp(min=1e-12).log()[None, :, None, None].expand(-1, -1, *masks[0].shape[1:])
+        alone = make_loss("dice", 4)(logits, masks[0]).item()
+        assert module.chances(batches[:1]) == [pytest.approx(alone)], "one image is enough"
 
     def test_a_network_that_predicts_them_is_not_reliable(self, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
         module = self.module(make, torch.ones(4))
