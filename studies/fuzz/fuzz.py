@@ -391,7 +391,7 @@ def texts(folder: Path) -> dict[str, Parser]:
     root = folder / "lists"
     config, data, run = folder / "train.yaml", folder / "data.yaml", folder / "run.yaml"
     made = parser.make_parser(cli.COMMANDS, "train")
-    parser.make_parser = lambda commands, command: made
+    parser.make_parser = lambda commands, command, every=False: made
 
     def groups(content: bytes) -> None:
         class_groups(parse_groups(content.decode(errors="surrogateescape")), 2, dataset)
