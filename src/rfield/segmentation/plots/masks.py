@@ -110,8 +110,7 @@ def panel(
         raise ValueError(f"every column must have one picture (or None) a sample, but their lengths are {lengths}")
     colours = _checked_palette(palette)
     rows = [[_checked_picture(picture) for picture in row] for row in zip(*columns.values(), strict=True)]
-    if truth in columns:
-        rows = [_hide_unlabelled(row, row[list(columns).index(truth)]) for row in rows]
+    rows = [_hide_unlabelled(row, dict(zip(columns, row, strict=True)).get(truth)) for row in rows]
     pictures = [picture for row in rows for picture in row if picture is not None]
     present = sorted({int(value) for mask in pictures if mask.ndim == 2 for value in np.unique(mask)})
     names = [_class_name(value, class_names) for value in present]
@@ -142,11 +141,9 @@ def panel(
             axes.spines[:].set(color="#8C8C8C", linewidth=0.6)
         top -= row_height + gap
     if names:
-        swatches = [
-            Patch(facecolor=colour / 255, edgecolor="#8C8C8C", linewidth=0.6)
-            for colour in colourise(np.array([present], np.uint8), colours)[0]
-        ]
         below, per_line = (0.5, (top + gap - 0.14) / height), -(-len(names) // lines)
+        shown = colourise(np.array([present], np.uint8), colours)[0]
+        swatches = [Patch(facecolor=colour / 255, edgecolor="#8C8C8C", linewidth=0.6) for colour in shown]
         figure.legend(swatches, names, loc="upper center", bbox_to_anchor=below, ncols=per_line, **LEGEND)
     return figure
 
