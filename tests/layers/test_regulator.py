@@ -262,6 +262,13 @@ class TestFactor:
         regulator = ReceptiveFieldRegulator(dilated(), 4.0, memory_budget=1000).eval()
         with pytest.raises(ValueError, match="over the budget"):
             regulator(features(1, 3, 8, 8))
+        for budget in (3 * 8 * 8 * 4, 3 * 8 * 8 * 4 - 1):
+            regulator = ReceptiveFieldRegulator(dilated(), 1.0, memory_budget=budget).eval()
+            if budget % 4:
+                with pytest.raises(ValueError, match="over the budget"):
+                    regulator(features(1, 3, 8, 8))
+            else:
+                regulator(features(1, 3, 8, 8))
 
     def test_state_dict_roundtrip(self) -> None:
         first, second = ReceptiveFieldRegulator(dilated(), 1.3), ReceptiveFieldRegulator(dilated(), 0.7)
