@@ -53,6 +53,12 @@ def combinations(
 
 
 class TestCombinations:
+    def test_a_path_of_rate_0_has_no_dilation(self) -> None:
+        table = combinations(3, 1)[0]
+        table.candidates = [[(0.0,)], [(3.0,)], [(0.0, 2.0)]]
+        found = [table._has_dilation(each) for each in ((0, None, None), (0, 0, None), (None, None, 0), (None,) * 3)]
+        assert found == [False, True, True, False]
+
     @pytest.mark.parametrize("allow_absent", [False, True])
     def test_the_best_of_all_is_that_of_a_slow_search(self, allow_absent: bool) -> None:
         table, logits, target = combinations(3, 3)

@@ -77,3 +77,25 @@ def test_what_is_refused() -> None:
     with pytest.raises(ValueError, match="nothing to adapt"):
         rfield.tune(nn.Sequential(nn.Conv2d(1, 1, 1)), loss_fn, data)
     assert isinstance(data.dataset, TensorDataset)
+
+
+def test_ten_epochs_but_a_hundred_steps_and_the_seeds_decide() -> None:
+    def tuned(count: int, state: int, steps: int | None = None) -> tuple[Tuned, int]:
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randn(count, 1, 4, 4, generator=generator), torch.ones(count, 4, 4, dtype=torch.long)
+        small = nn.Sequential(nn.Conv2d(1, 2, 3, padding=2, dilation=2))
+        with torch.no_grad():
+            for weight in small.parameters():
+                weight.fill_(0.1)
+        torch.manual_seed(state)
+        asked: list[int] = []
+        data = DataLoader(TensorDataset(*images), batch_size=1, shuffle=True)
+        found = rfield.tune(
+            small, loss_fn, data, steps=steps, seeds=[3], progress=lambda done, total: asked.append(total)
+        )
+        return found, asked[-1]
+
+    assert [tuned(count, 0)[1] for count in (6, 12)] == [100, 120]
+    found = tuned(6, 0, steps=10)[0]
+    assert isinstance(found, Tuned)
+    assert tuned(6, 1, steps=10)[0] == found
