@@ -29,7 +29,7 @@ class Segmenter(L.LightningModule):
 def main(steps: int = 300, folder: str = "runs/lightning") -> nn.Module:
     images = SyntheticCues("train", size=(128, 128), length=4 * steps)
     # One factor for the pyramid, so that its rates keep their ratios.
-    search = ReceptiveFieldSearch("model.decoder", share="parallel")
+    search = ReceptiveFieldSearch("model.decoder.aspp.0", share="parallel")
     trainer = L.Trainer(max_steps=steps, default_root_dir=folder, logger=False, callbacks=[search])
     trainer.fit(Segmenter(), DataLoader(images, batch_size=4))
     return search.fused.model
