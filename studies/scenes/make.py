@@ -17,7 +17,8 @@ import PIL.ImageDraw
 import skimage
 
 CLASSES = ("brick", "grass", "gravel in brick", "gravel in grass")
-COLOURS = ((178, 92, 72), (96, 144, 64), (224, 176, 96), (72, 112, 176))
+# Distinct for the colour-blind (Okabe and Ito, 2008).
+COLOURS = ((213, 94, 0), (0, 158, 115), (240, 228, 66), (0, 114, 178))
 SIZE, TILE = 160, 96  # px
 RADII = (29, 35)
 COUNTS = {"train": 48, "val": 12}
