@@ -1,12 +1,9 @@
-import contextlib
 import os
 import re
 import struct
-import tarfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -14,8 +11,7 @@ import pytest
 import torch
 from scipy.io import savemat
 
-from rfield.segmentation.data import VOCDataset, convert_sbd, download_voc2012, voc_palette
-from rfield.segmentation.data.voc import safe_unpacking
+from rfield.segmentation.data import VOCDataset, convert_sbd, voc_palette
 
 MakeDevkit = Callable[..., Path]
 
@@ -240,53 +236,6 @@ def test_sbd_masks_become_a_split(make_devkit: MakeDevkit, tmp_path: Path) -> No
         convert_sbd(sbd, root)
     assert len(VOCDataset(root, "train_aug")) == 3  # a failed conversion leaves the older one
     assert not list(root.glob(".Seg*"))
-
-
-def test_download_is_torchvisions(make_devkit: MakeDevkit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Replace the downloads: the files that torchvision would write exist already, and each download is counted."""
-    calls = []
-
-    def fetch_voc(root: Path, **options: object) -> None:
-        calls.append(("voc", options["year"], options["image_set"], options["download"]))
-
-    def fetch_sbd(root: Path, download: bool) -> None:
-        calls.append(("sbd", download))
-        for name in ("cls", "img", "inst", "benchmark_RELEASE", "train.txt", "val.txt"):
-            assert not (root / name).exists(), "torchvision cannot move onto what an interrupted run has left"
-        write_sbd_mask(root / "cls/new.mat", np.full((12, 16), 4, np.uint8))
-        (root / "train.txt").write_text("new\n")
-        (root / "val.txt").write_text("c\n")
-
-    monkeypatch.setattr("rfield.segmentation.data.voc.VOCSegmentation", fetch_voc)
-    monkeypatch.setattr("rfield.segmentation.data.voc.SBDataset", fetch_sbd)
-    made = make_devkit({"train": ["a"], "val": ["c"], "sbd": ["new"]}, classes=None)
-    root = tmp_path / "download"
-    (root / "VOCdevkit").mkdir(parents=True)
-    made.rename(root / "VOCdevkit/VOC2012")
-    (made_list := root / "VOCdevkit/VOC2012/SegmentationClass/new.png").unlink()
-    for name in ("cls", "img", "inst", "benchmark_RELEASE"):
-        (root / "sbd" / name).mkdir(parents=True)
-    (root / "sbd/train.txt").write_text("stale\n")
-
-    devkit = download_voc2012(root)
-    assert calls == [("voc", "2012", "val", True)]
-    assert download_voc2012(root, augmented=True) == devkit
-    assert download_voc2012(root, augmented=True) == devkit
-    assert calls.count(("sbd", True)) == 1
-    assert not made_list.exists()
-    assert VOCDataset(devkit, "train_aug").ids == ["a", "new"]
-
-
-@pytest.mark.parametrize("before", [None, staticmethod(tarfile.fully_trusted_filter)])
-@pytest.mark.parametrize("fails", [False, True])
-def test_the_filter_of_archives_is_as_before(monkeypatch: pytest.MonkeyPatch, before: Any, fails: bool) -> None:
-    monkeypatch.setattr(tarfile.TarFile, "extraction_filter", before)
-    was = tarfile.TarFile.extraction_filter
-    with contextlib.suppress(OSError), safe_unpacking():
-        assert tarfile.TarFile.extraction_filter is tarfile.data_filter
-        if fails:
-            raise OSError("no network")
-    assert tarfile.TarFile.extraction_filter is was
 
 
 @pytest.mark.shared

@@ -26,7 +26,7 @@ from rfield.segmentation.data.transforms import (
     evaluation_transform,
     training_transform,
 )
-from rfield.segmentation.data.voc import VOCDataset, convert_sbd, download_voc2012
+from rfield.segmentation.data.voc import VOCDataset, convert_sbd
 
 __all__ = [
     "CAMVID_CLASSES",
@@ -59,7 +59,6 @@ __all__ = [
     "convert_celebamask",
     "convert_lapa",
     "convert_sbd",
-    "download_voc2012",
     "evaluation_transform",
     "load_dataset",
     "match_classes",

@@ -1,17 +1,13 @@
 """The PASCAL VOC devkit layout: `JPEGImages`, `SegmentationClass`, `ImageSets/Segmentation`."""
 
-import contextlib
 import os
 import shutil
-import tarfile
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
 from scipy.io import loadmat
-from torchvision.datasets import SBDataset, VOCSegmentation
 
 from rfield.segmentation.data.dataset import voc_palette
 from rfield.segmentation.data.files import check_files, list_names, read_class_names, read_lines
@@ -52,7 +48,7 @@ class VOCDataset(ListedDataset):
     The list `ImageSets/Segmentation/SPLIT.txt` names the samples, `JPEGImages/ID.jpg` is an image and
     `SegmentationClass/ID.png` its mask, palette or 8-bit grey. The class names are the lines of `classes.txt`, or the
     21 of VOC if there is no such file. The masks of the split `train_aug` are in `SegmentationClassAug` (see
-    `download_voc2012`).
+    `convert_sbd`).
 
     Args:
         root: the folder that holds `JPEGImages`.
@@ -115,61 +111,6 @@ def list_voc(root: Path, split: str, options: MaskOptions, refuse: Refuse = rais
     advice = f"correct the mask or name all classes, one a line, in {classes}"
     own_names = classes if classes.is_file() else None
     return make_listing(class_names, MaskCode(plain_labels(len(class_names))), entries, advice, options, own_names)
-
-
-def download_voc2012(root: str | os.PathLike[str], augmented: bool = False) -> Path:
-    """Download PASCAL VOC 2012 and, on request, the masks of SBD for 10,582 training images.
-
-    After an interrupted download, call it again.
-
-    Args:
-        root: folder to download into; about 4 GB, with `augmented` 8 GB.
-        augmented: also download SBD (Hariharan et al., ICCV 2011) and make the split `train_aug` from it.
-
-    Returns:
-        The devkit's folder, `root/VOCdevkit/VOC2012`: the root to give to `VOCDataset`.
-
-    Raises:
-        OSError: if a server cannot be reached.
-        RuntimeError: if a downloaded file is damaged.
-
-    Example:
-        >>> root = download_voc2012("data", augmented=True)  # doctest: +SKIP
-        >>> len(VOCDataset(root, "train_aug"))  # doctest: +SKIP
-        10582
-    """
-    root = Path(root)
-    devkit = root / "VOCdevkit" / "VOC2012"
-    with safe_unpacking():
-        VOCSegmentation(root, year="2012", image_set="val", download=True)
-    if augmented:
-        sbd = root / "sbd"
-        # torchvision moves val.txt last, and cannot overwrite the files of an interrupted run.
-        if not (sbd / "val.txt").is_file():
-            for name in ("cls", "img", "inst", "benchmark_RELEASE"):
-                shutil.rmtree(sbd / name, ignore_errors=True)
-            (sbd / "train.txt").unlink(missing_ok=True)
-            with safe_unpacking():
-                SBDataset(sbd, download=True)
-        convert_sbd(sbd, devkit)
-    return devkit
-
-
-@contextlib.contextmanager
-def safe_unpacking() -> Iterator[None]:
-    """Prevent archives from unpacking files outside their folder, in any release of torchvision.
-
-    Raises:
-        RuntimeError: if this Python cannot do so.
-    """
-    if not hasattr(tarfile, "data_filter"):
-        raise RuntimeError("this Python unpacks archives outside their folder; update it to 3.10.12, 3.11.4 or newer")
-    before = tarfile.TarFile.extraction_filter
-    tarfile.TarFile.extraction_filter = staticmethod(tarfile.data_filter)
-    try:
-        yield
-    finally:
-        tarfile.TarFile.extraction_filter = before
 
 
 def convert_sbd(sbd_root: str | os.PathLike[str], voc_root: str | os.PathLike[str]) -> list[str]:
