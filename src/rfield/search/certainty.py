@@ -49,6 +49,33 @@ class Verdict:
         return {**vars(self), "flat_range": None if self.flat_range is None else list(self.flat_range)}
 
 
+def shortcomings(
+    count: int,
+    steps: int | None,
+    random_backbone: bool,
+    least_images: int = LEAST_IMAGES,
+    unit: str = "held-out image",
+) -> list[str]:
+    """Return why a search is too small for a reliable answer, whatever it found; empty if it is large enough.
+
+    Args:
+        count: number of held-out losses that each curve is the mean of.
+        steps, random_backbone, least_images, unit: see `judge`.
+
+    >>> shortcomings(2, 200, random_backbone=False)
+    ['2 held-out images, where 16 are needed']
+    """
+    reasons = []
+    if count < least_images:
+        plural = "" if count == 1 else "es" if unit.endswith("ch") else "s"
+        reasons.append(f"{count} {unit}{plural}, where {least_images} are needed")
+    if random_backbone:
+        reasons.append("the backbone is frozen at random weights")
+    if steps is not None and steps < LEAST_STEPS:
+        reasons.append(f"the search has {steps} step{'s' * (steps != 1)}, where {LEAST_STEPS} are needed")
+    return reasons
+
+
 def judge(
     searches: Sequence[Sequence[Losses]],
     present: float,
@@ -110,13 +137,7 @@ def judge(
             f"the loss, {found.least_loss:.4g}, is no better than that of the class frequencies alone, {chance:.4g}"
         )
     count = min(each.count for each in last)
-    if count < least_images:
-        plural = "" if count == 1 else "es" if unit.endswith("ch") else "s"
-        reasons.append(f"{count} {unit}{plural}, where {least_images} are needed")
-    if random_backbone:
-        reasons.append("the backbone is frozen at random weights")
-    if steps is not None and steps < LEAST_STEPS:
-        reasons.append(f"the search has {steps} step{'s' * (steps != 1)}, where {LEAST_STEPS} are needed")
+    reasons += shortcomings(count, steps, random_backbone, least_images, unit)
     reasons += found.objections()
 
     kind: Kind = "not reliable"

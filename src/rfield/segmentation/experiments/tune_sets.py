@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rfield.search import Verdict
-from rfield.search.certainty import LEAST_IMAGES, LEAST_STEPS
+from rfield.search.certainty import shortcomings
 from rfield.segmentation import plots
 from rfield.segmentation.config.experiments import TuneConfig
 from rfield.segmentation.conventions import Progress
@@ -26,8 +26,8 @@ def run_tune_sets(config: TuneConfig, progress: Progress | None = None) -> str:
     """Search for a set of dilations, and write the answer into `out`: `answer.md`, `answer.json` and `sets.png`.
 
     For each seed one network with parallel paths is trained by a sampled search, which scores all combinations on
-    held-out training images. Recommended is the smallest number of paths whose loss is within one standard error of
-    the best.
+    held-out training images. The recommended set has the fewest paths whose loss is within one standard error of the
+    best.
 
     Args, Returns, Raises: as `run_tune`.
     """
@@ -124,16 +124,10 @@ def _text(rates: Rates) -> str:
 
 
 def _judge(config: TuneConfig, searches: Sequence[Trial], one: dict[str, Any], enough: dict[str, Any]) -> Verdict:
-    """Return how sure it is that the recommended set is better than one path."""
+    """Return how certain the gain of the recommended set over one path is."""
     images = min(len(trial.metrics["search"]["held_out"]) for trial in searches)
     steps = min(trial.metrics["search"]["steps"] for trial in searches)
-    reasons = []
-    if images < LEAST_IMAGES:
-        reasons.append(f"{counted(images, 'held-out image')}, where {LEAST_IMAGES} are needed")
-    if has_random_backbone(config.train.model):
-        reasons.append("the backbone is frozen at random weights")
-    if steps < LEAST_STEPS:
-        reasons.append(f"the search has {counted(steps, 'step')}, where {LEAST_STEPS} are needed")
+    reasons = shortcomings(images, steps, has_random_backbone(config.train.model))
     gain, error = one["loss"] - enough["loss"], one["error"]
     count = len(enough["rates"])
     against = f"{counted(count, 'path')} at {_text(enough['rates'])} against one at {_text(one['rates'])}"
