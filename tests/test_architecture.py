@@ -33,14 +33,15 @@ PACKAGES: dict[str, set[str]] = {
     "segmentation.plots": {"numpy", "matplotlib"},
     "segmentation.runs": {"torch"},
     "segmentation.inference": {"torch", "torchvision", "numpy", "PIL", "onnxruntime"},
+    "segmentation.inspection": {
+        *("torch", "torchvision", "PIL", "timm", "segmentation_models_pytorch", "transformers", "huggingface_hub"),
+    },
+    "segmentation.web": {"torch", "torchvision", "numpy", "PIL", "jinja2", "starlette", "uvicorn"},
     "segmentation.training": {
         *("torch", "lightning", "tensorboard", "rich", "numpy", "yaml", "segmentation_models_pytorch"),
     },
     "segmentation.export": {"torch", "numpy", "onnx", "onnxscript", "onnxruntime", "huggingface_hub", "yaml"},
     "segmentation.experiments": {"torch", "numpy", "optuna", "rich"},
-    "segmentation.inspection": {
-        *("torch", "torchvision", "PIL", "timm", "segmentation_models_pytorch", "transformers", "huggingface_hub"),
-    },
     "segmentation.parser": {"jsonargparse"},
     "segmentation.cli": set(),
 }

