@@ -10,6 +10,7 @@ __version__ = "0.2.0"
 
 _PUBLIC = {
     "AdaptiveConv2d": "rfield.layers",
+    "GatedConv2d": "rfield.layers",
     "GradientSearch": "rfield.search",
     "Inflation2d": "rfield.layers",
     "Interpolation2d": "rfield.layers",

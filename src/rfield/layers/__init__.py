@@ -2,12 +2,14 @@
 
 from rfield.layers.adaptive_conv import AdaptiveConv2d
 from rfield.layers.factor import LearnedFactor
+from rfield.layers.gated import GatedConv2d
 from rfield.layers.regulator import ReceptiveFieldRegulator
 from rfield.layers.resize import Inflation2d, Interpolation2d
 from rfield.layers.weighted_gradient import WeightedGradient, weight_gradient
 
 __all__ = [
     "AdaptiveConv2d",
+    "GatedConv2d",
     "Inflation2d",
     "Interpolation2d",
     "LearnedFactor",

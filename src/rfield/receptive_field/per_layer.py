@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import CheckpointError
 
-from rfield.layers import AdaptiveConv2d, ReceptiveFieldRegulator
+from rfield.layers import AdaptiveConv2d, GatedConv2d, ReceptiveFieldRegulator
 from rfield.layers.dilation import Pair, as_pair
 from rfield.receptive_field.absolute_gradient import UnknownFieldError
 from rfield.receptive_field.positive_gradients import PositiveGradients
@@ -239,8 +239,8 @@ def _recorded(model: nn.Module, mode: PositiveGradients) -> Iterator[dict[str, _
 
 def _has_kernel(module: nn.Module) -> bool:
     """Return whether a module is a convolution or a pool."""
-    if isinstance(module, (nn.modules.conv._ConvNd, AdaptiveConv2d)):
-        return True  # may have children: parametrizations, or an activation
+    if isinstance(module, (nn.modules.conv._ConvNd, AdaptiveConv2d, GatedConv2d)):
+        return True  # may have children: parametrizations, an activation, or gates
     return hasattr(module, "kernel_size") and not list(module.children())
 
 

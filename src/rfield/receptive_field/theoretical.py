@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 
 from torch import fx, nn
 
-from rfield.layers import AdaptiveConv2d, ReceptiveFieldRegulator
+from rfield.layers import AdaptiveConv2d, GatedConv2d, ReceptiveFieldRegulator
 from rfield.layers.dilation import Pair, as_pair
 
-_WINDOWED = (AdaptiveConv2d, nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d, nn.LPPool2d)
+_WINDOWED = (AdaptiveConv2d, GatedConv2d, nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d, nn.LPPool2d)
 # Layers of which `is_pointwise` is true.
 _POINTWISE = (
     nn.Identity,
@@ -66,7 +66,8 @@ def theoretical_receptive_field(model: nn.Module) -> tuple[float, float]:
 
     A kernel of k taps with dilation d adds (k - 1) * d * j px, where j is the product of all earlier strides. Inside a
     `ReceptiveFieldRegulator` of factor f it adds (k - 1) * d * j / f px (Wei et al., CVPR 2017). As in the paper, the
-    one px that bilinear resizing adds on each side is not counted.
+    one px that bilinear resizing adds on each side is not counted. A `GatedConv2d` counts at its largest rate, without
+    the pooling that gates of an image read.
 
     Args:
         model: convolutions, pools, activations, batch norm (in eval mode), dropout, `nn.Upsample`, regulators and
