@@ -242,6 +242,8 @@ class TestAnyModel:
     def test_is_saved_and_loaded_without_rfield(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         model = nn.Sequential(dilated(padding=0), dilated(padding=5), nn.Sequential(dilated(), nn.BatchNorm2d(4)))
         model.append(nn.Sequential(WeightedGradient([1], 5.0)))
+        model.append(dilated())
+        rfield.adapt(model, "4", gates="pixel", rates=(1, 3))
         rfield.adapt(model, ["0", "1"], axes=2)[0].set_factor((5 / 2, 5 / 3))
         regulator = rfield.regulate(model, "2")
         regulator.set_factor(1.37)

@@ -117,8 +117,8 @@ class GatedConv2d(nn.Module):
         for name in ("weight", "bias"):
             if name in conv._parameters:
                 self.register_parameter(name, conv._parameters[name])
-        self.norms = nn.ModuleList(nn.BatchNorm2d(conv.out_channels) for _ in rates)
         self.gate = _gate(conv.in_channels, len(rates), self.stride, gates)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(conv.out_channels) for _ in rates)
         self.register_buffer("mean_gates", torch.full((len(rates),), 1 / len(rates)))
         parameter = next(conv.parameters())
         self.to(parameter.device, parameter.dtype)

@@ -4,13 +4,14 @@ import difflib
 import fnmatch
 import itertools
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal, overload
 
 from torch import nn
 
-from rfield.layers import AdaptiveConv2d, LearnedFactor, ReceptiveFieldRegulator
+from rfield.layers import AdaptiveConv2d, GatedConv2d, LearnedFactor, ReceptiveFieldRegulator
 from rfield.layers.adaptive_conv import reason_not_adaptable
+from rfield.layers.gated import DEFAULT_RATES, Gates, reason_not_gateable
 from rfield.text import counted, format_size
 
 Select = str | Sequence[str] | Callable[[str, nn.Conv2d], bool]
@@ -19,15 +20,35 @@ _WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParalle
 _ENCODERS = ("encoder", "backbone")
 
 
+@overload
 def adapt(
     model: nn.Module, select: Select | None = None, share: Share | None = None, axes: Literal[1, 2] = 1
-) -> list[AdaptiveConv2d]:
+) -> list[AdaptiveConv2d]: ...
+
+
+@overload
+def adapt(
+    model: nn.Module, select: Select | None = None, *, gates: Gates, rates: Sequence[int] | None = None
+) -> list[GatedConv2d]: ...
+
+
+def adapt(
+    model: nn.Module,
+    select: Select | None = None,
+    share: Share | None = None,
+    axes: Literal[1, 2] = 1,
+    gates: Gates | None = None,
+    rates: Sequence[int] | None = None,
+) -> list[AdaptiveConv2d] | list[GatedConv2d]:
     """Make the dilation of convolutions learnable, in place; call it before making the optimizer or wrapping the model.
 
     Each selected `nn.Conv2d` becomes an `AdaptiveConv2d` with the same parameters under the same state-dict keys, and
     one more key, `log_factor`. After a search there is a second one, `snapped`, the integer dilation. The model
     computes the same as before until the factor changes. Train it with any search of `rfield`, and turn it back into a
     model of plain convolutions with `rfield.fuse`.
+
+    With `gates`, each becomes a `GatedConv2d` instead: the same kernel at several rates, mixed by gates that the input
+    decides. These train with the other weights, without a search, and the model computes something else from the start.
 
     Args:
         model: any module that contains `nn.Conv2d`s.
@@ -43,6 +64,8 @@ def adapt(
             or, if there is none, in the same child of the model. For any other sharing, call `share_factor` on the
             layers returned.
         axes: 1 for square receptive fields, 2 for one factor along the height and one along the width.
+        gates: `image` or `pixel`: what has gates of its own, see `GatedConv2d`.
+        rates: with `gates`, the rates that are mixed, such as a set that a search has found. Default: 1, 2, 4, 8.
 
     Returns:
         The new layers, in the order of the model's modules.
@@ -50,9 +73,10 @@ def adapt(
     Raises:
         ValueError: if no convolution is selected, a pattern matches nothing, the model or a part of it is wrapped
             (DistributedDataParallel, `fully_shard`, `torch.compile`), or a convolution selected by name or function
-            cannot be adapted: an even kernel, a padding other than zeros, hooks, or its own forward. The model is then
-            unchanged. Among the convolutions selected by default, these are left out with a warning. Another warning
-            says which of them belong to an encoder or backbone, which is often pretrained.
+            cannot be adapted: an even kernel, a padding other than zeros, hooks, or its own forward; with `gates` also
+            a padding other than dilation * (kernel - 1) / 2. The model is then unchanged. Among the convolutions
+            selected by default, these are left out with a warning. Another warning says which of them belong to an
+            encoder or backbone, which is often pretrained.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=4, dilation=4))
@@ -67,22 +91,36 @@ def adapt(
         raise ValueError(f"axes must be 1 or 2, got {axes!r}")
     refuse_wrapped(model)
     if isinstance(model, nn.Conv2d):
-        raise ValueError("the model is itself a convolution: use AdaptiveConv2d.from_conv")
-    convs = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
-    selected = _adaptable(model, convs, select)
-    layers = {name: AdaptiveConv2d.from_conv(convs[name], (1.0,) * axes) for name in selected}
-    owners: dict[str, AdaptiveConv2d] = {}
-    for name, layer in layers.items():
-        if share:
-            layer.share_factor(owners.setdefault(_group(model, name, share), layer))
+        raise ValueError("the model is itself a convolution: use AdaptiveConv2d.from_conv or GatedConv2d.from_conv")
+    if gates and (share or axes != 1):
+        raise ValueError(f"gates {gates!r} learn no factor: leave share and axes out, got share={share!r}, axes={axes}")
+    if rates is not None and not gates:
+        raise ValueError("rates need gates: 'image' or 'pixel'")
+    gated = {part for layer in model.modules() if isinstance(layer, GatedConv2d) for part in layer.modules()}
+    convs = {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d) and m not in gated}
+    selected = _adaptable(model, convs, select, reason_not_gateable if gates else reason_not_adaptable)
+    if gates:
+        gating = {name: GatedConv2d.from_conv(convs[name], rates or DEFAULT_RATES, gates) for name in selected}
+        _replace_all(model, convs, gating)
+    else:
+        layers = {name: AdaptiveConv2d.from_conv(convs[name], (1.0,) * axes) for name in selected}
+        owners: dict[str, AdaptiveConv2d] = {}
+        for name, layer in layers.items():
+            if share:
+                layer.share_factor(owners.setdefault(_group(model, name, share), layer))
+        _replace_all(model, convs, layers)
+    if select is None and (note := _encoder_note(selected)):
+        warnings.warn(note, stacklevel=2)
+    return list(gating.values()) if gates else list(layers.values())
+
+
+def _replace_all(model: nn.Module, convs: dict[str, nn.Conv2d], layers: Mapping[str, nn.Module]) -> None:
+    """Replace convolutions by layers of the same names, in place."""
     by_conv = {id(convs[name]): layer for name, layer in layers.items()}
     # A convolution may be registered under several names.
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if id(module) in by_conv:
             _replace(model, name, by_conv[id(module)])
-    if select is None and (note := _encoder_note(selected)):
-        warnings.warn(note, stacklevel=2)
-    return list(layers.values())
 
 
 def regulate(
@@ -124,7 +162,7 @@ def regulate(
     module = modules[name]
     if type(module).forward is nn.Module.forward:
         raise ValueError(f"{name!r} is a {type(module).__name__}, which cannot be called: regulate one of its parts")
-    if any(isinstance(part, LearnedFactor) for part in module.modules()):
+    if any(isinstance(part, LearnedFactor | GatedConv2d) for part in module.modules()):
         raise ValueError(f"{name!r} holds a learned receptive field already")
     if any(isinstance(modules[ancestor], ReceptiveFieldRegulator) for ancestor in _ancestors(name)):
         raise ValueError(f"{name!r} is inside a regulator already")
@@ -180,7 +218,9 @@ def _encoder_note(names: Sequence[str]) -> str | None:
     )
 
 
-def _adaptable(model: nn.Module, convs: dict[str, nn.Conv2d], select: Select | None) -> list[str]:
+def _adaptable(
+    model: nn.Module, convs: dict[str, nn.Conv2d], select: Select | None, reason_not: Callable[[nn.Module], str | None]
+) -> list[str]:
     """Return the names of the selected convolutions; raise ValueError, or warn, for those that cannot be adapted."""
     selected = _selected(convs, select)
     regulated = {
@@ -190,7 +230,7 @@ def _adaptable(model: nn.Module, convs: dict[str, nn.Conv2d], select: Select | N
         for conv in regulator.modules()
     }
     for name in list(selected):
-        reason = "it is inside a regulator" if id(convs[name]) in regulated else reason_not_adaptable(convs[name])
+        reason = "it is inside a regulator" if id(convs[name]) in regulated else reason_not(convs[name])
         if reason and select is not None:
             raise ValueError(f"the convolution {name} cannot be adapted: {reason}")
         if reason:

@@ -6,13 +6,14 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
-from rfield.layers import AdaptiveConv2d, LearnedFactor, ReceptiveFieldRegulator, WeightedGradient
+from rfield.layers import AdaptiveConv2d, GatedConv2d, LearnedFactor, ReceptiveFieldRegulator, WeightedGradient
 from rfield.layers.adaptive_conv import copy_state_hooks, has_hooks, preserve_state, share_parametrizations
 from rfield.layers.dilation import padding_for_dilation, round_dilation, set_dilation
 from rfield.receptive_field.probe import copy_model
 from rfield.receptive_field.theoretical import is_pointwise
 
 Mode = Literal["resize", "dilation"]
+_Replaced = AdaptiveConv2d | GatedConv2d | ReceptiveFieldRegulator | WeightedGradient
 
 
 def fuse(model: nn.Module, mode: Mode = "resize") -> nn.Module:
@@ -22,6 +23,11 @@ def fuse(model: nn.Module, mode: Mode = "resize") -> nn.Module:
     search the dilation is an integer, and the copy computes the same as the model in eval mode; dilations that an
     unfinished search tries are ignored. A `ReceptiveFieldRegulator` is replaced by the module inside, either between
     two resizes of fixed factors, or dilated. A `WeightedGradient` becomes an identity.
+
+    A `GatedConv2d` whose gates have become one-hot, so that it uses the same rate for all inputs
+    (`GatedConv2d.one_hot`: a mean gate of at least 0.99 over the last training batches), becomes an `nn.Conv2d` at that
+    rate, with the batch norm in its weight and bias; the outputs change a little, as the other gates were not exactly
+    0. Any other becomes the same sum in torch's own operations, as a `torch.fx.GraphModule` with the keys of the layer.
 
     The state-dict keys are those that the model had before `adapt` and `regulate`. So the weights can be loaded
     strictly into the model that its own library builds, after `set_dilations(model, dilations(fused))`. All other
@@ -51,7 +57,7 @@ def fuse(model: nn.Module, mode: Mode = "resize") -> nn.Module:
     # From the inside out, so that the layers inside a regulator are replaced before the regulator.
     for name in sorted(modules, key=lambda name: -name.count(".")):
         module = modules[name]
-        if isinstance(module, AdaptiveConv2d | ReceptiveFieldRegulator | WeightedGradient):
+        if isinstance(module, _Replaced):
             if id(module) not in fused:
                 try:
                     fused[id(module)] = _plain(module, mode)
@@ -258,7 +264,7 @@ def _graft(root: nn.Module, part: nn.Module) -> fx.GraphModule:
     return result
 
 
-def _plain(module: AdaptiveConv2d | ReceptiveFieldRegulator | WeightedGradient, mode: Mode) -> nn.Module:
+def _plain(module: _Replaced, mode: Mode) -> nn.Module:
     """Return the module that replaces one of rfield's layers."""
     if has_hooks(module):
         raise ValueError(
@@ -273,6 +279,8 @@ def _plain(module: AdaptiveConv2d | ReceptiveFieldRegulator | WeightedGradient, 
             if part not in shared:
                 part.training = module.training
         return plain
+    if isinstance(module, GatedConv2d):
+        return _plain_gated(module)
     if isinstance(module, WeightedGradient):
         return _identity()
     factor = _factors(module)
@@ -317,6 +325,19 @@ def _plain_conv(layer: AdaptiveConv2d) -> nn.Module:
     if min(padding) >= 0:
         return conv
     return _graft(_Cropped(conv, (max(-padding[0], 0), max(-padding[1], 0))), conv)
+
+
+def _plain_gated(layer: GatedConv2d) -> nn.Module:
+    """Return an `nn.Conv2d` at the one rate that all inputs choose, or else the layer's own sum."""
+    if layer.one_hot is None:
+        return _graft(layer, layer)
+    with preserve_state(layer):
+        weight, bias = layer.folded(layer.one_hot)
+    rate = layer.rates[layer.one_hot]
+    shape = (layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding_at(rate), rate)
+    conv = nn.Conv2d(*shape, layer.groups, device="meta")
+    conv.weight, conv.bias = nn.Parameter(weight), nn.Parameter(bias)
+    return conv.train(layer.training)
 
 
 def _identity() -> fx.GraphModule:
