@@ -113,12 +113,15 @@ class Square:
 
 
 def contribution_squares(
-    scores: Tensor, shares: Sequence[float] = (0.2, 0.3, 0.5, 0.99), compress: bool = False
+    scores: Tensor,
+    shares: Sequence[float] = (0.2, 0.3, 0.5, 0.99),
+    compress: bool = False,
+    centre: tuple[int, int] | None = None,
 ) -> list[Square]:
     """Return the squares around the centre that contain 20, 30, 50 and 99 % of the contributions.
 
     These are the thresholds t and the high-contribution area ratios r of Ding et al., CVPR 2022. A square is (2 i + 1)
-    px wide around pixel (H // 2, W // 2), for the least i whose square contains the share. Where a square is larger
+    px wide around the centre's pixel, for the least i whose square contains the share. Where a square is larger
     than the image, only the part inside counts.
 
     Args:
@@ -126,6 +129,7 @@ def contribution_squares(
         shares: each above 0 and up to 1.
         compress: use log10(1 + scores), as their published script does. The result then depends on the scale of the
             logits.
+        centre: row and column of the squares' centre. Default: (H // 2, W // 2).
 
     Raises:
         ValueError: for scores that are negative, not finite or all 0, or a share out of range.
@@ -144,7 +148,8 @@ def contribution_squares(
         raise ValueError(f"shares must be above 0 and up to 1, got {tuple(shares)}")
     scores = scores.detach().double().cpu()
     height, width = scores.shape
-    rows, columns = (torch.arange(side) - side // 2 for side in (height, width))
+    middle = (height // 2, width // 2) if centre is None else centre
+    rows, columns = (torch.arange(side) - at for side, at in zip((height, width), middle, strict=True))
     rings = torch.maximum(rows.abs()[:, None], columns.abs())
     contributions = (scores + 1).log10() if compress else scores
     within = torch.bincount(rings.flatten(), contributions.flatten()).cumsum(0)

@@ -12,7 +12,7 @@ from typing import Any
 from rfield.segmentation.config.data import CheckDataConfig, ConvertConfig, DownloadConfig
 from rfield.segmentation.config.experiments import DemoConfig, ReproduceConfig, SweepConfig, TuneConfig
 from rfield.segmentation.config.export import EvaluateConfig, ExportConfig, FuseConfig, PredictConfig, PushConfig
-from rfield.segmentation.config.inspect import DoctorConfig, InspectConfig
+from rfield.segmentation.config.inspect import DoctorConfig, InspectConfig, ShowConfig
 from rfield.segmentation.config.train import TrainConfig
 from rfield.segmentation.config.values import split_model_file
 from rfield.segmentation.console import escape_unencodable, print_scores, show_progress
@@ -285,6 +285,15 @@ def inspect(config: InspectConfig) -> None:
         print(f"written to {config.out}")
 
 
+def show(config: ShowConfig) -> None:
+    """Open a page on which the dilations of a trained network are moved, and its labels change."""
+    try:
+        from rfield.segmentation.web.show import run_show
+    except ModuleNotFoundError as error:
+        raise ValueError(f"show needs the package {error.name}: pip install 'rfield[all]'") from error
+    run_show(config)
+
+
 def doctor(config: DoctorConfig) -> None:
     """Print the versions of everything that rfield uses, the processor and the GPUs, for a bug report."""
     from rfield.segmentation.doctor import environment_report
@@ -306,6 +315,7 @@ COMMANDS: dict[str, tuple[Any, Any]] = {
     "download": (DownloadConfig, download),
     "convert": (ConvertConfig, convert),
     "inspect": (InspectConfig, inspect),
+    "show": (ShowConfig, show),
     "doctor": (DoctorConfig, doctor),
     "check-data": (CheckDataConfig, check_data),
 }

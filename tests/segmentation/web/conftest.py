@@ -1,6 +1,7 @@
 """A real browser for the tests of pages: Chromium, moved by Playwright. Without one of them the tests are skipped."""
 
 import shutil
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -86,3 +87,26 @@ def axe_problems() -> "Callable[[Page], list[str]]":
         ]
 
     return problems
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[..., str]]:
+    """Serve the page of `rfield show` with `make_app`'s arguments, and return its address."""
+    uvicorn = pytest.importorskip("uvicorn")
+    from rfield.segmentation.web.show import bind
+    from rfield.segmentation.web.show_app import make_app
+
+    started: list[tuple[Any, threading.Thread]] = []
+
+    def serve(*arguments: Any) -> str:
+        listener = bind("127.0.0.1", 0)
+        server = uvicorn.Server(uvicorn.Config(make_app(*arguments), log_level="error"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        started.append((server, thread))
+        return f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+    yield serve
+    for server, thread in started:
+        server.should_exit = True
+        thread.join(20)

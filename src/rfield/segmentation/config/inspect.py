@@ -1,10 +1,10 @@
-"""The flags of `rfield inspect`. Imports nothing but Python."""
+"""The flags of `rfield inspect`, `show` and `doctor`. Imports nothing but Python."""
 
 import dataclasses
 from typing import Literal
 
 from rfield.segmentation.config.options import Options, option
-from rfield.segmentation.config.values import Size, not_negative
+from rfield.segmentation.config.values import Size, not_negative, port_number
 
 
 @dataclasses.dataclass
@@ -48,6 +48,28 @@ class InspectConfig(Options):
             raise ValueError("against_weights needs against, the model that they are of")
         if self.data is not None and self.images is not None:
             raise ValueError("data and images both name images: give one of them")
+
+
+@dataclasses.dataclass
+class ShowConfig(Options):
+    """Moving the dilations of a network on a page."""
+
+    run: str
+    """A run folder, a model of rfield push (hf:USER/NAME), or, for the field part alone, a model as in inspect."""
+    against: str | None = None
+    """Another run or model to show beside it."""
+    data: str | None = None
+    """Data set to choose images from, as in train. Default: that of the run; without a run the shipped images."""
+    split: str | None = None
+    """Split of data. Default: the one that the run was validated on, or val."""
+    weights: str | None = None
+    """Weights of a model without a run, as in inspect."""
+    checkpoint: Literal["last", "best"] = "last"
+    """Checkpoint of the runs."""
+    port: int | None = option(None, check=port_number)
+    """Port of the page. Default: 7860, or a free one if that is taken."""
+    host: str = "127.0.0.1"
+    """Address that the page is served at. The default is reached from this machine alone."""
 
 
 @dataclasses.dataclass

@@ -233,6 +233,12 @@ def not_negative(name: str, value: Any) -> None:
             raise ValueError(f"{name} must not be negative, got {number}")
 
 
+def port_number(name: str, value: Any) -> None:
+    """Raise ValueError unless a number is one of a port, or 0 for any free one."""
+    if not 0 <= value <= 65535:
+        raise ValueError(f"{name} must be from 0 to 65535, got {value}")
+
+
 def loggers(name: str, value: Any) -> None:
     """Raise ValueError unless all names are loggers."""
     known = ("tensorboard", "csv", "wandb", "mlflow")
