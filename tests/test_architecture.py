@@ -31,12 +31,12 @@ PACKAGES: dict[str, set[str]] = {
     "segmentation.data": {"torch", "numpy", "PIL", "scipy", "torchvision", "yaml", "pycocotools", "datasets"},
     "segmentation.metrics": {"torch", "torchmetrics"},
     "segmentation.plots": {"numpy", "matplotlib"},
-    "segmentation.runs": {"torch"},
+    "segmentation.runs": {"torch", "numpy"},
     "segmentation.inference": {"torch", "torchvision", "numpy", "PIL", "onnxruntime"},
     "segmentation.inspection": {
         *("torch", "torchvision", "PIL", "timm", "segmentation_models_pytorch", "transformers", "huggingface_hub"),
     },
-    "segmentation.web": {"torch", "torchvision", "numpy", "PIL", "jinja2", "starlette", "uvicorn"},
+    "segmentation.web": {"torch", "torchvision", "numpy", "PIL", "jinja2", "vl_convert", "starlette", "uvicorn"},
     "segmentation.training": {
         *("torch", "lightning", "tensorboard", "rich", "numpy", "yaml", "segmentation_models_pytorch"),
     },

@@ -11,7 +11,14 @@ from typing import Any
 
 from rfield.segmentation.config.data import CheckDataConfig, ConvertConfig, DownloadConfig
 from rfield.segmentation.config.experiments import DemoConfig, ReproduceConfig, SweepConfig, TuneConfig
-from rfield.segmentation.config.export import EvaluateConfig, ExportConfig, FuseConfig, PredictConfig, PushConfig
+from rfield.segmentation.config.export import (
+    EvaluateConfig,
+    ExportConfig,
+    FuseConfig,
+    PredictConfig,
+    PushConfig,
+    ReportConfig,
+)
 from rfield.segmentation.config.inspect import DoctorConfig, InspectConfig, ShowConfig
 from rfield.segmentation.config.train import TrainConfig
 from rfield.segmentation.config.values import split_model_file
@@ -294,6 +301,15 @@ def show(config: ShowConfig) -> None:
     run_show(config)
 
 
+def report(config: ReportConfig) -> None:
+    """Write what a run, a tune, a sweep or an inspection has found as one HTML file that opens anywhere."""
+    from rfield.segmentation.web.report import write_report
+
+    out = Path(config.out or Path(config.path) / "report.html")
+    write_report(config.path, out, config.public)
+    print(f"the report is {out} ({out.stat().st_size / 1e6:.1f} MB)")
+
+
 def doctor(config: DoctorConfig) -> None:
     """Print the versions of everything that rfield uses, the processor and the GPUs, for a bug report."""
     from rfield.segmentation.doctor import environment_report
@@ -316,6 +332,7 @@ COMMANDS: dict[str, tuple[Any, Any]] = {
     "convert": (ConvertConfig, convert),
     "inspect": (InspectConfig, inspect),
     "show": (ShowConfig, show),
+    "report": (ReportConfig, report),
     "doctor": (DoctorConfig, doctor),
     "check-data": (CheckDataConfig, check_data),
 }

@@ -37,6 +37,7 @@ _OPTIONAL = (
     "torchvision",
     "transformers",
     "uvicorn",
+    "vl-convert-python",
 )
 
 

@@ -1,10 +1,12 @@
 """Run folders: open again what a training has left."""
 
+import csv
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -248,3 +250,23 @@ def load_config(path: Path) -> TrainConfig:
             if field.type in _KINDS and not isinstance(value, _KINDS[field.type]):
                 raise ValueError(f"{path} is not a run's config: {field.name} is {value!r}")
     return config
+
+
+def read_factor_csv(path: Path) -> dict[str, np.ndarray]:
+    """Return the columns of a run's `factor.csv`; an empty cell is NaN."""
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = csv.DictReader(file)
+        cells = list(rows)
+    return {name: np.array([float(row[name] or "nan") for row in cells]) for name in rows.fieldnames or ()}
+
+
+def read_paths_csv(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Return steps and dilations of each path and axis of a run's `paths.csv`, by name; not of paths without one."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if float(row["effective_dilation"])]
+    axes = {row["axis"] for row in rows}
+    for row in rows:
+        name = f"path {row['path']}" + (f", {row['axis']}" if len(axes) > 1 else "")
+        found.setdefault(name, []).append((float(row["step"]), float(row["effective_dilation"])))
+    return {name: (np.array(points)[:, 0], np.array(points)[:, 1]) for name, points in found.items()}

@@ -8,7 +8,14 @@ from docstring_parser import parse_from_object
 
 from rfield.segmentation.config.data import CheckDataConfig, ConvertConfig
 from rfield.segmentation.config.experiments import DemoConfig, ReproduceConfig, SweepConfig, TuneConfig
-from rfield.segmentation.config.export import EvaluateConfig, ExportConfig, FuseConfig, PredictConfig, PushConfig
+from rfield.segmentation.config.export import (
+    EvaluateConfig,
+    ExportConfig,
+    FuseConfig,
+    PredictConfig,
+    PushConfig,
+    ReportConfig,
+)
 from rfield.segmentation.config.inspect import InspectConfig
 from rfield.segmentation.config.options import Config
 from rfield.segmentation.config.train import TrainConfig, differences
@@ -159,7 +166,7 @@ def test_whole_numbers_stand_for_others_in_a_run_config_and_not_the_other_way(tm
 
 
 CONFIGS = [TrainConfig, SweepConfig, TuneConfig, ReproduceConfig, DemoConfig, EvaluateConfig, PredictConfig, FuseConfig]
-CONFIGS += [ExportConfig, PushConfig, ConvertConfig, InspectConfig, CheckDataConfig]
+CONFIGS += [ExportConfig, PushConfig, ReportConfig, ConvertConfig, InspectConfig, CheckDataConfig]
 
 
 @pytest.mark.parametrize("config_class", CONFIGS)

@@ -16,7 +16,7 @@ from rfield.layers import AdaptiveConv2d
 from rfield.search import GradientSearch, SampledSearch, SpsaSearch, learned_layers
 from rfield.segmentation.config.train import TrainConfig
 from rfield.segmentation.files.untrusted import read_yaml
-from rfield.segmentation.runs import build_network
+from rfield.segmentation.runs import build_network, read_paths_csv
 from rfield.segmentation.training import LineProgress, ParsingModule, prepare, read_factor_csv, train
 from rfield.segmentation.training import fit as fit_module
 from rfield.segmentation.training import module as module_module
@@ -27,7 +27,6 @@ from rfield.segmentation.training.callbacks import (
     PinnedFactor,
     SearchStep,
     bounds_reached,
-    read_paths_csv,
 )
 from rfield.segmentation.training.fit import _canvas
 from rfield.segmentation.training.loaders import loader_position

@@ -123,3 +123,15 @@ class PushConfig(Options):
     """Checkpoint of the run."""
     private: bool = False
     """Make the repository private, if it is new."""
+
+
+@dataclasses.dataclass
+class ReportConfig(Options):
+    """Writing a report of what was found."""
+
+    path: str
+    """The folder that train, demo, tune, sweep, reproduce or inspect wrote to, finished or not."""
+    out: str | None = None
+    """File to write; an earlier one is replaced. Default: report.html in the folder."""
+    public: bool = False
+    """Leave out images, file names and folders of the data, for a report that others will read."""

@@ -1,12 +1,7 @@
 """Train a network with a learned receptive field; Lightning runs the loop."""
 
-from rfield.segmentation.training.callbacks import (
-    FACTOR_COLUMNS,
-    FactorLog,
-    LastValidation,
-    LineProgress,
-    read_factor_csv,
-)
+from rfield.segmentation.runs import read_factor_csv
+from rfield.segmentation.training.callbacks import FACTOR_COLUMNS, FactorLog, LastValidation, LineProgress
 from rfield.segmentation.training.fields import present_field
 from rfield.segmentation.training.fit import prepare, train
 from rfield.segmentation.training.module import ParsingModule

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import numpy as np
 from lightning.pytorch.callbacks import Callback, RichProgressBar
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -228,22 +227,3 @@ class LineProgress(_FreshScore):
         metrics = trainer.callback_metrics
         shown = [f"{name} {float(metrics[name]):.4g}" for name in names if name in metrics]
         print(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}: {', '.join(shown)}", flush=True)
-
-
-def read_factor_csv(path: Path) -> dict[str, np.ndarray]:
-    """Return the columns of a run's `factor.csv`; an empty cell is NaN."""
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    return {name: np.array([float(row[name] or "nan") for row in rows]) for name in FACTOR_COLUMNS}
-
-
-def read_paths_csv(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Return steps and dilations of each path and axis of a run's `paths.csv`, by name; not of paths without one."""
-    found: dict[str, list[tuple[float, float]]] = {}
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if float(row["effective_dilation"])]
-    axes = {row["axis"] for row in rows}
-    for row in rows:
-        name = f"path {row['path']}" + (f", {row['axis']}" if len(axes) > 1 else "")
-        found.setdefault(name, []).append((float(row["step"]), float(row["effective_dilation"])))
-    return {name: (np.array(points)[:, 0], np.array(points)[:, 1]) for name, points in found.items()}

@@ -10,7 +10,7 @@ from rfield.segmentation import plots
 from rfield.segmentation.config.train import SearchOptions
 from rfield.segmentation.files.checkpoints import LAST, read_checkpoint
 from rfield.segmentation.files.untrusted import read_json
-from rfield.segmentation.training.callbacks import read_factor_csv, read_paths_csv
+from rfield.segmentation.runs import read_factor_csv, read_paths_csv
 from rfield.segmentation.training.fields import Field, first_dilated
 from rfield.segmentation.training.search_report import describe_search
 
