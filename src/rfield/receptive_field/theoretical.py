@@ -121,6 +121,9 @@ def _after(module: nn.Module, factor: Pair, before: _MapField, names: Mapping[nn
             raise ValueError(f"the branches of {type(module).__name__} give maps of several strides, or there are none")
         height, width = (max(end.extent[axis] for end in ends) for axis in (0, 1))
         return _MapField((height, width), ends[0].jump)
+    if isinstance(module, fx.GraphModule) and "kernel_size" in module.meta:  # a GatedConv2d after `rfield.fuse`
+        kernel, dilation, stride = (module.meta[name] for name in ("kernel_size", "dilation", "stride"))
+        return before.after([(kernel[axis] - 1) * dilation[axis] / factor[axis] for axis in (0, 1)], stride)
     if not isinstance(module, _WINDOWED):
         position = repr(names[module]) if names.get(module) else "the top"
         raise ValueError(
@@ -128,7 +131,7 @@ def _after(module: nn.Module, factor: Pair, before: _MapField, names: Mapping[nn
             "give its layers in an nn.Sequential, or give it a method chain() that lists its modules in their "
             "order of execution, or branches() that lists those side by side; or measure it: probe_receptive_field"
         )
-    dilation: Pair = as_pair(getattr(module, "dilation", 1))
+    dilation = as_pair(getattr(module, "dilation", 1))
     if isinstance(module, AdaptiveConv2d):
         dilation = module.realised_dilation
     kernel = as_pair(module.kernel_size)

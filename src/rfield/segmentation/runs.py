@@ -86,6 +86,7 @@ def build_network(
         paths=_AUTO_PATHS if config.model.paths == "auto" else config.model.paths,
         norm=config.model.path_norm,
         rates=tuple(config.model.aspp or ()),
+        gates=config.model.gates,
         extra_paths=tuple(config.model.extra_paths or ()),
         rectangular=config.search.rectangular,
         class_groups=class_groups,

@@ -330,7 +330,10 @@ def _plain_conv(layer: AdaptiveConv2d) -> nn.Module:
 def _plain_gated(layer: GatedConv2d) -> nn.Module:
     """Return an `nn.Conv2d` at the one rate that all inputs choose, or else the layer's own sum."""
     if layer.one_hot is None:
-        return _graft(layer, layer)
+        plain = _graft(layer, layer)
+        plain.meta["dilation"] = layer.dilation  # copies keep `meta`, and lose other attributes
+        plain.meta["kernel_size"], plain.meta["stride"] = layer.kernel_size, layer.stride
+        return plain
     with preserve_state(layer):
         weight, bias = layer.folded(layer.one_hot)
     rate = layer.rates[layer.one_hot]

@@ -60,11 +60,21 @@ def test_a_decoder_needs_the_whole_backbone() -> None:
         ({"extra_paths": "pool,pool", "paths": 2}, "extra_paths are 1x1 or pool, none of them twice, got pool,pool"),
         ({"extra_paths": [6], "paths": 2}, "extra_paths are 1x1 or pool, none of them twice, got 6"),
         ({"shared_kernel": "search"}, "shared_kernel search needs several paths"),
+        ({"gates": "image"}, "gates image need search none, one path, .* got search sampled, 1 paths$"),
+        ({"gates": "pixel", "search": "none", "paths": 2}, "gates pixel need search none, one path, .*, 2 paths$"),
+        ({"gates": "pixel", "search": "none", "aspp": "1x1,2"}, "different dilations alone, .*, 1 paths, aspp 1x1,2$"),
+        ({"gates": "pixel", "search": "none", "aspp": "2,2"}, "different dilations alone, .*, 1 paths, aspp 2,2$"),
+        ({"gates": "pixel", "search": "none", "aspp": "1,2", "shared_kernel": "always"}, "always needs several paths"),
     ],
 )
 def test_branches_that_do_not_fit(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         config_of(**values)
+
+
+def test_gates_have_a_norm_and_its_learning_rate() -> None:
+    gated = config_of(gates="image", search="none", freeze_backbone=True, aspp="3,1").resolved()
+    assert (gated.model.aspp, gated.optim.lr) == ((3, 1), 1e-3)
 
 
 def test_other_dilations_are_for_run_folders() -> None:

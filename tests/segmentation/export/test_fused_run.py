@@ -126,6 +126,23 @@ def test_a_regulator_that_is_not_snapped(make_run: MakeRun, tmp_path: Path, path
     assert_same(run, tmp_path / "again")
 
 
+@pytest.mark.parametrize("gates", ["image", "pixel"])
+def test_gates(make_run: MakeRun, tmp_path: Path, gates: str) -> None:
+    run, plain = make_run((), gates=gates, search="none", aspp=(3, 1)), tmp_path / "plain"
+    assert fuse_run(run, plain) == {"head.layers.fc6": f"rates 3, 1, mixed for each {gates}"}
+    assert_same(run, plain)
+    assert load_run(plain).config.model.gates == gates
+    saved = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
+    saved["state_dict"]["network.head.layers.fc6.gate." + ("3" if gates == "image" else "2") + ".bias"][1] += 100
+    saved["state_dict"]["network.head.layers.fc6.mean_gates"].copy_(torch.tensor([0.0, 1.0]))
+    torch.save(saved, run / "checkpoints/last.ckpt")
+    assert fuse_run(run, plain) == {"head.layers.fc6": "one convolution of rate 1, which all images choose"}
+    assert_same(run, plain)
+    model = load_run(plain).config.model
+    assert (model.gates, model.aspp, model.dilation, model.path_norm) == (None, None, 1, True)
+    assert build_network(load_run(plain).config, 4).state_dict().keys() == load_run(plain).network.state_dict().keys()
+
+
 @pytest.mark.slow
 def test_command(make_run: MakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run, plain = make_run(), tmp_path / "plain"

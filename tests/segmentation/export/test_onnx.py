@@ -168,6 +168,22 @@ def test_several_paths_and_a_decoder(make_run: MakeRun) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("gates", ["image", "pixel"])
+def test_gates(make_run: MakeRun, gates: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for size, sides in {"_TRACED": (34, 43), "_OTHER": (26, 29), "_WHOLE": (33, 49)}.items():
+        monkeypatch.setattr(exporting, size, sides)
+    folder = make_run((), gates=gates, search="none", aspp=(1, 3))
+    saved = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)
+    for name, tensor in saved["state_dict"].items():
+        if ".gate." in name:
+            tensor.normal_(generator=torch.Generator().manual_seed(1))
+    torch.save(saved, folder / "checkpoints/last.ckpt")
+    made = export_run(load_run(folder), folder / "model.onnx")
+    assert made.size is None
+    assert_same(load_run(folder), made.path, (1, 40, 71), (3, 57, 33))
+
+
+@pytest.mark.slow
 def test_torch_export(make_run: MakeRun) -> None:
     folder = make_run()
     main(["export", str(folder), "--out", str(folder / "model.pt2")])

@@ -1,5 +1,6 @@
 """Tiles of large images have the logits of the whole image, or a line says that they do not."""
 
+import math
 from typing import Any
 
 import pytest
@@ -153,6 +154,11 @@ def test_a_whole_image_field_is_said_and_cut_to_the_effective_one(capsys: pytest
         "note: the network sees the whole image, through global pooling, squeeze-excite or attention"
     )
     assert (join_tiles(tiles, (401, 330)) - expected).abs().max() < 0.1 * expected.abs().max()
+
+
+def test_gates_of_the_image_see_all_of_it() -> None:
+    for gates, infinite in (("image", True), ("pixel", False)):
+        assert math.isinf(tiling._field(small_cnn(2, gates=gates))) is infinite
 
 
 @pytest.mark.parametrize(

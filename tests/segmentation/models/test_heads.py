@@ -4,9 +4,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from rfield import fuse
 from rfield.layers import ReceptiveFieldRegulator
+from rfield.receptive_field.theoretical import theoretical_receptive_field
 from rfield.search import learned_layers
 from rfield.search.factors import override_dilation
 from rfield.segmentation.models import HeadSpec, SinglePathHead
@@ -76,6 +78,22 @@ def test_effective_dilation_of_a_fused_rectangle() -> None:
     fused = fuse(head)
     assert fused.layers.fc6.dilation == (2, 4)
     assert fused.effective_dilation == fused.realised_dilation == (2.0, 4.0)
+
+
+@pytest.mark.parametrize("gates", ["image", "pixel"])
+def test_gates_choose_among_rates(gates: Any) -> None:
+    head = SinglePathHead(8, 3, HeadSpec(head_channels=4, gates=gates)).eval()
+    assert isinstance(head.norm, nn.BatchNorm2d)
+    assert head.effective_dilation == (8.0, 8.0)  # the largest of the default
+    assert head(torch.randn(2, 8, 9, 7), output_size=(33, 25)).shape == (2, 3, 33, 25)
+    assert theoretical_receptive_field(head) == (17.0, 17.0)
+    fused = fuse(head)
+    assert fused.effective_dilation == (8.0, 8.0)
+    assert theoretical_receptive_field(fused) == (17.0, 17.0)
+    with pytest.raises(ValueError, match="gates need one path, got 2"):
+        HeadSpec(gates=gates, paths=2)
+    with pytest.raises(ValueError, match="gates must be image or pixel, got 'all'"):
+        HeadSpec(gates="all")  # type: ignore[arg-type]
 
 
 def test_initialisation() -> None:

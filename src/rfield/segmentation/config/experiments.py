@@ -63,7 +63,7 @@ class SweepConfig(Config):
     grid: GridOptions
 
     defaults: ClassVar[Mapping[str, Any]] = {"search": "none"}
-    fixed: ClassVar[Collection[str]] = ("dilation", "seed", "devices", "resume")
+    fixed: ClassVar[Collection[str]] = ("dilation", "seed", "devices", "resume", "gates")
 
     def plain(self) -> dict[str, Any]:
         """Return all values in plain types, for a file: without the database's password."""

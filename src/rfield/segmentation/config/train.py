@@ -24,6 +24,7 @@ from rfield.segmentation.config.values import (
 
 Search = Literal["none", "gradient", "spsa", "sampled"]
 Mechanism = Literal["regulator", "dilation"]
+Gates = Literal["image", "pixel"]
 PathGuidance = Literal["search", "gradient"]
 Optimizer = Literal["sgd", "adamw"]
 Loss = Literal["cross_entropy", "focal", "dice"]
@@ -84,10 +85,13 @@ class ModelOptions(Options):
     """Number of parallel paths in the head, each with a receptive field of its own; auto: at most 4, of which a sampled
     search keeps the fewest that are within one standard error of the best."""
     path_norm: bool | None = None
-    """Start each path with a batch norm. Default: for several learned paths."""
+    """Start each path with a batch norm. Default: for several learned paths, and with gates."""
     aspp: Branches | None = option(None, parse=Branches)
     """Fixed dilations of parallel paths, such as 6,12,18,24, as in DeepLab's ASPP; 1x1 is a 1x1 convolution, and pool
-    is image pooling. With search none."""
+    is image pooling. With search none; with gates, the rates that these mix."""
+    gates: Gates | None = None
+    """Let the input decide the receptive field: the head's convolution runs at the rates of aspp (1,2,4,8 without it)
+    with one kernel, mixed by gates that are predicted for each image or each pixel. With search none and one path."""
     extra_paths: Branches | None = option(None, parse=Branches)
     """Further paths that a sampled search may choose in place of dilated ones: 1x1, pool, or 1x1,pool. The run still
     ends with `paths` paths."""
@@ -224,6 +228,14 @@ class TrainConfig(Config):
                 f"aspp {Branches(rates)} must be two or more branches, at least one of them a dilation, with search "
                 f"none and one path, got search {search} and {paths} paths"
             )
+        if gates := self.model.gates:
+            whole = all(isinstance(rate, int) for rate in rates or ()) and len(set(rates or ())) == len(rates or ())
+            if search != "none" or paths != 1 or not whole:
+                mixed = f", aspp {Branches(rates)}" if rates else ""
+                raise ValueError(
+                    f"gates {gates} need search none, one path, and in aspp different dilations alone, got search "
+                    f"{search}, {paths} paths{mixed}"
+                )
         if paths == "auto" and (search != "sampled" or self.search.class_groups or self.model.decoder):
             raise ValueError(
                 "paths auto needs search sampled, no class_groups and no decoder, since the paths are chosen by adding "
@@ -237,7 +249,7 @@ class TrainConfig(Config):
             )
         if len(set(extra)) < len(extra) or not {*extra} <= {*BRANCH_KINDS}:
             raise ValueError(f"extra_paths are {' or '.join(BRANCH_KINDS)}, none of them twice, got {Branches(extra)}")
-        if self.model.shared_kernel != "never" and paths == 1 and not rates:
+        if self.model.shared_kernel != "never" and paths == 1 and (not rates or gates):
             raise ValueError(f"shared_kernel {self.model.shared_kernel} needs several paths")
         if self.search.class_groups is not None:
             if paths == 1:
@@ -253,7 +265,7 @@ class TrainConfig(Config):
         """
         model, search, optim, run = self.model, self.search, self.optim, self.run
         frozen = model.freeze_backbone
-        has_norm = model.paths != 1 if model.path_norm is None else model.path_norm
+        has_norm = (model.paths != 1 or model.gates is not None) if model.path_norm is None else model.path_norm
         optimizer = optim.optimizer or ("adamw" if frozen else "sgd")
         adaptive = optimizer == "adamw"
         shares = {"none": None, "gradient": 0.8, "spsa": 0.5, "sampled": 0.6}

@@ -56,12 +56,42 @@ def class_sizes(dataset: ParsingDataset) -> dict[int, float]:
     """
     areas: dict[int, list[np.ndarray]] = {}
     for index in range(0, len(dataset), max(1, len(dataset) // _MASKS)):
-        mask = np.asarray(dataset[index][1]).squeeze()
-        for value in np.unique(mask):
-            if value != IGNORE_INDEX:
-                regions, _ = scipy.ndimage.label(mask == value, structure=np.ones((3, 3)))
-                areas.setdefault(int(value), []).append(np.bincount(regions.ravel())[1:])
+        for value, found in region_areas(np.asarray(dataset[index][1]).squeeze()).items():
+            areas.setdefault(value, []).append(found)
     return {value: _median_side(np.concatenate(found)) for value, found in sorted(areas.items())}
+
+
+def region_areas(mask: np.ndarray) -> dict[int, np.ndarray]:
+    """Return for each class of a mask, [H, W], the areas in px of its connected regions."""
+    areas = {}
+    for value in np.unique(mask):
+        if value != IGNORE_INDEX:
+            regions, _ = scipy.ndimage.label(mask == value, structure=np.ones((3, 3)))
+            areas[int(value)] = np.bincount(regions.ravel())[1:]
+    return areas
+
+
+def object_sizes(images: Sequence[Mapping[int, np.ndarray]]) -> list[float | None]:
+    """Return the typical size in px of each image's objects: the regions of all classes but the most frequent one.
+
+    It is the side of a square as large as the region in which the median pixel of the image's objects lies.
+
+    Args:
+        images: the areas of each class's regions in each image, see `region_areas`.
+
+    Returns:
+        One size for each image, None if it has no object.
+
+    >>> object_sizes([{0: np.array([900]), 1: np.array([4, 100])}, {0: np.array([1000])}])
+    [10.0, None]
+    """
+    pixels: dict[int, int] = {}
+    for areas in images:
+        for value, found in areas.items():
+            pixels[value] = pixels.get(value, 0) + int(found.sum())
+    background = max(pixels, key=lambda value: pixels[value], default=None)
+    objects = [[found for value, found in areas.items() if value != background] for areas in images]
+    return [_median_side(np.concatenate(found)) if found else None for found in objects]
 
 
 def group_by_size(sizes: Mapping[int, float], count: int) -> ClassGroups:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import yaml
 
-from rfield.layers import AdaptiveConv2d, LearnedFactor
+from rfield.layers import AdaptiveConv2d, GatedConv2d, LearnedFactor
 from rfield.segmentation.conventions import Progress
 from rfield.segmentation.data import ParsingDataset
 from rfield.segmentation.files.atomic import write_json, write_text, write_weights
@@ -45,10 +45,13 @@ def fuse_run(
         raise ValueError(f"{run_folder} comes from the Hub and has no learned layers to fuse")
     plain = fuse(run.network, mode)
     description = describe_network(plain)
-    dilation = description["network"]["head"]["dilation"]
+    head = description["network"]["head"]
+    dilation = head["dilation"]
     config = run.config.replace(
         out=str(out), search="none", search_share=None, factor=1.0, rectangular=False, dilation=dilation
     )
+    if run.config.model.gates and not head["gates"]:
+        config = config.replace(gates=None, aspp=None, path_norm=head["norm"])
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / "config.yaml", yaml.safe_dump(config.plain(), sort_keys=False))
     write_json(out / "classes.json", read_json(run.folder / "classes.json"))
@@ -62,6 +65,12 @@ def fuse_run(
         else f"dilation {format_pair(layer.base_dilation, 3)}, learned {format_pair(layer.effective_dilation, 3)}, now "
         f"{format_pair(found[_conv_of(name, layer)], 3)}"
         for name, layer in layers.items()
+    } | {
+        name: f"one convolution of rate {layer.rates[layer.one_hot]}, which all images choose"
+        if layer.one_hot is not None
+        else f"rates {', '.join(map(str, layer.rates))}, mixed for each {layer.gates}"
+        for name, layer in run.network.named_modules()
+        if isinstance(layer, GatedConv2d)
     }
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from rfield.layers import ReceptiveFieldRegulator
+from rfield.layers import GatedConv2d, ReceptiveFieldRegulator
 from rfield.receptive_field.effective import contribution_squares, effective_receptive_field, random_images
 from rfield.receptive_field.theoretical import theoretical_receptive_field
 from rfield.segmentation.models import ParsingNetwork
@@ -248,7 +248,8 @@ def _resizes(network: ParsingNetwork) -> bool:
 
 def _field(part: nn.Module) -> float:
     """Return the larger side of the receptive field in px; infinite for the whole image."""
-    return max(theoretical_receptive_field(part))
+    pooled = any(isinstance(layer, GatedConv2d) and layer.gates == "image" for layer in part.modules())
+    return math.inf if pooled else max(theoretical_receptive_field(part))
 
 
 def _effective_field(runs: nn.Module, padded: Tensor, stride: int) -> float:

@@ -7,7 +7,8 @@ from typing import Literal, get_args
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from rfield.layers import AdaptiveConv2d, LearnedFactor, ReceptiveFieldRegulator
+from rfield.layers import AdaptiveConv2d, GatedConv2d, LearnedFactor, ReceptiveFieldRegulator
+from rfield.layers.gated import DEFAULT_RATES, Gates
 
 Mechanism = Literal["regulator", "dilation"]
 Branch = Literal["1x1", "pool"]
@@ -42,11 +43,13 @@ class HeadSpec:
     """Number of parallel paths, each with a receptive field of its own; their logits are summed."""
     rates: tuple[int | Branch, ...] = ()
     """Fixed dilations of parallel paths, as in DeepLab's ASPP, or other branches; they replace `dilation`, `regulate`
-    and `paths`."""
+    and `paths`. With `gates`, the rates that these mix. Default: 1, 2, 4, 8."""
+    gates: Gates | None = None
+    """Make fc6 a `GatedConv2d`, with gates for each image or each pixel."""
     extra_paths: tuple[Branch, ...] = ()
     """Further parallel paths beside the learned ones."""
     norm: bool | None = None
-    """Batch norm at the start of each path. Default: for several learned paths."""
+    """Batch norm at the start of each path. Default: for several learned paths, and with gates."""
     rectangular: bool = False
     """Learn one factor along the height and one along the width."""
     class_groups: tuple[tuple[int, ...], ...] | None = None
@@ -56,7 +59,7 @@ class HeadSpec:
 
     def __post_init__(self) -> None:
         # JSON has lists only.
-        object.__setattr__(self, "rates", tuple(self.rates))
+        object.__setattr__(self, "rates", tuple(self.rates) or (DEFAULT_RATES if self.gates else ()))
         object.__setattr__(self, "extra_paths", tuple(self.extra_paths))
         if self.class_groups is not None:
             object.__setattr__(self, "class_groups", tuple(tuple(sorted(group)) for group in self.class_groups))
@@ -73,13 +76,18 @@ class HeadSpec:
             raise ValueError(f"dropout must be a probability from 0 to 1, got {self.dropout!r}")
         if self.mechanism not in get_args(Mechanism):
             raise ValueError(f"mechanism must be {' or '.join(get_args(Mechanism))}, got {self.mechanism!r}")
+        if self.gates is not None and self.gates not in get_args(Gates):
+            raise ValueError(f"gates must be {' or '.join(get_args(Gates))}, got {self.gates!r}")
+        if self.gates and (self.paths > 1 or self.extra_paths):
+            raise ValueError(f"gates need one path, got {self.paths + len(self.extra_paths)}")
         if self.class_groups is not None and len(self.class_groups) != self.paths:
             raise ValueError(f"{self.paths} paths need as many class groups, got {len(self.class_groups)}")
 
     @property
     def has_norm(self) -> bool:
         """Whether each path starts with a batch norm."""
-        return (self.paths > 1 and not self.rates) if self.norm is None else self.norm
+        learned_paths = self.paths > 1 and not self.rates
+        return (learned_paths or self.gates is not None) if self.norm is None else self.norm
 
 
 class SinglePathHead(nn.Module):
@@ -93,7 +101,8 @@ class SinglePathHead(nn.Module):
     Args:
         in_channels: channels C of the features.
         num_classes: classes K.
-        spec: the sizes and what is learned; `paths`, `rates` and the guidance are those of `MultiPathHead`.
+        spec: the sizes and what is learned; `paths` and the guidance, and without `gates` the rates, are those of
+            `MultiPathHead`.
         branch: makes fc6 a 1x1 convolution, after image pooling for `pool`; nothing is learned then. Default: fc6 is
             dilated.
 
@@ -149,6 +158,8 @@ class SinglePathHead(nn.Module):
         self.layers: nn.Sequential | ReceptiveFieldRegulator = layers
         if branch:
             pass
+        elif spec.gates:
+            layers.fc6 = GatedConv2d.from_conv(fc6, [rate for rate in spec.rates if isinstance(rate, int)], spec.gates)
         elif spec.regulate and spec.mechanism == "regulator":
             self.layers = ReceptiveFieldRegulator(layers, factor)
         elif spec.regulate:
@@ -161,7 +172,10 @@ class SinglePathHead(nn.Module):
 
     @property
     def effective_dilation(self) -> tuple[float, float]:
-        """The dilation d / f along height and width, in feature px; fc6's own if nothing is learned."""
+        """The dilation d / f along height and width, in feature px; fc6's own if nothing is learned.
+
+        The largest rate with gates.
+        """
         layer = self.factor_layer
         return self._fixed_dilation() if layer is None else layer.effective_dilation
 
@@ -179,7 +193,7 @@ class SinglePathHead(nn.Module):
         height, width = (
             self.layers.meta.get("factor", (1.0, 1.0)) if isinstance(self.layers, fx.GraphModule) else (1, 1)
         )
-        dilation: tuple[int, int] = fc6.dilation  # type: ignore[assignment]
+        dilation: tuple[int, int] = fc6.meta["dilation"] if isinstance(fc6, fx.GraphModule) else fc6.dilation  # type: ignore[assignment]
         return dilation[0] / height, dilation[1] / width
 
     def chain(self) -> list[nn.Module]:

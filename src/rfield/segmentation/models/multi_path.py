@@ -163,5 +163,6 @@ def build_head(in_channels: int, num_classes: int, spec: HeadSpec) -> SinglePath
     >>> build_head(32, 5, HeadSpec(head_channels=16, rates=(6, 12)))(torch.randn(1, 32, 9, 7)).shape
     torch.Size([1, 5, 9, 7])
     """
-    kind = MultiPathHead if spec.rates or spec.extra_paths or spec.paths > 1 else SinglePathHead
+    several = (spec.rates and not spec.gates) or spec.extra_paths or spec.paths > 1
+    kind = MultiPathHead if several else SinglePathHead
     return kind(in_channels, num_classes, spec)

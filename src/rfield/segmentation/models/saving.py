@@ -29,6 +29,10 @@ def describe_network(network: nn.Module) -> dict[str, Any]:
     if any(isinstance(module, LearnedFactor) for module in network.modules()):
         return {**file_format(), "network": spec.plain(), "fused": None}
     found = dilations(network)
+    if spec.head.gates and isinstance(network.get_submodule("head.layers.fc6"), nn.Conv2d):
+        # All inputs chose one rate, and `rfield.fuse` has left its convolution.
+        rate, norm = max(found["head.layers.fc6"]), spec.head.has_norm
+        spec = replace(spec, head=replace(spec.head, gates=None, rates=(), dilation=rate, norm=norm, regulate=False))
     if spec.head.regulate and not spec.head.rates:
         dilation = max(max(pair) for name, pair in found.items() if name.startswith("head."))
         spec = replace(spec, head=replace(spec.head, dilation=dilation, regulate=False, rectangular=False))

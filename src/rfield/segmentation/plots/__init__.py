@@ -3,6 +3,7 @@
 from rfield.segmentation.plots.curves import dilation_paths, rf_curve
 from rfield.segmentation.plots.effective import effective_fields
 from rfield.segmentation.plots.fields import factor_curve, learned_field
+from rfield.segmentation.plots.gates import gate_maps
 from rfield.segmentation.plots.masks import colourise, overlay, panel
 from rfield.segmentation.plots.path_costs import class_paths, set_sizes
 from rfield.segmentation.plots.style import save
@@ -13,6 +14,7 @@ __all__ = [
     "dilation_paths",
     "effective_fields",
     "factor_curve",
+    "gate_maps",
     "learned_field",
     "overlay",
     "panel",

@@ -38,6 +38,7 @@ from rfield.segmentation.training.distributed import (
     world_size,
 )
 from rfield.segmentation.training.fields import present_fields
+from rfield.segmentation.training.gate_report import describe_gates
 from rfield.segmentation.training.held_out import HeldOut, WholeImages, draw_held_out, tell_of_few
 from rfield.segmentation.training.loaders import Loaders, loader_position
 from rfield.segmentation.training.losses import class_weights
@@ -239,6 +240,7 @@ def report(data: Data, built: Built, fitted: Fitted, progress: Progress) -> Repo
     metrics = {
         **evaluate(network, data.val_set, config.model.freeze_backbone, built.val_features, progress),
         **describe_fields(out, config.search, random_backbone, fields, built.held_out.ids, built.chances),
+        **describe_gates(out, network, data.val_set, config.model.freeze_backbone, built.val_features),
         **count_skipped(data.train_set, data.val_set),
         "val_images": len(data.val_set),
         "train_seconds": fitted.seconds,
