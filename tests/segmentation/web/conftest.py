@@ -1,12 +1,15 @@
-"""A real browser for the tests of pages: Chromium, moved by Playwright. Without one of them the tests are skipped."""
+"""A real browser for the tests of pages, Chromium moved by Playwright, without which they are skipped; run folders."""
 
+import json
 import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import pytest
+import yaml
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -110,3 +113,71 @@ def serve() -> Iterator[Callable[..., str]]:
     for server, thread in started:
         server.should_exit = True
         thread.join(20)
+
+
+CLASSES = ("<script>alert(1)</script>", "</script><b>car", "sky & \"sea\" 'x'")
+VERDICT = {
+    **{"kind": "clear", "reason": "dilation 3 beats the present 1 by 0.06 ± 0.005", "dilation": 3.0, "present": 1.0},
+    **{"gain": 0.06, "standard_error": 0.005, "flat_range": [3.0, 3.0]},
+}
+READINGS = [
+    {"step": 4, "curve": [[1.0, 0.9], [3.0, 0.7], [9.0, 0.8]], "errors": [[1.0, 0.1], [3.0, 0.0], [9.0, None]]},
+    {"step": 6, "curve": [[1.0, 0.5], [3.0, 0.4]], "errors": [[1.0, 0.01], [3.0, 0.0]]},
+]
+SEARCH = {
+    **{"kind": "sampled", "steps": 6, "seconds": 0.5, "verdict": VERDICT, "readings": READINGS},
+    "held_out": ["one", "two"],
+}
+METRICS: dict[str, Any] = {
+    **{"miou": 0.5, "per_class": dict(zip(CLASSES, (0.75, 0.25, None), strict=True)), "pixel_accuracy": 0.6},
+    **{"factor": 1 / 3, "effective_dilation": 3.0, "receptive_field_px": 39.0, "val_images": 2, "train_seconds": 75.0},
+    **{"seed": 0, "versions": {"rfield": "0.2.0", "torch": "2.9"}, "search": SEARCH},
+}
+
+
+@pytest.fixture
+def plain_charts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave the chart library out of reports; its script takes seconds to make."""
+    from rfield.segmentation.web import report_page
+
+    monkeypatch.setattr(report_page, "_chart_library", lambda vl_convert: "")
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path, make_devkit: Callable[..., Path]) -> Callable[..., Path]:
+    """Write a run folder as `rfield train` leaves it, in a folder and of classes whose names are no plain words.
+
+    `run_folder.metrics` is the content of its metrics.json, `run_folder.classes` the classes' names.
+    """
+    import torch
+
+    from rfield.segmentation.config.train import TrainConfig
+    from rfield.segmentation.files.atomic import write_csv
+    from rfield.segmentation.models.saving import describe_network
+    from rfield.segmentation.runs import build_network
+
+    data = make_devkit({"train": ["a"], "val": ["b", "c"]}, CLASSES).rename(tmp_path / "my \"data\" & 'more'")
+
+    def make(name: str = "run \"<i>'", metrics: dict[str, Any] | None = METRICS, **options: Any) -> Path:
+        out = tmp_path / name
+        (out / "checkpoints").mkdir(parents=True)
+        config = TrainConfig(
+            data=f"voc:{data}", out=str(out), model="small_cnn", dilation=1, head_channels=8, epochs=4, **options
+        ).resolved()
+        torch.manual_seed(0)
+        network = build_network(config, len(CLASSES))
+        state = {f"network.{key}": value for key, value in network.state_dict().items()}
+        saved = {"state_dict": state, "rfield": describe_network(network), "epoch": 1}
+        torch.save(saved, out / "checkpoints/last.ckpt")
+        (out / "config.yaml").write_text(yaml.safe_dump(config.plain()))
+        (out / "classes.json").write_text(
+            json.dumps({"class_names": CLASSES, "palette": [(level, 50, 90) for level in range(256)]})
+        )
+        columns = ["step", "factor", "effective_dilation", "receptive_field_px", "loss"]
+        write_csv(out / "factor.csv", [columns, *([step, 1, 1 + step % 3, 9, 1 / step] for step in range(1, 9))])
+        if metrics is not None:
+            (out / "metrics.json").write_text(json.dumps(metrics))
+        return out
+
+    make.metrics, make.classes = METRICS, CLASSES
+    return make

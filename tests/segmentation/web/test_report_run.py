@@ -8,72 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-import yaml
 
 from rfield.segmentation.cli import main, parse
 from rfield.segmentation.config.experiments import SweepConfig
 from rfield.segmentation.config.train import TrainConfig
-from rfield.segmentation.files.atomic import write_csv
-from rfield.segmentation.models.saving import describe_network
-from rfield.segmentation.runs import build_network
 from rfield.segmentation.web import report_page
 from rfield.segmentation.web.report import write_report
 from rfield.segmentation.web.report_command import command_of
-
-CLASSES = ("<script>alert(1)</script>", "</script><b>car", "sky & \"sea\" 'x'")
-VERDICT = {
-    **{"kind": "clear", "reason": "dilation 3 beats the present 1 by 0.06 ± 0.005", "dilation": 3.0, "present": 1.0},
-    **{"gain": 0.06, "standard_error": 0.005, "flat_range": [3.0, 3.0]},
-}
-READINGS = [
-    {"step": 4, "curve": [[1.0, 0.9], [3.0, 0.7], [9.0, 0.8]], "errors": [[1.0, 0.1], [3.0, 0.0], [9.0, None]]},
-    {"step": 6, "curve": [[1.0, 0.5], [3.0, 0.4]], "errors": [[1.0, 0.01], [3.0, 0.0]]},
-]
-SEARCH = {
-    **{"kind": "sampled", "steps": 6, "seconds": 0.5, "verdict": VERDICT, "readings": READINGS},
-    "held_out": ["one", "two"],
-}
-METRICS: dict[str, Any] = {
-    **{"miou": 0.5, "per_class": dict(zip(CLASSES, (0.75, 0.25, None), strict=True)), "pixel_accuracy": 0.6},
-    **{"factor": 1 / 3, "effective_dilation": 3.0, "receptive_field_px": 39.0, "val_images": 2, "train_seconds": 75.0},
-    **{"seed": 0, "versions": {"rfield": "0.2.0", "torch": "2.9"}, "search": SEARCH},
-}
-
-
-@pytest.fixture
-def plain_charts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave the chart library out, whose script takes seconds to make."""
-    monkeypatch.setattr(report_page, "_chart_library", lambda vl_convert: "")
-
-
-@pytest.fixture
-def run_folder(tmp_path: Path, make_devkit: Callable[..., Path]) -> Callable[..., Path]:
-    """Write a run folder as `rfield train` leaves it, in a folder and of classes whose names are no plain words."""
-    data = make_devkit({"train": ["a"], "val": ["b", "c"]}, CLASSES).rename(tmp_path / "my \"data\" & 'more'")
-
-    def make(name: str = "run \"<i>'", metrics: dict[str, Any] | None = METRICS, **options: Any) -> Path:
-        out = tmp_path / name
-        (out / "checkpoints").mkdir(parents=True)
-        config = TrainConfig(
-            data=f"voc:{data}", out=str(out), model="small_cnn", dilation=1, head_channels=8, epochs=4, **options
-        ).resolved()
-        torch.manual_seed(0)
-        network = build_network(config, len(CLASSES))
-        state = {f"network.{key}": value for key, value in network.state_dict().items()}
-        saved = {"state_dict": state, "rfield": describe_network(network), "epoch": 1}
-        torch.save(saved, out / "checkpoints/last.ckpt")
-        (out / "config.yaml").write_text(yaml.safe_dump(config.plain()))
-        (out / "classes.json").write_text(
-            json.dumps({"class_names": CLASSES, "palette": [(level, 50, 90) for level in range(256)]})
-        )
-        columns = ["step", "factor", "effective_dilation", "receptive_field_px", "loss"]
-        write_csv(out / "factor.csv", [columns, *([step, 1, 1 + step % 3, 9, 1 / step] for step in range(1, 9))])
-        if metrics is not None:
-            (out / "metrics.json").write_text(json.dumps(metrics))
-        return out
-
-    return make
 
 
 def specs(html: str) -> list[Any]:
@@ -85,7 +26,11 @@ def test_a_run_is_told_in_the_order_of_the_questions(run_folder: Callable[..., P
     out = run_folder()
     main(["report", str(out)])
     html = (out / "report.html").read_text(encoding="utf-8")
-    told = ["Dilation 3: each output pixel sees 39 px", VERDICT["reason"], "What one output pixel sees"]
+    told = [
+        "Dilation 3: each output pixel sees 39 px",
+        "dilation 3 beats the present 1 by 0.06 ± 0.005",
+        "What one output pixel sees",
+    ]
     told += [
         "The curve that the answer comes from",
         "Over the training",
@@ -123,14 +68,19 @@ def test_texts_of_strangers_stay_texts(run_folder: Callable[..., Path], plain_ch
     for found in ("<script>alert", "<b>car", "<i>", 'my "data"'):
         assert found not in html
     assert re.search(r"(?:src|href|url\()[=\"']*(?:https?:)?//", html) is None
-    assert report_page.plain_json({"a": CLASSES}).count("<") == 0
+    assert report_page.plain_json({"a": run_folder.classes}).count("<") == 0
     policy = re.search(r'Security-Policy" content="([^"]*)"', html)
     assert policy is not None
     assert "default-src 'none'" in policy[1]
 
 
 def test_a_fixed_run_beside_it_is_the_baseline(run_folder: Callable[..., Path], plain_charts: None) -> None:
-    other = {**METRICS, "miou": 0.25, "per_class": dict.fromkeys(CLASSES, 0.25), "effective_dilation": 1.0}
+    other = {
+        **run_folder.metrics,
+        "miou": 0.25,
+        "per_class": dict.fromkeys(run_folder.classes, 0.25),
+        "effective_dilation": 1.0,
+    }
     del other["search"]
     run_folder("d01-seed0", other, search="none")
     out = run_folder("d01-seed0-sampled")
@@ -152,7 +102,7 @@ def test_what_is_missing_is_said(run_folder: Callable[..., Path], plain_charts: 
     assert "The run is not finished: 2 of 4 epochs are saved" in html
     assert 'http-equiv="refresh" content="15"' in html
     assert "Over the training" in html
-    (out / "metrics.json").write_text(json.dumps(METRICS))
+    (out / "metrics.json").write_text(json.dumps(run_folder.metrics))
     (out / "checkpoints/last.ckpt").unlink()
     next(tmp_path.glob("my*")).rename(tmp_path / "gone")
     write_report(out, tmp_path / "a.html", refresh=15)
@@ -198,7 +148,7 @@ def test_other_folders_are_refused_in_one_line(
 def test_damaged_metrics_are_named_in_one_line(
     run_folder: Callable[..., Path], tmp_path: Path, damage: dict[str, Any]
 ) -> None:
-    out = run_folder(metrics={**METRICS, **damage})
+    out = run_folder(metrics={**run_folder.metrics, **damage})
     with pytest.raises(ValueError, match="holds a file that is not what rfield writes"):
         write_report(out, tmp_path / "a.html")
 
@@ -252,4 +202,4 @@ def test_the_page_works_in_a_browser(
         assert page.locator("figure.chart details[open] tbody tr").first.inner_text().split("\t")[1:] == [
             *("1", "23", "0.9000", "0.1"),
         ]
-        assert CLASSES[0] in page.inner_text("table:has(.bars)")
+        assert run_folder.classes[0] in page.inner_text("table:has(.bars)")

@@ -3,8 +3,11 @@
 from pathlib import Path
 
 from rfield.segmentation.files.atomic import write_text
+from rfield.segmentation.web.report_inspect import inspect_page
 from rfield.segmentation.web.report_page import Page, render
 from rfield.segmentation.web.report_run import run_page
+from rfield.segmentation.web.report_sweep import sweep_page, unfinished_page
+from rfield.segmentation.web.report_tune import tune_page
 
 
 def write_report(path: str | Path, out: str | Path, public: bool = False, refresh: int | None = None) -> None:
@@ -33,6 +36,14 @@ def write_report(path: str | Path, out: str | Path, public: bool = False, refres
 def _page(path: Path, public: bool, refresh: int | None) -> Page:
     if (path / "config.yaml").is_file() and (path / "classes.json").is_file():
         return run_page(path, public, refresh)
+    if (path / "answer.json").is_file():
+        return tune_page(path, public)
+    if (path / "results.json").is_file():
+        return sweep_page(path, public)
+    if (path / "inspect.json").is_file():
+        return inspect_page(path, public)
+    if runs := sorted(each.parent for each in path.glob("d*-seed*/config.yaml")):
+        return unfinished_page(runs)
     reason = f"it holds {_content(path)}" if path.is_dir() else "there is no such folder"
     raise FileNotFoundError(
         f"{path} is not a folder of rfield train, tune, sweep, reproduce or inspect: {reason}; give the --out of one"

@@ -188,7 +188,11 @@ def steps_chart(
         *([_tip("line", "line", "nominal")] if len(lines) > 1 else []),
         *(_tip("step", "step", format="d"), _tip("value", label, format=".4~g")),
     ]
-    encoding = {"x": {**_number("step", "step"), "axis": {"grid": False, "format": ",d"}}, "y": y, "color": colour}
+    encoding = {
+        "x": {**_number("step", "step"), "axis": {"grid": False, "format": ",d", "tickMinStep": 1}},
+        "y": y,
+        "color": colour,
+    }
     dots = {"mark": {"type": "point", "filled": True, "size": 16, "opacity": 0.55}, "encoding": {"tooltip": tips}}
     line = {"mark": {"type": "line", "strokeWidth": 2.2}}
     place = {"mark": {"type": "point", "filled": True, "size": 120, "opacity": 0}, "encoding": {"tooltip": tips}}

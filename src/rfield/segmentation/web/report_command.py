@@ -3,9 +3,11 @@
 import dataclasses
 import json
 import shlex
-from typing import Any
+from typing import Any, TypeVar
 
 from rfield.segmentation.config.options import Config
+
+_AnyConfig = TypeVar("_AnyConfig", bound=Config)
 
 
 def command_of(command: str, config: Config) -> str:
@@ -31,6 +33,15 @@ def command_of(command: str, config: Config) -> str:
         elif value is not None and value != defaults[name]:
             words.append(_flag(name, value))
     return " \\\n  ".join([" ".join([f"rfield {command}", *required]), *words])
+
+
+def without_places(config: _AnyConfig) -> _AnyConfig:
+    """Return a config without the files and folders of a machine, for a report that others will read."""
+    values = config.flat()
+    published = values["weights"] in (None, "imagenet", "random")
+    weights = values["weights"] if published else "WEIGHTS"
+    storage = {"storage": None} if "storage" in values else {}
+    return config.replace(data="DATA", out="OUT", cache=None, weights=weights, **storage)
 
 
 def _flag(name: str, value: Any) -> str:

@@ -1,9 +1,20 @@
 """Parts that the reports of runs and of experiments share: tables of scores and combinations, texts."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from rfield.segmentation.web.report_page import Matrix, Table
+from rfield.segmentation.web.report_page import Block, Matrix, Section, Table, Text
+
+
+def what_it_sees(blocks: Sequence[Block]) -> Section:
+    """Return the section of the pictures."""
+    return Section(
+        "What one output pixel sees",
+        "A box is the part of the image that can change the label of its middle pixel, at true scale; "
+        "what lies outside cannot.",
+        blocks,
+    )
 
 
 def score_table(metrics: Mapping[str, Any], other: tuple[str, Mapping[str, Any]] | None) -> Table:
@@ -68,6 +79,16 @@ def cost_matrix(costs: Sequence[Sequence[float | None]], classes: Sequence[str],
     return Matrix(caption, "class", paths, rows)
 
 
+def data_name(data: str, public: bool = False) -> str:
+    """Return a data set's name without the folders above it.
+
+    >>> data_name("voc:/home/me/VOC2012"), data_name("scenes"), data_name("configs/pets.yaml"), data_name("x", True)
+    ('voc:VOC2012', 'scenes', 'pets.yaml', 'its data')
+    """
+    kind, _, place = data.rpartition(":")
+    return "its data" if public else f"{kind}{':' * bool(kind)}{Path(place).name}"
+
+
 def percent(value: float | None) -> str:
     """Return a share as a percentage.
 
@@ -87,3 +108,10 @@ def seconds_text(seconds: float) -> str:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def repeat_section(command: str, seeds: str, metrics: Mapping[str, Any]) -> Section:
+    """Return the command, the seeds and the versions of a run."""
+    said = ", ".join(f"{name} {version}" for name, version in metrics.get("versions", {}).items())
+    about = f"{seeds}. {f'Versions: {said}.' if said else 'The versions are recorded at the end of a run.'}"
+    return Section("How to repeat it", about, [Text(command.splitlines(), "code")])

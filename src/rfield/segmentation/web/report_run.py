@@ -8,10 +8,18 @@ from typing import Any
 from rfield.segmentation.plots.style import number
 from rfield.segmentation.runs import read_factor_csv, read_paths_csv
 from rfield.segmentation.web.report_charts import MOST_LINES, Point, curve_chart, steps_chart
-from rfield.segmentation.web.report_command import command_of
+from rfield.segmentation.web.report_command import command_of, without_places
 from rfield.segmentation.web.report_folder import Baseline, Folder, field_boxes, find_baseline, read_folder
-from rfield.segmentation.web.report_page import Block, Page, Section, Table, Text
-from rfield.segmentation.web.report_parts import best_sets, cost_matrix, score_table, seconds_text
+from rfield.segmentation.web.report_page import Block, Page, Section, Table
+from rfield.segmentation.web.report_parts import (
+    best_sets,
+    cost_matrix,
+    data_name,
+    repeat_section,
+    score_table,
+    seconds_text,
+    what_it_sees,
+)
 from rfield.segmentation.web.report_samples import sample_pictures
 from rfield.text import counted
 
@@ -29,7 +37,7 @@ def run_page(path: Path, public: bool = False, refresh: int | None = None) -> Pa
     """
     folder = read_folder(path)
     config, notes = folder.config, list(folder.notes)
-    data = "its data" if public else config.data.data
+    data = data_name(config.data.data, public)
     baseline = None if public else find_baseline(folder)
     seen: list[Section] = []
     if public:
@@ -58,16 +66,6 @@ def run_page(path: Path, public: bool = False, refresh: int | None = None) -> Pa
             _how_to_repeat(folder, public),
         ],
         refresh=refresh if folder.metrics is None else None,
-    )
-
-
-def what_it_sees(blocks: Sequence[Block]) -> Section:
-    """Return the section of the pictures."""
-    return Section(
-        "What one output pixel sees",
-        "A box is the part of the image that can change the label of its middle pixel, at true scale; "
-        "what lies outside cannot.",
-        blocks,
     )
 
 
@@ -197,17 +195,8 @@ def _cost(folder: Folder) -> Section:
 
 
 def _how_to_repeat(folder: Folder, public: bool) -> Section:
-    config = folder.config.replace(data="DATA", out="OUT", cache=None) if public else folder.config
-    if public and config.model.weights not in (None, "imagenet", "random"):
-        config = config.replace(weights="WEIGHTS")
+    config = without_places(folder.config) if public else folder.config
     return repeat_section(command_of("train", config), f"Seed {config.run.seed}", (folder.metrics or {}))
-
-
-def repeat_section(command: str, seeds: str, metrics: Mapping[str, Any]) -> Section:
-    """Return the command, the seeds and the versions of a run."""
-    said = ", ".join(f"{name} {version}" for name, version in metrics.get("versions", {}).items())
-    about = f"{seeds}. {f'Versions: {said}.' if said else 'The versions are recorded at the end of a run.'}"
-    return Section("How to repeat it", about, [Text(command.splitlines(), "code")])
 
 
 def _answer(folder: Folder) -> str:

@@ -44,11 +44,13 @@ def sample_pictures(
 
 def _networks(run: Run, start: float | None, before: Path | None) -> tuple[dict[str, Run], str]:
     """Return the networks to label with, by the captions of their pictures, and a sentence on the first one."""
-    now = {"its labels": run}
+    now, mine = {"its labels": run}, "labels after the search"
     if before is not None:
         other = load_run(before)
         dilation = number(other.network.head.effective_dilation[0])
-        return {f"labels at a fixed dilation {dilation}": other, "labels after the search": run}, ""
+        if run.config.search.search == "none":
+            mine = f"labels at dilation {number(run.network.head.effective_dilation[0])}"
+        return {f"labels at a fixed dilation {dilation}": other, mine: run}, ""
     if start is None or not (run.folder / SEARCH_WEIGHTS).is_file():
         return now, ""
     try:
@@ -60,7 +62,7 @@ def _networks(run: Run, start: float | None, before: Path | None) -> tuple[dict[
         f"The labels at dilation {number(start)} are those of the weights of the search, which was trained at many "
         "dilations by turns; a network that is trained at that one alone may label better."
     )
-    return {f"labels at the start, dilation {number(start)}": shared, "labels after the search": run}, about
+    return {f"labels at the start, dilation {number(start)}": shared, mine: run}, about
 
 
 def _sample(
