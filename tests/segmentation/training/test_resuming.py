@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ import yaml
 
 from rfield.segmentation.cli import main
 from rfield.segmentation.config.train import TrainConfig
+from rfield.segmentation.files.lock import only_writer
 from rfield.segmentation.runs import build_network, load_config
 from rfield.segmentation.training import ParsingModule, train
 
@@ -187,6 +189,12 @@ def test_a_run_is_never_overwritten(make: Make, capsys: pytest.CaptureFixture[st
     assert (
         error == f"rfield train: {config.run.out} holds a run already: give --resume to continue it, or another --out\n"
     )
+    assert {path: path.read_bytes() for path in Path(config.run.out).rglob("*") if path.is_file()} == before
+    with only_writer(Path(config.run.out)), pytest.raises(SystemExit) as exit_:
+        main(["train", "--config", f"{config.run.out}/config.yaml", "--resume"])
+    assert exit_.value.code == 2
+    error = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(rf"rfield train: {config.run.out} is being written by process {os.getpid()}: .*", error[-1])
     assert {path: path.read_bytes() for path in Path(config.run.out).rglob("*") if path.is_file()} == before
 
 

@@ -4,8 +4,7 @@ import hashlib
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from rfield.segmentation.data.dataset import ParsingDataset, exchange_classes
 from rfield.segmentation.data.skipping import SkippingDataset
 from rfield.segmentation.data.transforms import evaluation_transform
 from rfield.segmentation.files.atomic import write_json, write_text
+from rfield.segmentation.files.lock import locked
 from rfield.segmentation.files.untrusted import read_json
 from rfield.segmentation.models import ParsingNetwork
 
@@ -138,7 +138,7 @@ def cache_features(
     """
     path = _cache_path(network, dataset, folder, mirrored)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(path.with_suffix(".lock")):
+    with locked(path.with_suffix(".lock")):
         if not _is_whole(path):
             shutil.rmtree(path, ignore_errors=True)
             _compute(network, dataset, path, mirrored, progress)
@@ -251,13 +251,3 @@ def _check_room(folder: Path, needed: int) -> None:
             f"the feature cache needs {needed / 1e9:.1f} GB, but {folder} has {free / 1e9:.1f} GB free: make room, "
             "choose another folder (--cache), or train without --freeze-backbone"
         )
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Let one process at a time in; the others wait. The lock is released when its process ends."""
-    import fcntl
-
-    with path.open("w", encoding="utf-8") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

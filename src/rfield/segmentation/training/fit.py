@@ -2,6 +2,7 @@
 
 import platform
 import sys
+from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -25,6 +26,7 @@ from rfield.segmentation.data.check import refuse_bad_data
 from rfield.segmentation.data.class_groups import ClassGroups, class_groups
 from rfield.segmentation.files.atomic import write_json
 from rfield.segmentation.files.checkpoints import LAST, read_checkpoint, settle_checkpoints
+from rfield.segmentation.files.lock import only_writer
 from rfield.segmentation.inference.feature_cache import CachedFeatures, cache_features
 from rfield.segmentation.inference.predict import compute_device, evaluate
 from rfield.segmentation.models import ParsingNetwork, default_weights
@@ -115,13 +117,22 @@ def train(config: TrainConfig, progress: Progress | None = None) -> dict[str, An
         ValueError: if the config does not fit the data, the weights, or the run that is resumed.
         FileExistsError: if the run folder holds a run and `resume` is not set.
         FileNotFoundError: if data or weights are missing.
+        BlockingIOError: if another process is training into the run folder.
     """
     progress = progress or (lambda done, total: None)
     data = prepare_data(config, progress)
-    built = build(data, progress)
-    state = resume_state(data)
-    fitted = fit(data, built, state)
-    return report(data, built, fitted, progress).metrics if fitted.reports else {}
+    with ExitStack() as locks:
+        rank_zero_first(lambda: _lock_run_folder(data, locks))
+        built = build(data, progress)
+        state = resume_state(data)
+        fitted = fit(data, built, state)
+        return report(data, built, fitted, progress).metrics if fitted.reports else {}
+
+
+def _lock_run_folder(data: Data, locks: ExitStack) -> None:
+    """Keep other trainings out of the run folder until the end."""
+    locks.enter_context(only_writer(out := Path(data.config.run.out)))
+    check_run_folder(out, data.config, data.train_set)  # Another process may have written one in the meantime.
 
 
 def prepare_data(config: TrainConfig, progress: Progress) -> Data:
