@@ -24,12 +24,16 @@ class AveragedWeights:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
+        self._known: list[tuple[str, nn.Parameter]] = []
         self.weights: dict[str, Tensor] = {}
 
     def _named(self) -> list[tuple[str, nn.Parameter]]:
         """Return (name, weight) pairs; wrappers, which may be added during a search, do not change the names."""
-        names = names_by_id(self._model)
-        return [(names[id(weight)], weight) for weight in self._model.parameters()]
+        weights = list(self._model.parameters())
+        if [id(weight) for weight in weights] != [id(weight) for _, weight in self._known]:
+            names = names_by_id(self._model)  # which takes longer than the update of a small head
+            self._known = [(names[id(weight)], weight) for weight in weights]
+        return self._known
 
     @torch.no_grad()
     def update(self) -> None:

@@ -3,7 +3,7 @@
 import itertools
 import math
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -53,8 +53,9 @@ class SampledSearch(Search):
 
     Args:
         model, loss_fn, steps, seed: see `Search`.
-        held_out: batches of training images that the search does not train on; every evaluation iterates over them.
-            The standard errors are taken over the batches, so batches of one image give the most reliable ones.
+        held_out: batches of training images that the search does not train on. The last evaluation iterates over all;
+            the ones before, which only choose the next windows, take every second one. The standard errors are taken
+            over the batches, so batches of one image give the most reliable ones.
         narrowings: {share of the steps: ratio}: when to evaluate the curve before the end, and how far the window then
             extends from the minimum, as a ratio to each side. Do not evaluate too early: weights that have learned
             little prefer dilations at which the kernel's outer taps leave the map.
@@ -159,7 +160,7 @@ class SampledSearch(Search):
         low = max(self._ranges[index][0] for index in members)
         high = min(self._ranges[index][1] for index in members)
         sizes = [layer.map_size for index in members for layer in self.groups[index] if layer.map_size is not None]
-        return low, max(low, min(high, max(max(size) for size in sizes) // 2 + 4))
+        return low, max(low, min(high, max(max(size) for size in sizes) // 2))
 
     def _share_range(self, members: Sequence[int], low: float, high: float) -> None:
         """Make a set's windows adjacent shares of a range."""
@@ -269,7 +270,7 @@ class SampledSearch(Search):
             [*itertools.product(*(self._grid(index, axis) for axis in range(group[0].log_factor.numel())))]
             for index, group in enumerate(self.groups)
         ]
-        table = read_combinations(self.model, self.groups, read_paths, self.held_out, candidates)
+        table = read_combinations(self.model, self.groups, read_paths, self._batches(), candidates)
         draw = self._random("set")
         wanted = len(self.groups)
         table.search(1, wanted, draw)  # for the losses of fewer branches
@@ -317,6 +318,10 @@ class SampledSearch(Search):
             override_dilation(group, current_dilation(group))
         return self._evaluate_dilations(index, axis, self._grid(index, axis))
 
+    def _batches(self) -> Iterator[Any]:
+        """Return the held-out batches of an evaluation."""
+        return itertools.islice(self.held_out, 0, None, 1 if self.step_index >= self.steps else 2)
+
     def _grid(self, index: int, axis: int) -> list[float]:
         """Return the dilations at which a window is evaluated."""
         group = self.groups[index]
@@ -331,7 +336,7 @@ class SampledSearch(Search):
     def _evaluate_dilations(self, index: int, axis: int, dilations: list[float]) -> dict[float, list[float]]:
         group = self.groups[index]
         rows = [torch.empty(0, len(dilations), dtype=torch.float64)]
-        for batch in self.held_out:
+        for batch in self._batches():
             row = []
             for dilation in dilations:
                 values = current_dilation(group)

@@ -1,12 +1,17 @@
 """The receptive fields of a network now, path by path."""
 
 import math
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rfield.receptive_field.theoretical import receptive_field_px
 from rfield.segmentation.models import MultiPathHead, ParsingNetwork
 from rfield.segmentation.models.heads import Branch
+
+# For each network its receptive field if all dilations were 0. Every step asks for the fields, and to go through all
+# layers for it would take as long as a fiftieth of a small head's step.
+_without_dilation: weakref.WeakKeyDictionary[ParsingNetwork, tuple[float, float]] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -30,14 +35,16 @@ def present_fields(network: ParsingNetwork) -> list[Field]:
     paths = head.heads() if isinstance(head, MultiPathHead) else [head]
     realised = [path.realised_dilation for path in paths]
     layers = [path.factor_layer for path in paths]
-    total = receptive_field_px(network)
+    if network not in _without_dilation:
+        total = receptive_field_px(network)
+        # The network's field is that of the path with the largest dilation along the axis; fc6 is 3x3.
+        height, width = (total[axis] - 2 * network.stride * max(each[axis] for each in realised) for axis in (0, 1))
+        _without_dilation[network] = height, width
     fields = []
     for index, (layer, dilation) in enumerate(zip(layers, realised, strict=True)):
         base = (1.0, 1.0) if layer is None else layer.base_dilation
         for axis in range(1 if layer is None else layer.log_factor.numel()):
-            # The network's field is that of the path with the largest dilation along the axis; fc6 is 3x3.
-            farthest = max(each[axis] for each in realised)
-            field = total[axis] - 2 * network.stride * (farthest - dilation[axis])
+            field = _without_dilation[network][axis] + 2 * network.stride * dilation[axis]
             field = math.inf if paths[index].branch == "pool" else field
             factor = 1.0 if layer is None else base[axis] / dilation[axis]
             fields.append(Field(index, axis, factor, dilation[axis], field, paths[index].branch))

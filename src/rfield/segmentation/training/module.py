@@ -3,7 +3,6 @@
 import time
 import warnings
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -14,6 +13,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
 from rfield.layers import ReceptiveFieldRegulator
+from rfield.layers.dilation import Pair
 from rfield.search import (
     NARROWINGS,
     GradientSearch,
@@ -28,16 +28,15 @@ from rfield.search.factors import mean_over_processes
 from rfield.search.sets import PathLogits
 from rfield.segmentation.config.train import TrainConfig
 from rfield.segmentation.data import IGNORE_INDEX, EpochSampler
-from rfield.segmentation.files.atomic import write_weights
 from rfield.segmentation.files.format import file_format
 from rfield.segmentation.inference.predict import feature_logits, predict_logits
 from rfield.segmentation.metrics import confusion_matrix, segmentation_scores
 from rfield.segmentation.models import MultiPathHead, ParsingNetwork
-from rfield.segmentation.runs import SEARCH_WEIGHTS
 from rfield.segmentation.training.distributed import refuse_unequal
 from rfield.segmentation.training.fields import present_field
 from rfield.segmentation.training.losses import make_loss, norm_over_processes
 from rfield.segmentation.training.optimizer import make_optimizer
+from rfield.segmentation.training.run_folder import save_search_weights
 from rfield.segmentation.training.search_phase import SearchPhase
 
 Batch = tuple[Tensor, Tensor]
@@ -90,11 +89,12 @@ class ParsingModule(L.LightningModule):
         self.search: Search | None = None
         self.phase = SearchPhase.DONE if config.search.search == "none" else SearchPhase.SEARCHING
         self.search_seconds = 0.0
-        # Read by the callbacks.
-        self.step_loss = self.mean_loss = torch.zeros(())
+        self.step_loss = self.mean_loss = torch.zeros(())  # Read by the callbacks.
         self._drifting = False
         # The last batch, whether its features have a graph, and the features.
         self._seen: tuple[Batch, bool, tuple[Tensor, ...]] | None = None
+        # The last batch whose paths were read, and the logits of each path and dilation.
+        self._paths_seen: tuple[Batch, dict[tuple[int, Pair], Tensor]] | None = None
         self._search_state: dict[str, Any] | None = None
         if config.model.freeze_backbone:
             network.backbone.requires_grad_(False)
@@ -167,7 +167,14 @@ class ParsingModule(L.LightningModule):
         input, mask, output_size = self._target(network, batch)
         features = input if self.config.model.freeze_backbone else self._features(network, input, batch)[0]
         labelled = mask != IGNORE_INDEX
-        logits = [path(features, output_size).float().movedim(1, -1)[labelled] for path in network.head.paths]
+        if self._paths_seen is None or self._paths_seen[0] is not batch:
+            self._paths_seen = batch, {}
+        logits = []
+        for index, path in enumerate(network.head.heads()):
+            key = index, path.realised_dilation  # Paths with few candidates are asked for the same ones again.
+            if key not in self._paths_seen[1]:
+                self._paths_seen[1][key] = path(features, output_size).float().movedim(1, -1)[labelled]
+            logits.append(self._paths_seen[1][key])
         target = mask[labelled].long()
         classes = torch.ones(len(self.class_names)) if self.reading_weights is None else self.reading_weights
         weight = classes.to(target.device)[target]
@@ -240,8 +247,7 @@ class ParsingModule(L.LightningModule):
         return seen[2]
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        learned = [regulator for regulator in self.regulators if regulator.log_factor.requires_grad]
-        if learned:
+        if learned := [regulator for regulator in self.regulators if regulator.log_factor.requires_grad]:
             scaler = getattr(self.trainer.precision_plugin, "scaler", None)
             scale = scaler.get_scale() if scaler is not None else 1.0
             terms = [regulator.pop_factor_gradients() for regulator in learned]
@@ -269,7 +275,7 @@ class ParsingModule(L.LightningModule):
             started = time.monotonic()
             with self.trainer.precision_plugin.train_step_context():
                 self.search.step()
-            self._seen = None
+            self._seen = self._paths_seen = None
             self.search_seconds += time.monotonic() - started
             if self.search.done:
                 self.phase = SearchPhase.HOLDING_OUT
@@ -279,12 +285,7 @@ class ParsingModule(L.LightningModule):
     def _end_sampled_search(self, search: SampledSearch) -> None:
         """Save the weights that work at all dilations, and leave out the paths that were not chosen."""
         if self.config.run.save_search_weights and self.trainer.is_global_zero:
-            own = self.network.head if self.config.model.freeze_backbone else self.network
-            prefix = "head." if self.config.model.freeze_backbone else ""
-            state = {f"{prefix}{name}": value for name, value in own.state_dict().items()}
-            averaged = {name: value.to(state[name].dtype) for name, value in search.averaged.weights.items()}
-            path = Path(self.config.run.out) / SEARCH_WEIGHTS
-            write_weights(path, {**state, **averaged})
+            save_search_weights(self.config, self.network, search.averaged.weights)
         if isinstance(self.network.head, MultiPathHead):
             self.network.head.leave_out(search.left_out)
 

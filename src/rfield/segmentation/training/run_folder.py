@@ -1,17 +1,20 @@
 """Check, start and clear the run folder that a training writes."""
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
+from torch import Tensor
 
 from rfield.segmentation.config.train import TrainConfig, differences
 from rfield.segmentation.data import ParsingDataset, ResizedDataset, SkippingDataset, class_difference
 from rfield.segmentation.data.class_groups import ClassGroups
-from rfield.segmentation.files.atomic import write_json, write_text
+from rfield.segmentation.files.atomic import write_json, write_text, write_weights
 from rfield.segmentation.files.checkpoints import LAST, read_checkpoint
 from rfield.segmentation.files.untrusted import read_json
+from rfield.segmentation.models import ParsingNetwork
 from rfield.segmentation.runs import SEARCH_WEIGHTS, load_config, read_classes
 
 # Settings that may change when a run is resumed.
@@ -106,3 +109,11 @@ def clear_run_folder(out: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
+
+
+def save_search_weights(config: TrainConfig, network: ParsingNetwork, averaged: Mapping[str, Tensor]) -> None:
+    """Write the weights at the end of a sampled search, averaged over its last steps; they work at all dilations."""
+    own, prefix = (network.head, "head.") if config.model.freeze_backbone else (network, "")
+    state = {f"{prefix}{name}": value for name, value in own.state_dict().items()}
+    averaged = {name: value.to(state[name].dtype) for name, value in averaged.items()}
+    write_weights(Path(config.run.out) / SEARCH_WEIGHTS, {**state, **averaged})
