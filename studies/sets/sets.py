@@ -83,14 +83,15 @@ def flags(setting: str, method: str, seed: int, root: Path) -> list[str]:
     return ["--aspp", rates, "--path-norm", "--search", "none"]
 
 
-def command(setting: str, method: str, seed: int, data: Path, channels: int, out: Path) -> list[str]:
+def train_flags(setting: str, seed: int, data: Path, channels: int, out: Path) -> list[str]:
+    """Return the flags of `rfield train` that all methods share."""
     spec, model, epochs, _, _ = SETTINGS[setting]
     kind, name = spec.split(":")
     weights = ["--weights", str(data.parent / VGG)] if model == "largefov_vgg16" else []
     return [
-        *(sys.executable, "-m", "rfield", "train", "--data", f"{kind}:{data / name}", "--model", model, *weights),
+        *("--data", f"{kind}:{data / name}", "--model", model, *weights),
         *("--freeze-backbone", "--head-channels", str(channels), "--epochs", str(epochs), "--seed", str(seed)),
-        *("--precision", "bf16-mixed", "--out", str(out), "--resume", *flags(setting, method, seed, out.parents[1])),
+        *("--precision", "bf16-mixed", "--out", str(out), "--resume"),
     ]
 
 
@@ -98,15 +99,21 @@ def run(setting: str, method: str, seed: int, options: argparse.Namespace) -> st
     out = options.root / setting / f"{method}-seed{seed}"
     if (out / "metrics.json").is_file():
         return f"{out.name}: done before"
-    words = command(setting, method, seed, options.data, options.channels, out)
+    shared = train_flags(setting, seed, options.data, options.channels, out)
+    words = ["-m", "rfield", "train", *shared, *flags(setting, method, seed, options.root)]
+    return f"{out.name}: status {measure(words, out)}"
+
+
+def measure(words: list[str], out: Path) -> int:
+    """Run Python with these words, log it beside a run folder, and return its status."""
     out.parent.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with out.with_name(f"{out.name}.log").open("w") as log:
-        process = subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT, env=environment)
+        process = subprocess.Popen([sys.executable, *words], stdout=log, stderr=subprocess.STDOUT, env=environment)
         _, status, used = os.wait4(process.pid, 0)
     if not status:  # The processor's time, which other work on the machine changes little.
         out.with_name(f"{out.name}.cpu").write_text(f"{used.ru_utime + used.ru_stime:.1f}\n")
-    return f"{out.name}: status {status}"
+    return status
 
 
 def read(root: Path) -> list[dict]:
