@@ -12,6 +12,7 @@ _PUBLIC = {
     "AdaptiveConv2d": "rfield.layers",
     "GatedConv2d": "rfield.layers",
     "GradientSearch": "rfield.search",
+    "ImageAdaptiveRegulator": "rfield.layers",
     "Inflation2d": "rfield.layers",
     "Interpolation2d": "rfield.layers",
     "ReceptiveFieldRegulator": "rfield.layers",

@@ -54,7 +54,7 @@ class ReceptiveFieldRegulator(LearnedFactor):
         max_factor: float | None = None,
         memory_budget: int = 2 * 2**30,
     ) -> None:
-        super().__init__(_largest_dilation(module), factor, min_factor, max_factor)
+        super().__init__(largest_dilation(module), factor, min_factor, max_factor)
         self.module = module
         self.inflation = Inflation2d()
         self.interpolation = Interpolation2d()
@@ -94,11 +94,7 @@ class ReceptiveFieldRegulator(LearnedFactor):
             for_interpolation.register_hook(self._add_grad_factor_interpolation)  # type: ignore[no-untyped-call]
         inflated = self.inflation(input, for_inflation) if resizes else input
         output: Tensor = self.module(inflated)
-        if output.shape[2:] != inflated.shape[2:]:
-            raise ValueError(
-                f"the regulated module must keep the map's size, but turned {tuple(inflated.shape)} into "
-                f"{tuple(output.shape)}: give its convolutions stride 1 and padding = dilation * (kernel - 1) / 2"
-            )
+        check_keeps_size(inflated, output)
         if not resizes and output_size in (None, grid_size):
             return output
         resized: Tensor = self.interpolation(output, for_interpolation, grid_size, output_size or grid_size)
@@ -207,7 +203,16 @@ class ReceptiveFieldRegulator(LearnedFactor):
         return shrink
 
 
-def _largest_dilation(module: nn.Module) -> Pair:
+def check_keeps_size(inflated: Tensor, output: Tensor) -> None:
+    """Raise ValueError if a regulated module has changed the size of its map."""
+    if output.shape[2:] != inflated.shape[2:]:
+        raise ValueError(
+            f"the regulated module must keep the map's size, but turned {tuple(inflated.shape)} into "
+            f"{tuple(output.shape)}: give its convolutions stride 1 and padding = dilation * (kernel - 1) / 2"
+        )
+
+
+def largest_dilation(module: nn.Module) -> Pair:
     """Return the largest dilation (height, width) of all convolutions whose kernel is larger than 1 along the axis."""
     largest = [1, 1]
     for layer in module.modules():

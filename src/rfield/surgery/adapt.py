@@ -9,7 +9,13 @@ from typing import Literal, overload
 
 from torch import nn
 
-from rfield.layers import AdaptiveConv2d, GatedConv2d, LearnedFactor, ReceptiveFieldRegulator
+from rfield.layers import (
+    AdaptiveConv2d,
+    GatedConv2d,
+    ImageAdaptiveRegulator,
+    LearnedFactor,
+    ReceptiveFieldRegulator,
+)
 from rfield.layers.adaptive_conv import reason_not_adaptable
 from rfield.layers.gated import DEFAULT_RATES, Gates, reason_not_gateable
 from rfield.text import counted, format_size
@@ -162,7 +168,7 @@ def regulate(
     module = modules[name]
     if type(module).forward is nn.Module.forward:
         raise ValueError(f"{name!r} is a {type(module).__name__}, which cannot be called: regulate one of its parts")
-    if any(isinstance(part, LearnedFactor | GatedConv2d) for part in module.modules()):
+    if any(isinstance(part, LearnedFactor | GatedConv2d | ImageAdaptiveRegulator) for part in module.modules()):
         raise ValueError(f"{name!r} holds a learned receptive field already")
     if any(isinstance(modules[ancestor], ReceptiveFieldRegulator) for ancestor in _ancestors(name)):
         raise ValueError(f"{name!r} is inside a regulator already")
@@ -226,7 +232,7 @@ def _adaptable(
     regulated = {
         id(conv)
         for regulator in model.modules()
-        if isinstance(regulator, ReceptiveFieldRegulator)
+        if isinstance(regulator, ReceptiveFieldRegulator | ImageAdaptiveRegulator)
         for conv in regulator.modules()
     }
     for name in list(selected):

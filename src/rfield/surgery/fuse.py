@@ -6,7 +6,14 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
-from rfield.layers import AdaptiveConv2d, GatedConv2d, LearnedFactor, ReceptiveFieldRegulator, WeightedGradient
+from rfield.layers import (
+    AdaptiveConv2d,
+    GatedConv2d,
+    ImageAdaptiveRegulator,
+    LearnedFactor,
+    ReceptiveFieldRegulator,
+    WeightedGradient,
+)
 from rfield.layers.adaptive_conv import copy_state_hooks, has_hooks, preserve_state, share_parametrizations
 from rfield.layers.dilation import padding_for_dilation, round_dilation, set_dilation
 from rfield.receptive_field.probe import copy_model
@@ -41,7 +48,7 @@ def fuse(model: nn.Module, mode: Mode = "resize") -> nn.Module:
 
     Raises:
         ValueError: if `torch.fx` cannot trace a regulated part (`resize`), a regulated part contains other layers
-            (`dilation`), or a layer to replace has hooks.
+            (`dilation`), a layer to replace has hooks, or there is an `ImageAdaptiveRegulator`.
 
     Example:
         >>> layer = AdaptiveConv2d(8, 8, 3, padding=4, dilation=4, factor=2.0)
@@ -57,6 +64,11 @@ def fuse(model: nn.Module, mode: Mode = "resize") -> nn.Module:
     # From the inside out, so that the layers inside a regulator are replaced before the regulator.
     for name in sorted(modules, key=lambda name: -name.count(".")):
         module = modules[name]
+        if isinstance(module, ImageAdaptiveRegulator):
+            raise ValueError(
+                f"{name.removeprefix('model.')}: an ImageAdaptiveRegulator inflates each image by a factor of its own, "
+                "which no plain layer can: use GatedConv2d with gates='image'"
+            )
         if isinstance(module, _Replaced):
             if id(module) not in fused:
                 try:
