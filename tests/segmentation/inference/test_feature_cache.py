@@ -1,5 +1,6 @@
 """The feature cache returns the same numbers as fresh features, even after damage to its files."""
 
+import errno
 import fcntl
 import os
 from collections.abc import Callable
@@ -272,12 +273,27 @@ def test_a_disk_without_room_is_refused_first(
     needed = 4 * (2 * 32 * 6 * 7 * 2 + CANVAS[0] * CANVAS[1])
     with_free_bytes(monkeypatch, needed - 1)
     calls = count_images(monkeypatch)
-    with pytest.raises(OSError, match=r"the feature cache needs .* GB free: make room, .*--cache.*--freeze-backbone"):
+    with pytest.raises(
+        OSError, match=r"the feature cache needs 0.0 MB, .* 0.0 MB free: make room, .*--cache.*--freeze-backbone"
+    ):
         cache_features(make_network(), dataset, tmp_path)
     assert len(calls) == 1
     assert not [path for path in tmp_path.iterdir() if path.is_dir() and path.name.startswith("features")]
     with_free_bytes(monkeypatch, needed)
+
+    def fallocate(handle: int, start: int, size: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    # Another program has filled the disk in the meantime.
+    with monkeypatch.context() as full:
+        full.setattr(os, "posix_fallocate", fallocate)
+        with pytest.raises(OSError, match=r"features.npy cannot be written: No space left.*: make room, .*--cache"):
+            cache_features(make_network(), dataset, tmp_path)
+    assert len(calls) == 2
     assert len(cache_features(make_network(), dataset, tmp_path)) == 4
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"the feature cache cannot be made: .*/file/below: Not a directory; .*--cache"):
+        cache_features(make_network(), dataset, tmp_path / "file" / "below")
 
 
 def test_what_is_computed_already_needs_no_more_room(

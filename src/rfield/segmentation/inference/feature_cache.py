@@ -23,6 +23,7 @@ from rfield.segmentation.files.untrusted import read_json
 from rfield.segmentation.models import ParsingNetwork
 
 _FORMAT = 3
+_HINT = "choose another folder (--cache), or train without --freeze-backbone"
 _FLUSH_EVERY = 16
 _FILES = ("features.npy", "masks.npy", "sizes.npy", "meta.json")
 
@@ -137,7 +138,10 @@ def cache_features(
         OSError: if the disk has too little space for the estimated size of the file.
     """
     path = _cache_path(network, dataset, folder, mirrored)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"the feature cache cannot be made: {path.parent}: {error.strerror}; {_HINT}") from error
     with locked(path.with_suffix(".lock")):
         if not _is_whole(path):
             shutil.rmtree(path, ignore_errors=True)
@@ -202,6 +206,8 @@ def _compute(
     features = np.lib.format.open_memmap(partial / "features.npy", mode, np.float16, shape)
     masks = np.lib.format.open_memmap(partial / "masks.npy", mode, np.uint8, (len(dataset), *canvas))
     sizes = np.lib.format.open_memmap(partial / "sizes.npy", mode, np.int64, (len(dataset), 2))
+    for name in _FILES[:3]:
+        _reserve(partial / name)
     for index in range(done, len(dataset)):
         image, mask = transform(*dataset[index])
         features[index, 0] = image_features(network, image).cpu().numpy()
@@ -248,6 +254,17 @@ def _check_room(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise OSError(
-            f"the feature cache needs {needed / 1e9:.1f} GB, but {folder} has {free / 1e9:.1f} GB free: make room, "
-            "choose another folder (--cache), or train without --freeze-backbone"
+            f"the feature cache needs {needed / 1e6:.1f} MB, but {folder} has {free / 1e6:.1f} MB free: make room, or "
+            f"{_HINT}"
         )
+
+
+def _reserve(path: Path) -> None:
+    """Allocate a file's blocks: a mapped file that meets a full disk later ends the process without a message."""
+    if not hasattr(os, "posix_fallocate"):  # macOS
+        return
+    try:
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {error.strerror}: make room, or {_HINT}") from error
