@@ -191,8 +191,11 @@ def export(config: ExportConfig) -> None:
 def push(config: PushConfig) -> None:
     """Upload a trained network to the Hugging Face Hub, with a card of its scores and receptive field."""
     from rfield.segmentation.export.hub import push_run
+    from rfield.segmentation.export.space import share_space
 
-    print(f"the network is at {push_run(config.run, config.repo_id, config.checkpoint, config.private)}")
+    share = share_space if config.space else None
+    address = push_run(config.run, config.repo_id, config.checkpoint, config.private, share)
+    print(f"the {'page' if config.space else 'network'} is at {address}")
 
 
 def download(config: DownloadConfig) -> None:

@@ -138,8 +138,8 @@ def test_push(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
         def __init__(self, token: str | None = None) -> None:
             pass
 
-        def create_repo(self, repo_id: str, private: bool, exist_ok: bool) -> huggingface_hub.RepoUrl:
-            sent.update(repo_id=repo_id, private=private)
+        def create_repo(self, repo_id: str, private: bool, exist_ok: bool, **kind: Any) -> huggingface_hub.RepoUrl:
+            sent.update(repo_id=repo_id, private=private, **kind)
             assert exist_ok, "a run may be pushed again"
             return huggingface_hub.RepoUrl(f"https://huggingface.co/{repo_id}")
 
@@ -158,8 +158,14 @@ def test_push(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     assert sent == {
         "repo_id": "me/fields",
         "private": True,
+        "repo_type": None,
+        "space_sdk": None,
         "files": ["README.md", "config.json", "curve.png", "model.safetensors"],
     }
+    main(["push", str(run), "me/fields", "--space"])
+    assert capsys.readouterr().out == "the page is at https://huggingface.co/me/fields\n"
+    assert (sent["repo_type"], sent["space_sdk"]) == ("space", "docker")
+    assert sent["files"] == ["Dockerfile", "README.md", "network", "requirements.txt", "shown"]
     assert small_cnn(2).push_to_hub("me/other") == "me/other is there"
     assert sent["files"] == ["README.md", "config.json", "model.safetensors"]
 

@@ -12,9 +12,11 @@ import numpy as np
 import numpy.typing as npt
 import PIL.Image
 import pytest
+import yaml
 
 from rfield.segmentation import plots
-from rfield.segmentation.web.show import open_pictures
+from rfield.segmentation.export.space import share_space
+from rfield.segmentation.web import show
 from rfield.segmentation.web.show_field import pixel_field
 from rfield.segmentation.web.show_pictures import MOST_BYTES, Pictures
 from rfield.segmentation.web.show_viewer import Viewer, open_viewer
@@ -77,7 +79,7 @@ def test_sliders_move_the_labels(
     open_page: Callable[..., Any],
     axe_problems: Callable[..., list[str]],
 ) -> None:
-    pictures = open_pictures(viewers, None, None)
+    pictures = show.open_pictures(viewers, None, None)
     address = serve(viewers, pictures, ["127.0.0.1"])
     page = open_page(address)
     settle(page)
@@ -130,7 +132,7 @@ def test_a_click_draws_what_the_pixel_sees(
     open_page: Callable[..., Any],
     axe_problems: Callable[..., list[str]],
 ) -> None:
-    pictures = open_pictures(viewers, None, None)
+    pictures = show.open_pictures(viewers, None, None)
     page = open_page(serve(viewers * 2, pictures, ["127.0.0.1"]) + "/?dilations2=1,2")
     settle(page)
     # Two networks side by side, the second one moved.
@@ -174,11 +176,19 @@ def test_a_click_draws_what_the_pixel_sees(
     assert page.locator(".seen").first.is_hidden()
 
 
-def test_an_image_is_uploaded(
+def test_an_image_is_uploaded_to_a_space(
     viewers: list[Viewer], serve: Callable[..., str], open_page: Callable[..., Any], tmp_path: Path
 ) -> None:
-    pictures = Pictures(None, "val", None)
-    page = open_page(serve(viewers, pictures, ["127.0.0.1"]))
+    share_space(viewers[0].title, tmp_path / "space", repo_id="me/it's: <b>")
+    front, text = (tmp_path / "space/README.md").read_text(encoding="utf-8").split("---\n")[1:3]
+    assert yaml.safe_load(front)["title"] == "it's: <b>"
+    assert "weights of its search" in text
+    written = [file for file in (tmp_path / "space").rglob("*") if file.suffix not in (".safetensors", "")]
+    assert not [file for file in written if str(tmp_path) in file.read_text(encoding="utf-8")], "no path of the run"
+    space = open_viewer(str(tmp_path / "space/shown"), None, "last")
+    assert (space.weights, space.sliders) == (viewers[0].weights, viewers[0].sliders)
+    pictures = show.open_pictures([space], None, None)
+    page = open_page(serve([space], pictures, None))
     page.get_by_text("Upload an image to begin").wait_for()
     pixels = np.random.default_rng(0).integers(0, 256, (40, 56, 3), dtype=np.uint8)
     file = io.BytesIO()
@@ -188,6 +198,9 @@ def test_an_image_is_uploaded(
     settle(page)
     assert page.locator("#image option").inner_text() == name
     assert_drawn(page, viewers[0], pictures, page.evaluate("state.image"), None)
+    page.locator("#path-0-0-number").fill("5")
+    settle(page)
+    assert_drawn(page, viewers[0], pictures, page.evaluate("state.image"), [5, viewers[0].sliders[1].learned])
     too_large = tmp_path / "large.png"
     with too_large.open("wb") as large:
         large.truncate(MOST_BYTES + 1)

@@ -123,6 +123,8 @@ class PushConfig(Options):
     """Checkpoint of the run."""
     private: bool = False
     """Make the repository private, if it is new."""
+    space: bool = False
+    """Upload a Space, the page of rfield show for everybody, in place of a model."""
 
 
 @dataclasses.dataclass

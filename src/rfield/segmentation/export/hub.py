@@ -2,6 +2,7 @@
 
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,16 +16,27 @@ from rfield.text import counted, format_pair
 _PICTURES = {"curve.png": "Loss over the receptive field", "factor.png": "The receptive field in training"}
 
 
-def push_run(run_folder: str | Path, repo_id: str, checkpoint: str = "last", private: bool = False) -> str:
+def push_run(
+    run_folder: str | Path,
+    repo_id: str,
+    checkpoint: str = "last",
+    private: bool = False,
+    share: Callable[..., None] | None = None,
+) -> str:
     """Upload the files of `share_run`, and return the repository's address.
+
+    Args:
+        run_folder, repo_id, checkpoint: as for `share_run`.
+        private: make the repository private, if it is new.
+        share: `share_space`, to upload a Space in place of a model.
 
     Raises:
         FileNotFoundError, ValueError: as `load_run`, `rfield.fuse` and `HubMixin.save_pretrained` do.
         OSError: if the Hub refuses the files or cannot be reached.
     """
     with tempfile.TemporaryDirectory() as folder:
-        share_run(run_folder, folder, checkpoint, repo_id)
-        return _upload(Path(folder), repo_id, private)
+        (share or share_run)(run_folder, folder, checkpoint, repo_id)
+        return _upload(Path(folder), repo_id, private, None if share is None else "space")
 
 
 def share_run(run_folder: str | Path, out: str | Path, checkpoint: str = "last", repo_id: str = "USER/NAME") -> None:
@@ -57,15 +69,16 @@ def share_run(run_folder: str | Path, out: str | Path, checkpoint: str = "last",
         shutil.copyfile(run.folder / name, out / name)
 
 
-def _upload(folder: Path, repo_id: str, private: bool) -> str:
+def _upload(folder: Path, repo_id: str, private: bool, kind: str | None) -> str:
     try:
         import huggingface_hub  # Local: it is optional.
     except ImportError as error:
         raise ValueError("the Hub needs the package huggingface_hub: pip install 'rfield[hub]'") from error
     try:
         hub = huggingface_hub.HfApi()
-        address: str = hub.create_repo(repo_id, private=private, exist_ok=True)
-        hub.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="A network of rfield")
+        sdk = "docker" if kind == "space" else None
+        address: str = hub.create_repo(repo_id, private=private, exist_ok=True, repo_type=kind, space_sdk=sdk)
+        hub.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="A network of rfield", repo_type=kind)
     except (OSError, ValueError):
         raise
     except Exception as error:  # Its exceptions are no OSErrors in every release.

@@ -357,9 +357,10 @@ class Model {
     const solid = (colour) => (swatch) => { swatch.style.background = colour; };
     const items = [];
     if (this.labels && ["labels", "difference"].includes(state.view)) {
-      const counts = new Map();
-      for (const label of this.labels) counts.set(label, (counts.get(label) || 0) + 1);
-      for (const [label, count] of [...counts].sort((one, other) => other[1] - one[1])) {
+      const counts = new Uint32Array(256);
+      for (let at = 0; at < this.labels.length; at += 1) counts[this.labels[at]] += 1;
+      const found = Array.from(counts, (count, label) => [label, count]).filter(([, count]) => count);
+      for (const [label, count] of found.sort((one, other) => other[1] - one[1])) {
         const { name, colour } = this.about.classes[label];
         items.push(entry(name, percent(count / this.labels.length), solid(`rgb(${colour})`)));
       }

@@ -19,12 +19,13 @@ from rfield.segmentation.data import evaluation_transform
 from rfield.segmentation.files.untrusted import read_json
 from rfield.segmentation.inference.predict import compute_device
 from rfield.segmentation.inspection.model_names import open_model
-from rfield.segmentation.models import ParsingNetwork
+from rfield.segmentation.models import MultiPathHead, ParsingNetwork
 from rfield.segmentation.runs import SEARCH_WEIGHTS, Run, load_run, run_at_dilations
 from rfield.segmentation.web.show_curve import Curve, read_curves
 from rfield.segmentation.web.show_pictures import Picture
 
 _CACHED_BYTES = 256 * 2**20
+_CACHED_PATHS = 512 * 2**20
 # The end of a slider without a curve, in feature px.
 _GREATEST = 24.0
 
@@ -77,6 +78,9 @@ class Viewer:
         self.probed: list[Window] | None = None
         self._transform = evaluation_transform()
         self._features: OrderedDict[str, tuple[Tensor, ...]] = OrderedDict()
+        # The paths' dilations and logits at the last move, of one image.
+        self._paths_of = ""
+        self._paths: dict[int, tuple[tuple[float, float], Tensor]] = {}
 
     @property
     def network(self) -> ParsingNetwork:
@@ -120,7 +124,7 @@ class Viewer:
         """
         with self.lock:
             self.set_dilations(dilations)
-            logits = self.logits(self._features_of(picture), (picture.pixels.shape[1], picture.pixels.shape[2]))
+            logits = self._moved_logits(picture)
             labels = logits.argmax(0)
             # The largest probability is 1 / sum(exp(z - largest z)).
             confidence = logits.sub(logits.amax(0)).exp_().sum(0).reciprocal_()
@@ -134,9 +138,32 @@ class Viewer:
 
     def logits(self, features: tuple[Tensor, ...], size: tuple[int, int]) -> Tensor:
         """Return the logits Tensor[K, H, W] of an image of `size` from its features."""
-        padded = self.network.pad(torch.empty(1, 3, *size, device="meta")).shape
-        read = tuple(each.float().contiguous(memory_format=torch.channels_last) for each in features)
-        return self.network.logits_of(read, (padded[2], padded[3]))[0, :, : size[0], : size[1]]
+        logits = self.network.logits_of(_readable(features), self._padded(size))
+        return logits[0, :, : size[0], : size[1]]
+
+    def _moved_logits(self, picture: Picture) -> Tensor:
+        """Return the same for an image; of several paths, only those whose dilation has changed are run.
+
+        The others' logits are those of the last move. The sum has the order of `MultiPathHead`, so it is the same.
+        """
+        features, size = self._features_of(picture), (picture.pixels.shape[1], picture.pixels.shape[2])
+        head, padded = self.network.head, self._padded(size)
+        fits = 4 * self.network.num_classes * padded[0] * padded[1] * len(self.sliders) <= _CACHED_PATHS
+        if not isinstance(head, MultiPathHead) or self.network.decoder is not None or not fits:
+            return self.logits(features, size)
+        if self._paths_of != picture.key:
+            self._paths_of, self._paths = picture.key, {}
+        for index, path in enumerate(head.heads()):
+            kept = self._paths.get(index)
+            if index not in head.silent and (kept is None or kept[0] != path.realised_dilation):
+                self._paths[index] = path.realised_dilation, path(_readable(features)[0], padded)
+        parts = [logits for _, (_, logits) in sorted(self._paths.items())]
+        total: Tensor = sum(parts[1:], parts[0])
+        return total[0, :, : size[0], : size[1]]
+
+    def _padded(self, size: tuple[int, int]) -> tuple[int, int]:
+        shape = self.network.pad(torch.empty(1, 3, *size, device="meta")).shape
+        return shape[2], shape[3]
 
     def _features_of(self, picture: Picture) -> tuple[Tensor, ...]:
         """Return the features of an image, computed once. Those that were used last are kept."""
@@ -190,6 +217,10 @@ def _says_search(folder: Path) -> bool:
         return read_json(folder / "config.json").get("search_weights") is True
     except (OSError, ValueError, AttributeError):
         return False
+
+
+def _readable(features: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(each.float().contiguous(memory_format=torch.channels_last) for each in features)
 
 
 def _bytes_of(features: tuple[Tensor, ...]) -> int:
