@@ -238,6 +238,25 @@ def test_features_are_computed_once_a_batch_and_kind_of_forward(frozen: bool) ->
     assert counts == ([0] * 6 if frozen else [1, 1, 2, 2, 3, 4])
 
 
+def test_each_path_is_read_once_a_batch_and_dilation() -> None:
+    module = module_of(config_of(search="sampled", paths=2, freeze_backbone=True))
+    calls: list[int] = []
+    for number, path in enumerate(module.network.head.paths):  # type: ignore[union-attr, arg-type]
+        path.register_forward_hook(lambda *_, number=number: calls.append(number))
+    _, mask = batch_of()
+    batch, other = (torch.randn(2, 32, 9, 11), mask), (torch.randn(2, 32, 9, 11), mask)
+    read = {}
+    for given, dilation in ((batch, 1.0), (batch, 4.0), (batch, 1.0), (other, 4.0)):
+        override_dilation(learned_layers(module.network)[1], [dilation])
+        with torch.no_grad():
+            logits = read[id(given), dilation] = module._read_paths(module.network, given).logits
+            total = module._logits(module.network, given)[0].movedim(1, -1)
+            del calls[-2:]
+        assert torch.allclose(sum(logits), total[mask[:, ::4, ::4] != 255], atol=1e-6)  # type: ignore[arg-type]
+    assert calls == [0, 1, 1, 0, 1]
+    assert read[id(batch), 1.0][0] is read[id(batch), 4.0][0]
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_what_only_fills_up_an_epoch_has_no_labels(rank: int) -> None:
     """Five images, two processes, four a step: each has three, and the last of the second is a repetition."""
