@@ -87,10 +87,11 @@ def small_msrc(shared: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave a run's own figures empty, since they take a third of a short run; a test marked `figures` draws them."""
+    """Leave out a run's own figures and report, which take a third of a short run; a test marked `figures` has them."""
     if request.node.get_closest_marker("figures") is None:
-        from rfield.segmentation.training import report
+        from rfield.segmentation.training import fit, report
 
+        monkeypatch.setattr(fit, "try_report", lambda folder: None)
         left_out = {"factor_curve": lambda *series, **options: None, "save": lambda figure, path: Path(path).touch()}
         monkeypatch.setattr(report, "plots", SimpleNamespace(**{**vars(report.plots), **left_out}))
 
@@ -113,6 +114,7 @@ def tiny_config(folder: Path, out: str = "run", **values: Any) -> "TrainConfig":
         "crop_size": (33, 33),
         "workers": 0,
         "cache": str(folder / "cache"),
+        "report": "none",
     }
     return TrainConfig(**tiny | values)
 

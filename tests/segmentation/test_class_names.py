@@ -131,7 +131,13 @@ def test_other_names_are_refused_unless_asked_for(
 @pytest.mark.parametrize("names", [OTHER_ORDER, OTHER_NAMES, (*NAMES, "top")])
 def test_a_run_is_not_resumed_with_other_classes(make_data: MakeData, tmp_path: Path, names: tuple[str, ...]) -> None:
     config = TrainConfig(
-        data=make_data(), out=str(tmp_path / "trained"), model="small_cnn", head_channels=4, search="none", epochs=1
+        data=make_data(),
+        out=str(tmp_path / "trained"),
+        model="small_cnn",
+        head_channels=4,
+        search="none",
+        epochs=1,
+        report="none",
     )
     config.data.crop_size, config.run.workers, config.optim.batch_size = (17, 17), 0, 3
     train(config)

@@ -75,6 +75,8 @@ def train(config: TrainConfig) -> None:
         f"\neffective dilation {metrics['effective_dilation']:.3g}, receptive field "
         f"{metrics['receptive_field_px']:.4g} px, {metrics['train_seconds']:.0f} s; the run is in {config.run.out}"
     )
+    if (report := Path(config.run.out) / "report.html").is_file():
+        print(f"all of it on one page: {report}")
     search = metrics.get("search")
     if search is not None:
         several = {f"path {each['path'] + 1}, {each['axis']}: ": each for each in search.get("factors", [])}

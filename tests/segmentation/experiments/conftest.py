@@ -20,4 +20,5 @@ def tiny(tmp_path: Path, undrawn: None) -> dict[str, Any]:
         "batch_size": 2,
         "workers": 0,
         "cache": str(tmp_path / "cache"),
+        "report": "none",
     }

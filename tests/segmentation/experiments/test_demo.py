@@ -39,6 +39,7 @@ def synthetic(out: Path, length: int, **values: Any) -> TrainConfig:
         "flip": False,
         "colour_jitter": 0,
         "workers": 0,
+        "report": "none",
     }
     return TrainConfig(**shared | values)
 

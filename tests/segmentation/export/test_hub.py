@@ -49,6 +49,7 @@ def run(tmp_path: Path) -> Path:
     state = {f"network.{key}": value for key, value in network.state_dict().items()}
     torch.save({"state_dict": state, "rfield": describe_network(network)}, out / "checkpoints/last.ckpt")
     scores = {"miou": 0.625, "pixel_accuracy": 0.75, "per_class": dict.fromkeys(data.class_names, 0.625)}
+    scores |= {"effective_dilation": 7.0, "receptive_field_px": 71.0, "val_images": 4, "train_seconds": 5.0}
     (out / "metrics.json").write_text(json.dumps(scores))
     PIL.Image.new("RGB", (4, 4)).save(out / "curve.png")
     return out
@@ -83,11 +84,15 @@ def test_round_trip(values: dict[str, Any], fused: bool, tmp_path: Path) -> None
 def test_share(run: Path, tmp_path: Path) -> None:
     share_run(run, tmp_path / "shared", repo_id="me/fields")
     files = {file.name for file in (tmp_path / "shared").iterdir()}
-    assert files == {"README.md", "config.json", "model.safetensors", "curve.png"}
+    assert files == {"README.md", "config.json", "model.safetensors", "curve.png", "report.html"}
     card = (tmp_path / "shared/README.md").read_text()
     for part in ("mIoU 0.625", "Receptive field 71 px", "](curve.png)", "rfield predict hf:me/fields"):
         assert part in card
-    assert "secret" not in card + (tmp_path / "shared/config.json").read_text()
+    report = (tmp_path / "shared/report.html").read_text(encoding="utf-8")
+    assert "Dilation 7: each output pixel sees 71 px" in report
+    for text in (card, report, (tmp_path / "shared/config.json").read_text()):
+        assert "secret" not in text
+        assert str(tmp_path) not in text
     before, after = load_run(run), load_run(tmp_path / "shared")
     config = TrainConfig(
         data="", out=str(tmp_path / "shared"), model="small_cnn", dilation=7, search="none", canvas=(70, 70)
@@ -160,7 +165,7 @@ def test_push(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
         "private": True,
         "repo_type": None,
         "space_sdk": None,
-        "files": ["README.md", "config.json", "curve.png", "model.safetensors"],
+        "files": ["README.md", "config.json", "curve.png", "model.safetensors", "report.html"],
     }
     main(["push", str(run), "me/fields", "--space"])
     assert capsys.readouterr().out == "the page is at https://huggingface.co/me/fields\n"

@@ -65,13 +65,17 @@ class SweepConfig(Config):
     defaults: ClassVar[Mapping[str, Any]] = {"search": "none"}
     fixed: ClassVar[Collection[str]] = ("dilation", "seed", "devices", "resume", "gates")
 
+    def check(self) -> None:
+        if self.train.run.report == "live":
+            raise ValueError("report live is for train; the reports of other commands are written at the end")
+
     def plain(self) -> dict[str, Any]:
         """Return all values in plain types, for a file: without the database's password."""
         return {**super().plain(), "storage": self.grid.storage and without_password(self.grid.storage)}
 
     def run_config(self, out: str, dilation: int, seed: int, search: Search) -> TrainConfig:
-        """Return the config of one run, which is resumed if its folder holds a part of it."""
-        return self.train.replace(out=out, dilation=dilation, seed=seed, search=search, resume=True)
+        """Return the config of one run, which is resumed if its folder holds a part of it; it writes no report."""
+        return self.train.replace(out=out, dilation=dilation, seed=seed, search=search, resume=True, report="none")
 
 
 @dataclasses.dataclass(init=False)
@@ -94,6 +98,7 @@ class TuneConfig(SweepConfig):
     )
 
     def check(self) -> None:
+        super().check()
         if self.train.model.paths != 1 and (self.grid.verify or self.train.search.class_groups):
             raise ValueError("tune of several paths has neither verify nor class_groups")
 
@@ -126,6 +131,8 @@ class DemoConfig(Options):
     """Passes over the training images."""
     seed: int = option(0, check=not_negative)
     """Seed of all randomness."""
+    report: Literal["none", "end"] = "end"
+    """When report.html is written in the folder `out`: none, or end."""
 
 
 def without_password(url: str) -> str:

@@ -27,6 +27,7 @@ Mechanism = Literal["regulator", "dilation"]
 Gates = Literal["image", "pixel"]
 PathGuidance = Literal["search", "gradient"]
 Optimizer = Literal["sgd", "adamw"]
+ReportTime = Literal["none", "end", "live"]
 Loss = Literal["cross_entropy", "focal", "dice"]
 
 
@@ -199,6 +200,9 @@ class RunOptions(Options):
     logger: Names = option(Names(("tensorboard", "csv")), parse=Names, check=loggers)
     """Where losses and scores are logged, one or more with commas: tensorboard, csv (both in the run folder), wandb,
     mlflow."""
+    report: ReportTime = "end"
+    """When report.html is written in the folder `out`: none, end, or live (for train: after each validation too, and
+    the page reloads itself)."""
     cache: str | None = None
     """Folder of the feature cache. Default: the user's cache folder."""
 

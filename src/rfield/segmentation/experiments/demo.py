@@ -15,6 +15,7 @@ from rfield.segmentation.data import evaluation_transform, load_dataset
 from rfield.segmentation.inference.predict import predict_logits
 from rfield.segmentation.runs import Run, load_config, load_run
 from rfield.segmentation.training import Interrupted, clear_run_folder, read_factor_csv, train
+from rfield.segmentation.web.report import try_report
 
 _SHOWN = 4
 
@@ -50,6 +51,8 @@ def run_demo(config: DemoConfig, progress: Progress | None = None) -> str:
     runs = {name: load_run(folder) for name, folder in folders.items()}
     fields = {name: receptive_field_px(run.network)[0] for name, run in runs.items()}
     _draw(runs, fields)
+    if config.report != "none":
+        try_report(out)
     lines = [
         f"{name}: dilation {run.network.head.effective_dilation[0]:.3g}, receptive field {fields[name]:.0f} px, "
         f"mIoU {scores[name]['miou']:.3f}"
@@ -57,7 +60,10 @@ def run_demo(config: DemoConfig, progress: Progress | None = None) -> str:
     ]
     verdict = scores["after"]["search"]["verdict"]
     lines.append(f"the search's verdict: {verdict['kind']}: {verdict['reason']}")
-    return "\n".join([*lines, f"pictures: {out}/factor.png, {out}/panel.png, {out}/learned_field.png"])
+    lines.append(f"pictures: {out}/factor.png, {out}/panel.png, {out}/learned_field.png")
+    if (out / "report.html").is_file():
+        lines.append(f"all of it on one page: {out}/report.html")
+    return "\n".join(lines)
 
 
 def _train_config(config: DemoConfig, out: Path, search: str) -> TrainConfig:
@@ -80,6 +86,7 @@ def _train_config(config: DemoConfig, out: Path, search: str) -> TrainConfig:
         colour_jitter=0.0,
         workers=0,
         seed=config.seed,
+        report="none",
     )
 
 

@@ -31,6 +31,7 @@ from rfield.segmentation.files.atomic import write_json, write_text
 from rfield.segmentation.inference.predict import compute_device, predict_logits
 from rfield.segmentation.runs import load_run
 from rfield.segmentation.training import read_factor_csv
+from rfield.segmentation.web.report import try_report
 from rfield.text import counted
 
 # The paper's bad starts on VOC, as dilations of fc6, and where its learned receptive fields ended, in px (nominal).
@@ -88,6 +89,8 @@ def run_reproduce(config: ReproduceConfig, progress: Progress | None = None) -> 
     write_csv(out / "results.csv", runs)
     _draw(config, trials, rows, best.dilation, starts)
     write_text(out / "report.md", report)
+    if config.train.run.report != "none":
+        try_report(out)
     return report + f"\nthe runs, report.md, results.json, results.csv and the pictures are in {out}"
 
 

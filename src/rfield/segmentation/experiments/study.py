@@ -25,7 +25,7 @@ from rfield.segmentation.config.experiments import SweepConfig, without_password
 from rfield.segmentation.config.train import Search, differences
 
 # Settings that may differ between the calls that share a study.
-FREE_SETTINGS = ("dilation", "seed", "search", "out", "workers", "cache", "resume", "skip_bad", "logger")
+FREE_SETTINGS = ("dilation", "seed", "search", "out", "workers", "cache", "resume", "skip_bad", "logger", "report")
 # With a database, in seconds: the interval of a worker's signs of life, and how long they may be missing.
 HEARTBEAT = 15
 _SILENCE = 90

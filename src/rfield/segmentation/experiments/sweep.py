@@ -23,6 +23,7 @@ from rfield.segmentation.experiments.tables import (
 from rfield.segmentation.experiments.trials import run_trials
 from rfield.segmentation.files.atomic import write_json, write_text
 from rfield.segmentation.training.search_report import has_random_backbone
+from rfield.segmentation.web.report import try_report
 from rfield.text import counted
 
 # Two differences do not show their own spread.
@@ -76,6 +77,8 @@ def run_sweep(config: SweepConfig, progress: Progress | None = None) -> str:
         figure = plots.rf_curve(curve_of(trials), "mIoU", marked, field_of(config), {"fixed": errors})
         plots.save(figure, out / "sweep.png")
         lines.append(f"the runs, results.json, results.csv, table.md and sweep.png are in {out}")
+    if config.train.run.report != "none":
+        try_report(out)
     if unfinished:
         names = ", ".join(point.name for point in unfinished)
         lines.append(f"not finished, another process has them: {names}; call again when it is done")

@@ -18,6 +18,7 @@ from rfield.segmentation.experiments.trials import finish_trials
 from rfield.segmentation.experiments.tune_sets import run_tune_sets
 from rfield.segmentation.files.atomic import write_json, write_text
 from rfield.segmentation.training.search_report import has_random_backbone
+from rfield.segmentation.web.report import try_report
 from rfield.text import counted
 
 
@@ -62,6 +63,8 @@ def run_tune(config: TuneConfig, progress: Progress | None = None) -> str:
     plots.save(figure, out / "curve.png")
     write_json(out / "answer.json", answer)
     write_text(out / "answer.md", page)
+    if config.train.run.report != "none":
+        try_report(out)
     return page + f"\nthis page, answer.json and curve.png are in {out}"
 
 

@@ -15,13 +15,14 @@ from rfield.segmentation.conventions import Progress
 from rfield.segmentation.data import IGNORE_INDEX, ParsingDataset, load_dataset, training_transform
 from rfield.segmentation.files.atomic import write_json, write_text
 from rfield.segmentation.inference.predict import compute_device
+from rfield.segmentation.web.report import try_report
 from rfield.surgery.tune import Tuned, tune
 from rfield.text import counted
 
 # Options that mean something for a network that rfield has not built.
 _OPTIONS = (
     *("data", "train_split", "crop_size", "scale_range", "flip", "colour_jitter"),
-    *("model", "out", "workers", "batch_size", "epochs", "max_steps", "lr", "seeds", "select", "share"),
+    *("model", "out", "report", "workers", "batch_size", "epochs", "max_steps", "lr", "seeds", "select", "share"),
 )
 
 
@@ -67,6 +68,8 @@ def run_tune_file(config: TuneConfig, network: nn.Module, progress: Progress | N
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "answer.json", {**_plain(found), "steps": steps, "config": config.plain()})
     write_text(out / "answer.md", page)
+    if config.train.run.report != "none":
+        try_report(out)
     return f"{page}\nthis page and answer.json are in {out}"
 
 

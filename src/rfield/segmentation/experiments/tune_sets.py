@@ -16,6 +16,7 @@ from rfield.segmentation.experiments.tables import deviation, field_of, markdown
 from rfield.segmentation.experiments.trials import finish_trials
 from rfield.segmentation.files.atomic import write_json, write_text
 from rfield.segmentation.training.search_report import has_random_backbone
+from rfield.segmentation.web.report import try_report
 from rfield.text import counted
 
 Rates = list[Any]
@@ -59,6 +60,8 @@ def run_tune_sets(config: TuneConfig, progress: Progress | None = None) -> str:
     plots.save(plots.set_sizes(rows), out / "sets.png")
     write_json(out / "answer.json", answer)
     write_text(out / "answer.md", page)
+    if config.train.run.report != "none":
+        try_report(out)
     return page + f"\nthis page, answer.json and sets.png are in {out}"
 
 

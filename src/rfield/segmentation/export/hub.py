@@ -10,6 +10,7 @@ from rfield.receptive_field.theoretical import receptive_field_px
 from rfield.segmentation.files.untrusted import read_json
 from rfield.segmentation.models import ParsingNetwork
 from rfield.segmentation.runs import Run, load_run
+from rfield.segmentation.web.report import try_report
 from rfield.surgery.fuse import fuse
 from rfield.text import counted, format_pair
 
@@ -42,7 +43,7 @@ def push_run(
 def share_run(run_folder: str | Path, out: str | Path, checkpoint: str = "last", repo_id: str = "USER/NAME") -> None:
     """Write a run's network, fused, in the form that `rfield predict` and `ParsingNetwork.from_pretrained` read.
 
-    The folder holds no paths of the run's config, and no data.
+    The folder holds no paths of the run's config, and no data; its report.html has neither, too.
 
     Args:
         run_folder: a run folder of `rfield train` or `rfield fuse`.
@@ -67,6 +68,8 @@ def share_run(run_folder: str | Path, out: str | Path, checkpoint: str = "last",
     network.save_pretrained(out, config=notes, model_card_kwargs={"text": _card(run, run.network, pictures, repo_id)})
     for name in pictures:
         shutil.copyfile(run.folder / name, out / name)
+    if (run.folder / "metrics.json").is_file():
+        try_report(run.folder, out, public=True)
 
 
 def _upload(folder: Path, repo_id: str, private: bool, kind: str | None) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import Callback, RichProgressBar
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -17,6 +18,7 @@ from rfield.segmentation.files.atomic import write_csv, write_error
 from rfield.segmentation.training.fields import present_field, present_fields
 from rfield.segmentation.training.module import ParsingModule
 from rfield.segmentation.training.search_phase import SearchPhase
+from rfield.segmentation.web.report import try_report
 
 FACTOR_COLUMNS = (
     "step",
@@ -30,6 +32,8 @@ FACTOR_COLUMNS = (
 _AXES = ("height", "width")
 # Fewer steps at a bound are no reason to warn, however short the search is.
 _LEAST_PINNED = 20
+# Seconds after which a browser reads a live report again.
+_RELOAD = 15
 PATH_COLUMNS = ("step", "path", "axis", "factor", "effective_dilation", "receptive_field_px")
 
 
@@ -208,6 +212,27 @@ class _FreshScore(Callback):
     def names(self, trainer: L.Trainer, names: Iterable[str]) -> list[str]:
         """Return the names of the metrics to show."""
         return [name for name in names if name != "miou" or self._validated == trainer.current_epoch]
+
+
+class LiveReport(Callback):
+    """Writes the report of a run after each validation, when its checkpoint is on the disk."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self._validated = False
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._validated = True
+
+    @rank_zero_only
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not self._validated:
+            return
+        self._validated = False
+        for logger in trainer.loggers:
+            logger.save()
+        with torch.random.fork_rng(devices=[]):  # A network that is opened draws weights first.
+            try_report(self.out, refresh=_RELOAD)
 
 
 class BarProgress(_FreshScore, RichProgressBar):

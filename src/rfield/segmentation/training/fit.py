@@ -51,6 +51,7 @@ from rfield.segmentation.training.search_phase import SearchPhase
 from rfield.segmentation.training.search_report import has_random_backbone
 from rfield.segmentation.training.stopping import LossGuard, StopOnSignal
 from rfield.segmentation.training.trainer import check_loggers, make_trainer, quiet_lightning
+from rfield.segmentation.web.report import try_report
 
 
 @dataclass(frozen=True)
@@ -265,6 +266,8 @@ def report(data: Data, built: Built, fitted: Fitted, progress: Progress) -> Repo
     if config.model.paths == "auto":
         save_config(out, config.replace(paths=len(metrics["paths"])))
     plot_results(out, config.search.search, metrics, network.stride)
+    if config.run.report != "none":
+        try_report(out)
     return Report(metrics)
 
 

@@ -18,7 +18,7 @@ from rfield.segmentation.models import ParsingNetwork
 from rfield.segmentation.runs import SEARCH_WEIGHTS, load_config, read_classes
 
 # Settings that may change when a run is resumed.
-_MAY_CHANGE = ("out", "workers", "cache", "skip_bad", "devices", "logger")
+_MAY_CHANGE = ("out", "workers", "cache", "skip_bad", "devices", "logger", "report")
 _RUN_FILES = (
     "config.yaml",
     "classes.json",
@@ -29,6 +29,7 @@ _RUN_FILES = (
     "paths.png",
     "curve.png",
     "class_paths.png",
+    "report.html",
     SEARCH_WEIGHTS,
     "checkpoints",
     "logs",

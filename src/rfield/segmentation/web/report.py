@@ -1,5 +1,6 @@
 """Write what a folder of rfield holds as one HTML file: `rfield report`."""
 
+import sys
 from pathlib import Path
 
 from rfield.segmentation.files.atomic import write_text
@@ -31,6 +32,21 @@ def write_report(path: str | Path, out: str | Path, public: bool = False, refres
             raise
         raise ValueError(f"{path} holds a file that is not what rfield writes: {error!r}") from error
     write_text(Path(out), render(page))
+
+
+def try_report(path: Path, out: Path | None = None, public: bool = False, refresh: int | None = None) -> None:
+    """Write `report.html` for a folder; if that fails, say why in one line on stderr, since the work before it is done.
+
+    Args:
+        path, public, refresh: as in `write_report`.
+        out: the folder for the file; None for `path` itself.
+    """
+    file = (out or path) / "report.html"
+    try:
+        write_report(path, file, public, refresh)
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        print(f"note: {file} is not written: {reason}", file=sys.stderr)
 
 
 def _page(path: Path, public: bool, refresh: int | None) -> Page:

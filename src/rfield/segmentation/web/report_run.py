@@ -41,6 +41,7 @@ def run_page(path: Path, public: bool = False, refresh: int | None = None) -> Pa
     baseline = None if public else find_baseline(folder)
     seen: list[Section] = []
     if public:
+        notes = [note for note in notes if str(path) not in note]
         notes.append("This report is for other readers: it has no image, file name or folder of the data.")
     elif folder.run is not None and folder.metrics is not None:
         before = None if baseline is None else baseline.path
