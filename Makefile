@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test docs clean
+.PHONY: demo test docs reports clean
 
 demo: $(VENV)/.installed
 	$(BIN)/rfield demo
@@ -18,6 +18,14 @@ $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable '.[all]'
 	touch $@
+
+# The examples of docs/report.md.
+reports: $(VENV)/.installed
+	$(BIN)/rfield demo
+	$(BIN)/rfield train --config configs/scenes.yaml --paths 4 --out runs/paths
+	mkdir -p docs/reports
+	cp runs/demo/report.html docs/reports/demo.html
+	cp runs/paths/report.html docs/reports/paths.html
 
 docs: $(VENV)/.installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

@@ -6,6 +6,12 @@ from typing import Any
 import pytest
 
 
+@pytest.fixture(autouse=True)
+def _no_charts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave the chart library out of reports; its script takes seconds to make."""
+    monkeypatch.setattr("rfield.segmentation.web.report_page._chart_library", lambda vl_convert: "")
+
+
 @pytest.fixture
 def tiny(tmp_path: Path, undrawn: None) -> dict[str, Any]:
     """The fields of any config of an experiment, without `out`."""

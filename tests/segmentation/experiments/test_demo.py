@@ -57,6 +57,9 @@ def test_the_gradient_learns_the_known_receptive_field(tmp_path: Path) -> None:
 
 def test_the_demo_trains_before_and_after_and_says_so(tmp_path: Path) -> None:
     text = run_demo(DemoConfig(out=str(tmp_path), epochs=4))
+    report = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "fixed at dilation 1, %" in report
+    assert not (tmp_path / "before/report.html").exists()
     lines = []
     for name, folder in (("before", tmp_path / "before"), ("after", tmp_path)):
         network, scores = load_run(folder).network, json.loads((folder / "metrics.json").read_text())
@@ -67,6 +70,7 @@ def test_the_demo_trains_before_and_after_and_says_so(tmp_path: Path) -> None:
         *lines,
         f"the search's verdict: {verdict['kind']}: {verdict['reason']}",
         f"pictures: {tmp_path}/factor.png, {tmp_path}/panel.png, {tmp_path}/learned_field.png",
+        f"all of it on one page: {tmp_path}/report.html",
     ]
     assert lines[0].startswith("before: dilation 1, receptive field 23 px, ")
     assert (scores["search"]["kind"], verdict["kind"]) == ("sampled", "not reliable")  # 4 epochs are too short.

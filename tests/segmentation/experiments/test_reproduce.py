@@ -44,6 +44,7 @@ def test_the_paper_s_experiments(devkit: Path, tmp_path: Path, capsys: pytest.Ca
     words = [*command.split(), "--images", "2", "--cache", str(tmp_path / "cache"), "--batch-size", "2"]
     main(words)
     shown = capsys.readouterr().out
+    assert "From bad starts" in (out / "report.html").read_text(encoding="utf-8")
     results = json.loads((out / "results.json").read_text())
     runs = {run["name"]: run for run in results["runs"]}
     assert sorted(runs) == sorted(NAMES)

@@ -78,9 +78,11 @@ def write_yaml(config: SweepConfig) -> str:
 
 
 def test_every_dilation_and_seed_once(make: Make, trained: list[str]) -> None:
-    config = make()
+    config = make(report="end")
     text = run_sweep(config)
     out = Path(config.train.run.out)
+    assert "mIoU over the dilation" in (out / "report.html").read_text(encoding="utf-8")
+    assert len(list(out.rglob("report.html"))) == 1
     assert sorted(trained) == NAMES
     study = study_of(config)
     assert names_in(study, TrialState.COMPLETE) == NAMES

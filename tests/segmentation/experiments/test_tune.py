@@ -53,7 +53,11 @@ def test_the_answer_is_the_curve_s_minimum_and_what_it_is_worth(tmp_path: Path, 
 
     # The grid is trained beside it, and the searches are not repeated; nor do they depend on the present dilation.
     before = (out / "d04-seed0-sampled/metrics.json").stat()
-    page = run_tune(TuneConfig(**values, verify=True))
+    page = run_tune(TuneConfig(**{**values, "report": "end"}, verify=True))
+    report = (out / "report.html").read_text(encoding="utf-8")
+    for text in ("Verified by a grid", ">not reliable</span>", "weights of the search", "--verify"):
+        assert text in report
+    assert [file.parent for file in out.rglob("report.html")] == [out]
     assert (out / "d04-seed0-sampled/metrics.json").stat() == before
     verified = json.loads((out / "answer.json").read_text())["verified"]
     assert [row["dilation"] for row in verified["grid"]] == sorted({2, 3, 4, round(best)})
@@ -74,7 +78,8 @@ def test_the_answer_is_the_curve_s_minimum_and_what_it_is_worth(tmp_path: Path, 
 @pytest.mark.slow
 def test_several_paths_are_answered_with_a_set(tmp_path: Path, tiny: dict[str, Any]) -> None:
     out = tmp_path / "tune"
-    page = run_tune(TuneConfig(**{**tiny, "out": str(out), "seeds": (0, 1), "paths": 2}))
+    page = run_tune(TuneConfig(**{**tiny, "out": str(out), "seeds": (0, 1), "paths": 2, "report": "end"}))
+    assert "The ten best combinations of d04-seed1-sampled" in (out / "report.html").read_text(encoding="utf-8")
     answer = json.loads((out / "answer.json").read_text())
     found = [
         json.loads((out / f"d04-seed{seed}-sampled/metrics.json").read_text())["search"]["sets"] for seed in (0, 1)

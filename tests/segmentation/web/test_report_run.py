@@ -82,6 +82,11 @@ def test_a_fixed_run_beside_it_is_the_baseline(run_folder: Callable[..., Path], 
         "effective_dilation": 1.0,
     }
     del other["search"]
+    rates = [{"rate": 2, "receptive_field_px": 31.0, "mean_gate": 0.25}]
+    other["gates"] = {
+        **{"each": "pixel", "rates": rates, "field_px": 31.0, "least_field_px": 30.0, "greatest_field_px": 32.0},
+        "images": 2,
+    }
     run_folder("d01-seed0", other, search="none")
     out = run_folder("d01-seed0-sampled")
     write_report(out, out / "a.html")
@@ -92,6 +97,7 @@ def test_a_fixed_run_beside_it_is_the_baseline(run_folder: Callable[..., Path], 
     write_report(out.with_name("d01-seed0"), out / "b.html")
     fixed = (out / "b.html").read_text(encoding="utf-8")
     assert "The dilation was fixed; nothing was learned." in fixed
+    assert '<th scope="row">rate 2</th><td>31</td><td>25.0%</td>' in fixed
     assert 'class="badge' not in fixed
 
 

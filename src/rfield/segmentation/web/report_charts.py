@@ -93,7 +93,7 @@ def curve_chart(
     # What has tooltips is on top.
     shown: list[dict[str, Any]] = [
         *_marks(marked or {}, x),
-        *_singles(curves, label),
+        *_singles(curves, label, x),
         {"data": {"values": rows}, "encoding": {"x": x, "color": colour}, "layer": layers},
     ]
     return Chart(caption, _spec(caption, shown), _curve_values(rows, label, field is not None, band))
@@ -149,7 +149,7 @@ def _marks(marked: Mapping[str, float], x: dict[str, Any]) -> list[dict[str, Any
     return found
 
 
-def _singles(curves: Mapping[str, Sequence[Point]], label: str) -> list[dict[str, Any]]:
+def _singles(curves: Mapping[str, Sequence[Point]], label: str, x: dict[str, Any]) -> list[dict[str, Any]]:
     rows = [
         {"curve": name, "dilation": point.dilation, "value": value}
         for name, points in list(curves.items())[:MOST_LINES]
@@ -159,7 +159,7 @@ def _singles(curves: Mapping[str, Sequence[Point]], label: str) -> list[dict[str
     if not rows:
         return []
     encoding = {
-        "x": _number("dilation", "dilation [feature px], logarithmic"),
+        "x": x,
         "y": {**_number("value", label), "scale": {"zero": False}},
         "color": {"field": "curve", "type": "nominal", "sort": None},
     }

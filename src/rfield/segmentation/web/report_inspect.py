@@ -4,11 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import PIL.Image
-
 from rfield.segmentation.files.untrusted import read_json
-from rfield.segmentation.web.report_page import Block, Page, Pictures, Section, Table, Text, picture
+from rfield.segmentation.web.report_page import Block, Page, Pictures, Section, Table, Text, read_picture
 from rfield.segmentation.web.report_parts import data_name
 from rfield.text import counted, format_pair
 
@@ -53,10 +50,8 @@ def _answer(now: Mapping[str, Any]) -> str:
 def _effective(path: Path, networks: Mapping[str, Any]) -> list[Section]:
     blocks: list[Block] = []
     if (path / "effective.png").is_file():
-        with PIL.Image.open(path / "effective.png") as image:
-            pixels = np.asarray(image.convert("RGB"))
         alt = "Heat map of what each pixel of an image contributes to the output in its middle"
-        blocks.append(Pictures([picture(pixels, alt)]))
+        blocks.append(Pictures([read_picture(path / "effective.png", alt)]))
     rows = [
         [title, f"{each['share']:.0%}", f"{each['side']}", f"{each['area_ratio']:.1%}"]
         for title, network in networks.items()

@@ -149,14 +149,22 @@ class Page:
     """Seconds after which a browser reads the file again, while a run goes on."""
 
 
-def picture(pixels: npt.NDArray[np.uint8], alt: str, caption: str = "", boxes: Sequence[Box] = ()) -> Picture:
-    """Return an image uint8 [H, W, 3] as a picture: a WebP of 720 px at most; boxes are in px of the image itself."""
+def picture(
+    pixels: npt.NDArray[np.uint8], alt: str, caption: str = "", boxes: Sequence[Box] = (), largest: int = _LARGEST
+) -> Picture:
+    """Return an image uint8 [H, W, 3] as a WebP of `largest` px at most; boxes are in px of the image itself."""
     image = PIL.Image.fromarray(pixels)
-    image.thumbnail((_LARGEST, _LARGEST))
+    image.thumbnail((largest, largest))
     file = io.BytesIO()
     image.save(file, "WEBP", quality=82, method=4)
     source = f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"
     return Picture(source, alt, pixels.shape[0], pixels.shape[1], caption, boxes)
+
+
+def read_picture(path: Path, alt: str) -> Picture:
+    """Return the image of a file that rfield has drawn as a picture."""
+    with PIL.Image.open(path) as image:
+        return picture(np.asarray(image.convert("RGB")), alt, largest=1400)
 
 
 def render(page: Page) -> str:

@@ -12,7 +12,7 @@ def what_it_sees(blocks: Sequence[Block]) -> Section:
     return Section(
         "What one output pixel sees",
         "A box is the part of the image that can change the label of its middle pixel, at true scale; "
-        "what lies outside cannot.",
+        "what lies outside cannot. A box of more than twice the size of the image is cut.",
         blocks,
     )
 
@@ -25,7 +25,10 @@ def score_table(metrics: Mapping[str, Any], other: tuple[str, Mapping[str, Any]]
         if other is not None:
             mean = len(rows) == len(metrics["per_class"])
             before = other[1]["miou"] if mean else other[1]["per_class"].get(name)
-            row += [percent(before), "-" if iou is None or before is None else f"{100 * (iou - before):+.1f}"]
+            row += [
+                percent(before),
+                "-" if iou is None or before is None else f"{round(100 * (iou - before), 1) + 0.0:+.1f}",
+            ]
         rows.append(row)
     bars = [*metrics["per_class"].values(), metrics["miou"]]
     header = ["class", "IoU, %", *([f"{other[0]}, %", "difference"] if other else [])]

@@ -10,7 +10,7 @@ from rfield.segmentation.runs import read_factor_csv, read_paths_csv
 from rfield.segmentation.web.report_charts import MOST_LINES, Point, curve_chart, steps_chart
 from rfield.segmentation.web.report_command import command_of, without_places
 from rfield.segmentation.web.report_folder import Baseline, Folder, field_boxes, find_baseline, read_folder
-from rfield.segmentation.web.report_page import Block, Page, Section, Table
+from rfield.segmentation.web.report_page import Block, Page, Pictures, Section, Table, read_picture
 from rfield.segmentation.web.report_parts import (
     best_sets,
     cost_matrix,
@@ -62,6 +62,7 @@ def run_page(path: Path, public: bool = False, refresh: int | None = None) -> Pa
             *curve_section(folder),
             *course_section(folder),
             *_sets(folder),
+            *_gates(folder, public),
             *_scores(folder, baseline),
             _cost(folder),
             _how_to_repeat(folder, public),
@@ -164,6 +165,25 @@ def _sets(folder: Folder) -> list[Section]:
     if len(names) == len(kept):
         blocks.append(cost_matrix(costs, folder.class_names, names))
     return [Section("The set of dilations", about, blocks)]
+
+
+def _gates(folder: Folder, public: bool) -> list[Section]:
+    """Return the rates that gates mix, and the figure of what they choose."""
+    gates = (folder.metrics or {}).get("gates")
+    if gates is None:
+        return []
+    rows = [
+        [f"rate {each['rate']:g}", f"{each['receptive_field_px']:.0f}", f"{each['mean_gate']:.1%}"]
+        for each in gates["rates"]
+    ]
+    blocks: list[Block] = [Table("The rates that the gates mix", ("rate", "receptive field, px", "mean gate"), rows)]
+    if (file := folder.path / "gates.png").is_file() and not public:
+        blocks.insert(0, Pictures([read_picture(file, "Images and the receptive field that the gates choose")]))
+    about = (
+        f"The input decides: on average {gates['field_px']:.0f} px, from {gates['least_field_px']:.0f} to "
+        f"{gates['greatest_field_px']:.0f} px over {counted(gates['images'], 'image')}, one for each {gates['each']}."
+    )
+    return [Section("The receptive field that the gates choose", about, blocks)]
 
 
 def _scores(folder: Folder, baseline: Baseline | None) -> list[Section]:

@@ -59,10 +59,10 @@ def _networks(run: Run, start: float | None, before: Path | None) -> tuple[dict[
     except (ValueError, OSError):  # A folder that someone has changed; the labels now are shown all the same.
         return now, ""
     about = (
-        f"The labels at dilation {number(start)} are those of the weights of the search, which was trained at many "
-        "dilations by turns; a network that is trained at that one alone may label better."
+        "The weights of the search were trained at many dilations by turns; a network that is trained at dilation "
+        f"{number(start)} alone may label better there."
     )
-    return {f"labels at the start, dilation {number(start)}": shared, mine: run}, about
+    return {f"labels at dilation {number(start)}, weights of the search": shared, mine: run}, about
 
 
 def _sample(

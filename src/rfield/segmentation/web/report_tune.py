@@ -73,8 +73,9 @@ def _of_one(path: Path, answer: Mapping[str, Any]) -> _Parts:
     """Return headline, verdicts, boxes, present dilation and sections of the answer on one dilation."""
     best, present, verdict = answer["best_dilation"], answer["present_dilation"], answer["verdict"]
     now = f"dilation {number(best)}, a receptive field of {answer['best_receptive_field_px']:.0f} px"
-    recommended = verdict["kind"] in ("clear", "likely")
-    headline = f"Recommended: {now}." if recommended else f"The least loss was read at {now}."
+    recommended, unknown = verdict["kind"] in ("clear", "likely"), verdict["kind"] == "not reliable"
+    least = f"{'Nothing is recommended; the' if unknown else 'The'} least loss was read at {now}."
+    headline = f"Recommended: {now}." if recommended else least
     sides = {
         "now": (present, answer["present_receptive_field_px"], 0),
         "best": (best, answer["best_receptive_field_px"], 1),
