@@ -55,7 +55,7 @@ def _run(config: TrainConfig) -> tuple[float, float, float]:
     torch.set_num_threads(1)
     begun = time.process_time()
     with tempfile.TemporaryDirectory() as folder:
-        metrics = train(config.replace(out=f"{folder}/run"))
+        metrics = train(config.replace(out=f"{folder}/run", report="none"))
     return metrics["train_seconds"], time.process_time() - begun, metrics.get("search", {}).get("seconds", 0.0)
 
 

@@ -52,6 +52,7 @@ def config_of(kind: str, data: Path, out: Path) -> TrainConfig:
         workers=0,
         cache=str(data.parent / "cache"),
         resume=True,
+        report="none",
         **RUNS[kind],
     )
 

@@ -73,6 +73,7 @@ def measure(epochs: int, workers: int, scratch: Path) -> list[list[float]]:
         batch_size=2,
         crop_size=(33, 33),
         workers=workers,
+        report="none",
     )
     try:
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):

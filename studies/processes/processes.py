@@ -58,6 +58,7 @@ def config_of(kind: str, root: Path, out: str, **values: Any) -> TrainConfig:
         "workers": 0,
         "cache": str(root / "cache"),
         "resume": True,
+        "report": "none",
     }
     return TrainConfig(data=str(data), out=str(root / out), **settings | own | values)
 

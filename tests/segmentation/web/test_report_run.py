@@ -195,6 +195,12 @@ def test_the_page_works_in_a_browser(
         page.wait_for_selector("figure.chart:last-of-type svg")
         assert page.locator("figure.chart .plot svg").count() == 3
         assert axe_problems(page) == []
+        # 39 and 23 of the 16 px of the image, around its middle.
+        places = "each => { const r = each.getBoundingClientRect(); return [r.x + r.width / 2, r.width]; }"
+        first = page.locator(".pictures svg").first
+        image, now, start = (first.locator(name).evaluate(places) for name in ("image", "rect.box.c1", "rect.box.c0"))
+        assert [now[1] / image[1], start[1] / image[1]] == pytest.approx([39 / 16, 23 / 16], rel=0.01)
+        assert [now[0], start[0]] == pytest.approx([image[0]] * 2, abs=0.1)
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         light = page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
         assert light == (scheme == "light")

@@ -212,7 +212,7 @@ def _cost(folder: Folder) -> Section:
         rows.append(["of them in the head", f"{sum(weight.numel() for weight in network.head.parameters()):,}"])
         learned = sum(value.numel() for name, value in network.named_parameters() if name.endswith("log_factor"))
         rows.append(["of them learned factors", f"{learned}"])
-    return Section("What it cost", "", [Table("Time and size", ("", "amount"), rows)] if rows else [])
+    return Section("What it cost", "", [Table("Time and size", ("item", "amount"), rows)] if rows else [])
 
 
 def _how_to_repeat(folder: Folder, public: bool) -> Section:
