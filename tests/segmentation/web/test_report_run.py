@@ -82,11 +82,6 @@ def test_a_fixed_run_beside_it_is_the_baseline(run_folder: Callable[..., Path], 
         "effective_dilation": 1.0,
     }
     del other["search"]
-    rates = [{"rate": 2, "receptive_field_px": 31.0, "mean_gate": 0.25}]
-    other["gates"] = {
-        **{"each": "pixel", "rates": rates, "field_px": 31.0, "least_field_px": 30.0, "greatest_field_px": 32.0},
-        "images": 2,
-    }
     run_folder("d01-seed0", other, search="none")
     out = run_folder("d01-seed0-sampled")
     write_report(out, out / "a.html")
@@ -97,8 +92,30 @@ def test_a_fixed_run_beside_it_is_the_baseline(run_folder: Callable[..., Path], 
     write_report(out.with_name("d01-seed0"), out / "b.html")
     fixed = (out / "b.html").read_text(encoding="utf-8")
     assert "The dilation was fixed; nothing was learned." in fixed
-    assert '<th scope="row">rate 2</th><td>31</td><td>25.0%</td>' in fixed
     assert 'class="badge' not in fixed
+
+
+def test_gates_and_paths_answer_for_themselves(
+    run_folder: Callable[..., Path], plain_charts: None, tmp_path: Path
+) -> None:
+    rates = [{"rate": 2, "receptive_field_px": 31.0, "mean_gate": 0.25}]
+    gates = {
+        **{"each": "pixel", "rates": rates, "field_px": 31.0, "least_field_px": 30.0, "greatest_field_px": 32.0},
+        "images": 2,
+    }
+    fields = [{"effective_dilation": 3.0, "receptive_field_px": 39.0}, {**rates[0], "effective_dilation": 2.0}]
+    paths = [*fields, {"effective_dilation": 0.0, "receptive_field_px": None, "branch": "pool"}]
+    for name, found, told in (
+        ("gates", {"gates": gates}, "The input decides: each image has a receptive field of 30 to 32 px, 31 px"),
+        ("paths", {"paths": paths}, "3 paths with dilations 3, 2, pool: receptive fields of 31 to 39 px."),
+        ("alike", {"paths": fields[:1] * 2}, "2 paths with dilations 3, 3: receptive fields of 39 px."),
+    ):
+        out = run_folder(name, {**run_folder.metrics, "search": {}, **found}, search="none")
+        write_report(out, tmp_path / "a.html")
+        html = (tmp_path / "a.html").read_text(encoding="utf-8")
+        assert told in html
+        assert ('<th scope="row">rate 2</th><td>31</td><td>25.0%</td>' in html) == (name == "gates")
+        assert html.count('class="box c1"') == 2
 
 
 def test_what_is_missing_is_said(run_folder: Callable[..., Path], plain_charts: None, tmp_path: Path) -> None:

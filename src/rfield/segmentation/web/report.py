@@ -30,7 +30,8 @@ def write_report(path: str | Path, out: str | Path, public: bool = False, refres
     except (KeyError, TypeError, IndexError, AttributeError, ArithmeticError, ValueError) as error:
         if isinstance(error, ValueError) and str(path) in str(error):
             raise
-        raise ValueError(f"{path} holds a file that is not what rfield writes: {error!r}") from error
+        reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        raise ValueError(f"{path} holds a file that is not what rfield writes: {reason}") from error
     write_text(Path(out), render(page))
 
 

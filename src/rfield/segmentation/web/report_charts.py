@@ -246,12 +246,15 @@ def _tip(field: str, title: str, kind: str = "quantitative", format: str | None 
 def _ticks(values: Sequence[float]) -> list[float]:
     """Return ticks for a logarithmic axis: 1, 2, 3, 5, 7 of each decade, or the values themselves if they are few.
 
-    >>> _ticks([2, 6, 14]), _ticks([*range(1, 30)])
-    ([2, 6, 14], [1.0, 2.0, 3.0, 5.0, 7.0, 10.0, 20.0])
+    >>> _ticks([2, 6, 14]), _ticks([*range(1, 30)]), _ticks([5.81, 5.82, 5.9, 6.1])
+    ([2, 6, 14], [1.0, 2.0, 3.0, 5.0, 7.0, 10.0, 20.0], [5.81, 5.88, 5.96, 6.03, 6.1])
     """
     known = sorted({*values})
     if len(known) <= 8 and all(high / low > 1.09 for low, high in itertools.pairwise(known)):
         return known
     decades = range(math.floor(math.log10(known[0])), math.ceil(math.log10(known[-1])) + 1)
     ticks = [float(f"{lead * 10.0**decade:.6g}") for decade in decades for lead in (1, 2, 3, 5, 7)]
-    return [tick for tick in ticks if known[0] <= tick <= known[-1]]
+    inside = [tick for tick in ticks if known[0] <= tick <= known[-1]]
+    if len(inside) > 2:
+        return inside
+    return sorted({float(f"{tick:.3g}") for tick in np.linspace(known[0], known[-1], 5)})

@@ -147,7 +147,8 @@ def field_boxes(folder: Folder) -> list[Box]:
         ]
     else:
         known = [metrics]
-        boxes = [_square("fixed" if folder.start is None else "learned", metrics, 1)]
+        fixed = "at most" if "gates" in metrics else "fixed"
+        boxes = [_square(fixed if folder.start is None else "learned", metrics, 1)]
     first = next((each for each in known if each["effective_dilation"]), None)
     if folder.start is None or first is None or math.isclose(folder.start, first["effective_dilation"]):
         return boxes

@@ -227,8 +227,14 @@ def _answer(folder: Folder) -> str:
     if "paths" in metrics:
         shown = [each.get("branch") or number(each["effective_dilation"]) for each in metrics["paths"]]
         fields = [each["receptive_field_px"] for each in metrics["paths"] if each["receptive_field_px"]]
-        span = f"{min(fields):.0f} to {max(fields):.0f} px" if fields else "the whole image"
+        span = (
+            " to ".join(dict.fromkeys(f"{side:.0f}" for side in (min(fields), max(fields)))) + " px" if fields else ""
+        )
+        span = span or "the whole image"
         return f"{counted(len(shown), 'path')} with dilations {', '.join(shown)}: receptive fields of {span}."
+    if gates := metrics.get("gates"):
+        span = f"{gates['least_field_px']:.0f} to {gates['greatest_field_px']:.0f} px"
+        return f"The input decides: each image has a receptive field of {span}, {gates['field_px']:.0f} px on average."
     dilation, side = metrics["effective_dilation"], metrics["receptive_field_px"]
     fixed = "" if folder.start is not None else " The dilation was fixed; nothing was learned."
     return f"Dilation {number(dilation)}: each output pixel sees {side:.0f} px.{fixed}"
