@@ -10,7 +10,7 @@ from torchvision.ops import DeformConv2d
 
 from benchmarks.steps import steps
 from benchmarks.timing import Case, Group, training_step, without_gradient
-from rfield import AdaptiveConv2d, ReceptiveFieldRegulator, fuse
+from rfield import AdaptiveConv2d, GatedConv2d, ReceptiveFieldRegulator, fuse
 from rfield.ops import resize_bilinear, resized_size
 from rfield.segmentation.models import HeadSpec, SinglePathHead, largefov_vgg16
 
@@ -138,6 +138,29 @@ def convolution(quick: bool = False) -> Iterator[Group]:
                 yield Group(f"convolution, {doing}: {name}, bfloat16", lowered)
 
 
+def gates(quick: bool = False) -> Iterator[Group]:
+    """Run a 3x3 convolution at four rates, mixed by gates, beside four convolutions and a deformable one."""
+    shapes = [(1, 64, 64, 33), (8, 112, 64, 17), (8, 512, 128, 41)]
+    for batch, channels, out_channels, side in shapes[:1] if quick else shapes:
+        input = _map((batch, channels, side, side), channels_last=True).requires_grad_()
+        plain = nn.Conv2d(channels, out_channels, 3, padding=4, dilation=4)
+        modules: dict[str, nn.Module] = {
+            "nn.Conv2d": plain,
+            "GatedConv2d of four rates, image": GatedConv2d.from_conv(plain, gates="image"),
+            "GatedConv2d of four rates, pixel": GatedConv2d.from_conv(plain, gates="pixel"),
+            "deform_conv2d, predicted offsets": _Deformable(plain, static=False),
+        }
+        modules = {name: module.to(_DEVICE) for name, module in modules.items()}
+        runs = {key: (lambda m=module, i=input: m(i)) for key, module in modules.items()}
+        inferences = {key: without_gradient(run) for key, run in runs.items()}
+        steps = {key: training_step(run, [input, *modules[key].parameters()]) for key, run in runs.items()}
+        for doing, cases in (("inference", inferences), ("training", steps)):
+            cases["four nn.Conv2d"] = _together([cases["nn.Conv2d"]] * 4)
+            for module in modules.values():
+                module.train(doing == "training")
+            yield Group(f"gates, {doing}: batch {batch}, {channels} -> {out_channels}, {side} x {side}", cases)
+
+
 def _dcls() -> type[nn.Module] | None:
     try:
         from DCLS.construct.modules import Dcls2d
@@ -235,6 +258,7 @@ def fused(quick: bool = False) -> Iterator[Group]:
 GROUPS = {
     "resize": resize,
     "convolution": convolution,
+    "gates": gates,
     "head": head,
     "network": network,
     "fused": fused,

@@ -23,19 +23,22 @@ _MOMENTUM = 0.1
 class GatedConv2d(nn.Module):
     """A convolution at several rates (dilations) with one kernel, mixed by gates that a small network predicts.
 
-    Each rate has its own batch norm, and the outputs are summed with softmax gates. `gates="image"` predicts one set of
+    The outputs, each in a batch norm of its own, are summed with softmax gates. `gates="image"` predicts one set of
     gates for the whole image, from globally pooled features (as in Selective Kernel networks; Li et al., CVPR 2019);
     `gates="pixel"` predicts one for each pixel (the Autofocus layer; Qin et al., MICCAI 2018). At the start all gates
     are equal. The layer costs as much as its rates are many, uses plain operations only, and exports to ONNX with any
     size.
 
-    Weight and bias have the state-dict keys of `nn.Conv2d`. Further keys are `norms.*`, `gate.*` and `mean_gates`.
+    Weight and bias have the state-dict keys of `nn.Conv2d`. Further keys are `gate.*`, `mean_gates`, and with batch
+    norms `norms.*`.
 
     Args:
         in_channels, out_channels, kernel_size, stride, groups, bias: as in `nn.Conv2d`, for odd kernels. Zeros pad the
             input so that the kernel's centres lie at every `stride` px, whatever the rate.
         rates: two or more different dilations, such as a set that a search has found.
         gates: `image` or `pixel`.
+        norm: give each rate a batch norm of its own, as in both papers. Without it, the layer starts as the mean of the
+            convolutions.
 
     Attributes:
         gate: the small network: Tensor[N, C, h, w] to gates Tensor[N, R, 1, 1] or Tensor[N, R, H, W]. A forward hook on
@@ -65,21 +68,24 @@ class GatedConv2d(nn.Module):
         bias: bool = True,
         rates: Sequence[int] = DEFAULT_RATES,
         gates: Gates = "image",
+        norm: bool = True,
     ) -> None:
         height, width = (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size
         padding = height // 2, width // 2
         plain = nn.Conv2d(in_channels, out_channels, (height, width), stride, padding, groups=groups, bias=bias)
-        self._init_from(plain, rates, gates)
+        self._init_from(plain, rates, gates, norm)
 
     @classmethod
-    def from_conv(cls, conv: nn.Conv2d, rates: Sequence[int] = DEFAULT_RATES, gates: Gates = "image") -> "GatedConv2d":
+    def from_conv(
+        cls, conv: nn.Conv2d, rates: Sequence[int] = DEFAULT_RATES, gates: Gates = "image", norm: bool = True
+    ) -> "GatedConv2d":
         """Return a gated convolution that shares the weight, the bias and the parametrizations of `conv`.
 
         Its rates replace the dilation of `conv`.
 
         Args:
             conv: the convolution to replace.
-            rates, gates: see the class.
+            rates, gates, norm: see the class.
 
         Raises:
             ValueError: as the class, and if `conv` cannot be replaced, see `reason_not_gateable`.
@@ -90,11 +96,11 @@ class GatedConv2d(nn.Module):
             True
         """
         gated = cls.__new__(cls)
-        gated._init_from(conv, rates, gates)
+        gated._init_from(conv, rates, gates, norm)
         share_parametrizations(conv, gated)
         return gated
 
-    def _init_from(self, conv: nn.Conv2d, rates: Sequence[int], gates: Gates) -> None:
+    def _init_from(self, conv: nn.Conv2d, rates: Sequence[int], gates: Gates, norm: bool) -> None:
         reason = reason_not_gateable(conv)
         if reason:
             raise ValueError(f"the convolution cannot be gated: {reason}")
@@ -118,7 +124,7 @@ class GatedConv2d(nn.Module):
             if name in conv._parameters:
                 self.register_parameter(name, conv._parameters[name])
         self.gate = _gate(conv.in_channels, len(rates), self.stride, gates)
-        self.norms = nn.ModuleList(nn.BatchNorm2d(conv.out_channels) for _ in rates)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(conv.out_channels) if norm else nn.Identity() for _ in rates)
         self.register_buffer("mean_gates", torch.full((len(rates),), 1 / len(rates)))
         parameter = next(conv.parameters())
         self.to(parameter.device, parameter.dtype)
@@ -168,13 +174,14 @@ class GatedConv2d(nn.Module):
         self.mean_gates.lerp_(mean, _MOMENTUM)
 
     @torch.no_grad()
-    def folded(self, place: int) -> tuple[Tensor, Tensor]:
-        """Return the weight and the bias of a plain convolution: one rate, with its batch norm in eval mode.
+    def folded(self, place: int) -> tuple[Tensor, Tensor | None]:
+        """Return the weight and the bias of a plain convolution: one rate, with its batch norm, if any, in eval mode.
 
         They compute what the layer computes where that rate's gate is 1.
         """
         norm = self.norms[place]
-        assert isinstance(norm, nn.BatchNorm2d)
+        if not isinstance(norm, nn.BatchNorm2d):
+            return self.weight, self.bias
         assert norm.running_mean is not None
         assert norm.running_var is not None
         scale = norm.weight * (norm.running_var + norm.eps).rsqrt()

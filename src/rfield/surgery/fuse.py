@@ -350,8 +350,9 @@ def _plain_gated(layer: GatedConv2d) -> nn.Module:
         weight, bias = layer.folded(layer.one_hot)
     rate = layer.rates[layer.one_hot]
     shape = (layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding_at(rate), rate)
-    conv = nn.Conv2d(*shape, layer.groups, device="meta")
-    conv.weight, conv.bias = nn.Parameter(weight), nn.Parameter(bias)
+    conv = nn.Conv2d(*shape, layer.groups, bias is not None, device="meta")
+    conv.weight = nn.Parameter(weight)
+    conv.bias = None if bias is None else nn.Parameter(bias)
     return conv.train(layer.training)
 
 

@@ -159,7 +159,9 @@ class SinglePathHead(nn.Module):
         if branch:
             pass
         elif spec.gates:
-            layers.fc6 = GatedConv2d.from_conv(fc6, [rate for rate in spec.rates if isinstance(rate, int)], spec.gates)
+            rates = [rate for rate in spec.rates if isinstance(rate, int)]
+            # Batch norms after fc6 cost 5 points on nuclei, with gates and without (studies/gates).
+            layers.fc6 = GatedConv2d.from_conv(fc6, rates, spec.gates, norm=False)
         elif spec.regulate and spec.mechanism == "regulator":
             self.layers = ReceptiveFieldRegulator(layers, factor)
         elif spec.regulate:
