@@ -92,6 +92,7 @@ def test_the_issue_s_experiments() -> None:
         seed=1,
         search="none",
         resume=True,
+        report="none",
     )
     assert run == expected
 
