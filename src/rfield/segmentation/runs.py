@@ -166,6 +166,9 @@ def run_at_dilations(network: ParsingNetwork, dilations: Sequence[float]) -> Non
         have = counted(len(groups), "learned dilation") if groups else "none that is learned, as after fuse"
         raise ValueError(f"got {counted(len(dilations), 'dilation')}, but the network has {have}")
     for group, dilation in zip(groups, dilations, strict=True):
+        for layer in group:
+            if isinstance(layer, ReceptiveFieldRegulator) and layer.snapped:
+                layer.freeze_factor(frozen=False)  # A snapped regulator would stay at its dilation.
         override_dilation(group, [dilation] * group[0].log_factor.numel())
 
 

@@ -14,14 +14,18 @@ import PIL.Image
 import pytest
 import torch
 
+from rfield.layers import LearnedFactor
 from rfield.segmentation.cli import main
 from rfield.segmentation.config.inspect import ShowConfig
+from rfield.segmentation.config.train import TrainConfig
 from rfield.segmentation.data.images import read_image
+from rfield.segmentation.models import small_cnn
+from rfield.segmentation.runs import Run
 from rfield.segmentation.web import show, show_pictures
 from rfield.segmentation.web.show_curve import read_curves
 from rfield.segmentation.web.show_field import pixel_field
 from rfield.segmentation.web.show_pictures import Picture, Pictures
-from rfield.segmentation.web.show_viewer import Viewer, open_viewer
+from rfield.segmentation.web.show_viewer import PathSlider, Viewer, open_viewer
 
 
 @pytest.fixture
@@ -74,6 +78,22 @@ def test_final_weights_are_said_to_be_final(run: Path, tmp_path: Path) -> None:
     assert [slider.curve for slider in viewer.sliders] == list(read_curves(run).values())
     (tmp_path / "run/metrics.json").write_text('{"search": {"factors": [1]}}', encoding="utf-8")
     assert open_viewer(str(tmp_path / "run"), None, "last").sliders[0].curve == []
+
+
+def test_a_snapped_regulator_moves_and_comes_back() -> None:
+    torch.manual_seed(0)
+    network = small_cnn(4, dilation=6, head_channels=8).eval()
+    layer = next(module for module in network.modules() if isinstance(module, LearnedFactor))
+    layer.set_factor(2.0)
+    layer.snap()
+    config = TrainConfig(data="synthetic", out="none", model="small_cnn")
+    run = Run(Path("none"), config, tuple("abcd"), [(0, 0, 0)] * 4, network)
+    viewer = Viewer("network", network, "", run, [PathSlider(3.0, 1.0, 8.0, 0.25, [])])
+    picture = Pictures(None, "val", None).add("a", a_picture())
+    learned = [viewer.labels(picture, dilations)[1] for dilations in (None, [8], [3], None)]
+    assert not torch.equal(learned[0], learned[1])
+    assert torch.equal(learned[0], learned[3])
+    assert layer.snapped
 
 
 def test_the_box_holds_all_that_a_pixel_sees(run: Path) -> None:

@@ -275,7 +275,7 @@ class Model {
     const zoom = Math.max(1, Math.min(6, Math.round(1500 / across)));
     const canvas = this.canvas;
     Object.assign(canvas, { width: across * zoom, height: down * zoom });
-    canvas.style.maxWidth = `calc(78vh * ${across / down})`;
+    canvas.style.setProperty("--ratio", across / down);
     this.frame = { area, zoom };
     const ink = canvas.getContext("2d");
     ink.setTransform(zoom, 0, 0, zoom, -area.left * zoom, -area.top * zoom);
@@ -355,6 +355,7 @@ class Model {
       return item;
     };
     const solid = (colour) => (swatch) => { swatch.style.background = colour; };
+    const outline = (colour) => (swatch) => { swatch.style.boxShadow = `inset 0 0 0 2px ${colour}`; };
     const items = [];
     if (this.labels && ["labels", "difference"].includes(state.view)) {
       const counts = new Uint32Array(256);
@@ -372,8 +373,8 @@ class Model {
     if (state.view === "confidence") items.push(entry("certain to uncertain", "", scale("#8c8c8c, #d55e00")));
     if (this.field) {
       if (state.view === "field") items.push(entry("contribution, from a thousandth of the largest", "", scale("#8c8c8c, #d55e00, #ffe08a")));
-      if (this.field.theoretical) items.push(entry("theoretical field", "", solid("#56b4e9")));
-      items.push(entry(`${percent(state.share, 0)} of the contributions`, "", solid("#f0e442")));
+      if (this.field.theoretical) items.push(entry("theoretical field", "", outline("#56b4e9")));
+      items.push(entry(`${percent(state.share, 0)} of the contributions`, "", outline("#f0e442")));
     }
     list.replaceChildren(...items);
   }
@@ -445,34 +446,26 @@ function drawCurve(root, { least, greatest, learned, curve }) { // above the sli
   chart.setAttribute("role", "img");
   const losses = curve.map(([, loss]) => loss);
   const low = Math.min(...losses), high = Math.max(...losses);
-  const across = (at) => `calc(8px + (100% - 16px) * ${(at - least) / (greatest - least)})`; // where the slider's thumb is
+  const across = (at) => `${100 * (at - least) / (greatest - least)}%`;
   const down = (loss) => 6 + 44 * (1 - (loss - low) / (high - low || 1));
-  const add = (name, values) => {
+  const add = (name, kind, values) => {
     const part = chart.appendChild(document.createElementNS(SVG, name));
-    for (const [key, value] of Object.entries(values)) {
-      if (["cx", "x", "x1", "x2"].includes(key) && name === "circle") part.style.setProperty(key, value);
-      else part.setAttribute(key, value);
-    }
+    part.setAttribute("class", kind);
+    for (const [key, value] of Object.entries(values)) part.setAttribute(key, value);
     return part;
   };
-  const inner = add("svg", { x: 8, y: 0, height: "100%", viewBox: "0 0 1000 58", preserveAspectRatio: "none" });
-  inner.style.setProperty("width", "calc(100% - 16px)");
-  const share = (at) => 1000 * (at - least) / (greatest - least);
-  const within = (name, values) => {
-    const part = inner.appendChild(document.createElementNS(SVG, name));
-    for (const [key, value] of Object.entries(values)) part.setAttribute(key, value);
-  };
-  for (const [at, loss, error] of curve) {
-    if (error) within("line", { class: "bar", x1: share(at), x2: share(at), y1: down(loss - error), y2: down(loss + error) });
-  }
-  within("polyline", { class: "line", points: curve.map(([at, loss]) => `${share(at)},${down(loss)}`).join(" ") });
-  within("line", { class: "learned", x1: share(learned), x2: share(learned), y1: 0, y2: 58, "vector-effect": "non-scaling-stroke" });
-  for (const [at, loss] of curve) add("circle", { class: "dot", cx: across(at), cy: down(loss), r: 2.2 });
-  const here = add("circle", { class: "here", cx: across(learned), cy: 0, r: 5 });
+  const line = (kind, [x1, y1], [x2, y2]) => add("line", kind, { x1: across(x1), y1, x2: across(x2), y2 });
+  line("learned", [learned, 0], [learned, 58]);
+  curve.forEach(([at, loss, error], index) => {
+    if (error) line("bar", [at, down(loss - error)], [at, down(loss + error)]);
+    if (index) line("line", [curve[index - 1][0], down(curve[index - 1][1])], [at, down(loss)]);
+  });
+  for (const [at, loss] of curve) add("circle", "dot", { cx: across(at), cy: down(loss), r: 2.2 });
+  const here = add("circle", "here", { cx: across(learned), cy: 0, r: 5 });
   const best = curve.reduce((one, other) => (other[1] < one[1] ? other : one));
   return (value) => {
     const loss = lossAt(curve, value);
-    here.style.setProperty("cx", across(value));
+    here.setAttribute("cx", across(value));
     here.setAttribute("cy", loss === null ? 54 : down(loss));
     const now = loss === null ? "beyond the curve" : `a loss of ${loss.toFixed(4)}`;
     chart.setAttribute("aria-label", `Held-out loss over the dilation: at ${plain(value)} ${now}, least ${best[1].toFixed(4)} at ${plain(best[0])}`);

@@ -24,7 +24,10 @@ from rfield.segmentation.runs import SEARCH_WEIGHTS, Run, load_run, run_at_dilat
 from rfield.segmentation.web.show_curve import Curve, read_curves
 from rfield.segmentation.web.show_pictures import Picture
 
+# Of the features that are kept: the number of images, and bytes.
+_CACHED_IMAGES = 8
 _CACHED_BYTES = 256 * 2**20
+# Of the paths' logits at the last move.
 _CACHED_PATHS = 512 * 2**20
 # The end of a slider without a curve, in feature px.
 _GREATEST = 24.0
@@ -76,6 +79,7 @@ class Viewer:
         self.sliders = list(sliders)
         self.lock = threading.RLock()
         self.probed: list[Window] | None = None
+        self._snapped = [layer for group in learned_layers(model) for layer in group if layer.snapped]
         self._transform = evaluation_transform()
         self._features: OrderedDict[str, tuple[Tensor, ...]] = OrderedDict()
         # The paths' dilations and logits at the last move, of one image.
@@ -110,6 +114,8 @@ class Viewer:
             for group in learned_layers(self.model):
                 for layer in group:
                     layer.dilation_override = None
+                    if layer in self._snapped and not layer.snapped:
+                        layer.snap()
             return
         most = max((4 * slider.greatest for slider in self.sliders), default=0)
         if not all(math.isfinite(each) and 1 <= each <= most for each in dilations):
@@ -171,7 +177,9 @@ class Viewer:
             self._features.move_to_end(picture.key)
             return self._features[picture.key]
         features = self._features[picture.key] = self.features(self.input(picture))
-        while len(self._features) > 1 and sum(map(_bytes_of, self._features.values())) > _CACHED_BYTES:
+        while len(self._features) > _CACHED_IMAGES or (
+            len(self._features) > 1 and sum(map(_bytes_of, self._features.values())) > _CACHED_BYTES
+        ):
             self._features.popitem(last=False)
         return features
 
