@@ -178,8 +178,8 @@ def test_commands_of_the_readme_and_the_tutorial_run(
     pages = [README, *((ROOT / f"docs/{name}.md").read_text() for name in ("training", "tutorial"))]
     done: list[list[str]] = []
     for words in (words for page in pages for words in commands(page)):
-        # The tests of `inspect` measure larger networks.
-        if words[0] == "inspect" or words in done:
+        # The tests of `inspect` measure larger networks; `show` serves a page until it is interrupted.
+        if words[0] in ("inspect", "show") or words in done:
             continue
         done.append(words)
         if words[0] == "demo":  # trains like the config of scenes; its own tests run it
