@@ -15,14 +15,14 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-# Data set: (its spec below --data, backbone, epochs, half the feature map and 4, score).
+# Data set: (its spec below --data or its file in configs/data, backbone, epochs, half the feature map and 4, score).
 SETTINGS = {
     "nuclei": ("folder:nuclei", "efficientnet_lite0", 10, 20, "miou"),
     "coffee": ("folder:coffee", "efficientnet_lite0", 10, 36, "miou"),
     "road": ("folder:road", "efficientnet_lite0", 10, 36, "miou"),
     "camvid": ("camvid:camvid", "efficientnet_lite0", 10, 34, "miou"),
     "msrc21": ("voc:msrc21_voc", "largefov_vgg16", 10, 24, "miou"),
-    "faces": ("helen:fasseg_helen", "largefov_vgg16", 20, 20, "f1_overall"),
+    "faces": ("faces_256x208.yaml", "largefov_vgg16", 20, 20, "f1_overall"),
 }
 VGG = "weights/vgg16_features_imagenet_fp16.pth"
 # Written down before the first run; the random sets are drawn for each data set.
@@ -58,9 +58,9 @@ def fixed_sets(setting: str) -> list[str]:
 
 
 def methods(setting: str) -> list[str]:
-    """Return the methods of the table, in the order in which they are run: the last two need the runs before."""
+    """Return the methods of the table, in the order in which they are run: the last three need other runs."""
     fixed = [f"fixed-{rates}" for rates in fixed_sets(setting)]
-    return ["learned", "one-path", *fixed, "learned-auto", "four-equal", "learned-set-fixed"]
+    return ["learned", "one-path", *fixed, "learned-auto", "four-equal", "learned-set-fixed", "tuned"]
 
 
 def flags(setting: str, method: str, seed: int, root: Path) -> list[str]:
@@ -76,6 +76,9 @@ def flags(setting: str, method: str, seed: int, root: Path) -> list[str]:
         return ["--paths", "1", "--path-norm"] if method == "one-path" else ["--paths", "auto"]
     if method == "four-equal":
         rates = ",".join(map(str, found("one-path") * 4))
+    elif method == "tuned":
+        answer = json.loads((root / setting / "tune" / "answer.json").read_text())
+        rates = ",".join(map(str, answer["recommended_rates"]))
     elif method == "learned-set-fixed":
         rates = ",".join(map(str, found("learned")))
     else:
@@ -83,15 +86,23 @@ def flags(setting: str, method: str, seed: int, root: Path) -> list[str]:
     return ["--aspp", rates, "--path-norm", "--search", "none"]
 
 
+def data_spec(setting: str, data: Path) -> str:
+    """Return the data set as `rfield train --data` takes it."""
+    kind, _, name = SETTINGS[setting][0].partition(":")
+    return f"{kind}:{data / name}" if name else str(Path(__file__).parents[2] / "configs" / "data" / kind)
+
+
 def train_flags(setting: str, seed: int, data: Path, channels: int, out: Path) -> list[str]:
     """Return the flags of `rfield train` that all methods share."""
-    spec, model, epochs, _, _ = SETTINGS[setting]
-    kind, name = spec.split(":")
+    return [*network_flags(setting, data, channels, out), "--freeze-backbone", "--seed", str(seed), "--resume"]
+
+
+def network_flags(setting: str, data: Path, channels: int, out: Path) -> list[str]:
+    _, model, epochs, _, _ = SETTINGS[setting]
     weights = ["--weights", str(data.parent / VGG)] if model == "largefov_vgg16" else []
     return [
-        *("--data", f"{kind}:{data / name}", "--model", model, *weights),
-        *("--freeze-backbone", "--head-channels", str(channels), "--epochs", str(epochs), "--seed", str(seed)),
-        *("--precision", "bf16-mixed", "--out", str(out), "--resume"),
+        *("--data", data_spec(setting, data), "--model", model, *weights, "--head-channels", str(channels)),
+        *("--epochs", str(epochs), "--precision", "bf16-mixed", "--out", str(out)),
     ]
 
 
@@ -99,6 +110,12 @@ def run(setting: str, method: str, seed: int, options: argparse.Namespace) -> st
     out = options.root / setting / f"{method}-seed{seed}"
     if (out / "metrics.json").is_file():
         return f"{out.name}: done before"
+    tuned = options.root / setting / "tune"
+    if method == "tuned" and not (tuned / "answer.json").is_file():
+        asked = ["--paths", "4", "--seeds", options.seeds, "--jobs", str(options.jobs)]
+        words = ["-m", "rfield", "tune", *network_flags(setting, options.data, options.channels, tuned), *asked]
+        if status := measure(words, tuned):
+            return f"{tuned}: status {status}"
     shared = train_flags(setting, seed, options.data, options.channels, out)
     words = ["-m", "rfield", "train", *shared, *flags(setting, method, seed, options.root)]
     return f"{out.name}: status {measure(words, out)}"
