@@ -9,6 +9,7 @@ import json
 import math
 import os
 import random
+import re
 import statistics
 import subprocess
 import sys
@@ -94,7 +95,15 @@ def data_spec(setting: str, data: Path) -> str:
 
 def train_flags(setting: str, seed: int, data: Path, channels: int, out: Path) -> list[str]:
     """Return the flags of `rfield train` that all methods share."""
-    return [*network_flags(setting, data, channels, out), "--freeze-backbone", "--seed", str(seed), "--resume"]
+    return [
+        *network_flags(setting, data, channels, out),
+        "--freeze-backbone",
+        "--seed",
+        str(seed),
+        "--resume",
+        "--report",
+        "none",
+    ]
 
 
 def network_flags(setting: str, data: Path, channels: int, out: Path) -> list[str]:
@@ -170,6 +179,40 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def gaps(rows: list[dict]) -> str:
+    """Return by how much the learned set is above other heads, paired by the seed, and what it costs."""
+    others = {"best fixed set": "", **{name: f"fixed-{rates}" for rates, name in FIXED.items()}}
+    others |= {"DeepLab's own": "fixed-1x1", "one path": "one-path", "its sets, fixed": "learned-set-fixed"}
+    lines = ["| learned set minus | " + " | ".join(others) + " | cost |", "|---" * (len(others) + 2) + "|"]
+    columns: dict[str, list[float]] = {name: [] for name in others}
+    for setting in SETTINGS:
+        own = [row for row in rows if row["setting"] == setting]
+        learned = {row["seed"]: row for row in own if row["method"] == "learned"}
+        fixed: dict[str, dict[int, float]] = {}
+        for row in own:
+            fixed.setdefault(row["method"], {})[row["seed"]] = row["score"]
+        sets = [each for method, each in fixed.items() if method.startswith("fixed") and {*learned} <= {*each}]
+        if not learned or not sets:
+            continue
+        cells = []
+        for name, start in others.items():
+            best = max(sets, key=lambda each: statistics.mean(each[seed] for seed in learned))
+            other = next((each for method, each in fixed.items() if method.startswith(start)), {}) if start else best
+            gap = [row["score"] - other[seed] for seed, row in learned.items() if seed in other]
+            error = f" ± {statistics.stdev(gap) / len(gap) ** 0.5:.1f}" if len(gap) > 1 else ""
+            columns[name] += [statistics.mean(gap)] if gap else []
+            cells.append(f"{statistics.mean(gap):+.1f}{error}" if gap else "-")
+        # The first run of a data set computes the features, which the median of all fixed sets leaves out.
+        times = [
+            [row["cpu_seconds"] for row in own if re.fullmatch(name, row["method"])] for name in ("learned", "fixed.*")
+        ]
+        known = [[time for time in each if time is not None] for each in times]
+        cost = f"{statistics.median(known[0]) / statistics.median(known[1]):.2f}" if all(known) else "-"
+        lines.append(f"| {setting} ({len(learned)}) | {' | '.join(cells)} | {cost} |")
+    means = [f"{statistics.mean(each):+.1f} ({len(each)})" if each else "-" for each in columns.values()]
+    return "\n".join([*lines, f"| mean over the data sets | {' | '.join(means)} | |", ""])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("root", type=Path, help="folder of the runs")
@@ -194,6 +237,7 @@ def main() -> None:
                 print(f"{number}/{len(jobs)} {line}", flush=True)
     rows = read(options.root)
     print(table(rows))
+    print(gaps(rows))
     if options.into:
         options.into.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
 
