@@ -227,10 +227,8 @@ def _answer(folder: Folder) -> str:
     if "paths" in metrics:
         shown = [each.get("branch") or number(each["effective_dilation"]) for each in metrics["paths"]]
         fields = [each["receptive_field_px"] for each in metrics["paths"] if each["receptive_field_px"]]
-        span = (
-            " to ".join(dict.fromkeys(f"{side:.0f}" for side in (min(fields), max(fields)))) + " px" if fields else ""
-        )
-        span = span or "the whole image"
+        ends = [f"{side:.0f}" for side in (min(fields), max(fields))] if fields else []
+        span = f"{' to '.join(dict.fromkeys(ends))} px" if ends else "the whole image"
         return f"{counted(len(shown), 'path')} with dilations {', '.join(shown)}: receptive fields of {span}."
     if gates := metrics.get("gates"):
         span = f"{gates['least_field_px']:.0f} to {gates['greatest_field_px']:.0f} px"
