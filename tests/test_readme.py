@@ -213,7 +213,7 @@ def test_commands_on_shipping_run_as_written(
         def create_repo(self, repo_id: str, **options: object) -> str:
             return f"https://hub/{repo_id}"
 
-        def upload_folder(self, repo_id: str, folder_path: Path, commit_message: str) -> None:
+        def upload_folder(self, repo_id: str, folder_path: Path, **options: object) -> None:
             shutil.copytree(folder_path, tmp_path / "hub" / repo_id)
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
