@@ -289,7 +289,7 @@ def table(rows: list[dict[str, Any]]) -> str:
                 found.setdefault(row["method"], {})[row["seed"]] = row
         lines += [f"### {setting}", "", "| method | score | beyond the default | beyond fixed 1, 2, 4, 8 | dilations |"]
         lines += ["|---|---|---|---|---|"]
-        for method, own in sorted(found.items(), key=lambda item: -mean(item[1])[0]):
+        for method, own in sorted(found.items(), key=lambda item: -paired(item[1], found["sampled.6-plain"])[0]):
             cells = [mean(own), *(paired(own, found.get(base, {})) for base in ("sampled.6-plain", "fixed-1,2,4,8"))]
             rates = "; ".join(", ".join(f"{rate:g}" for rate in sorted(row["rates"])) for row in own.values())
             lines.append(f"| {described(method)} | {' | '.join(map(shown, cells))} | {rates} |")
