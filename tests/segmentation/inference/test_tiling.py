@@ -156,9 +156,11 @@ def test_a_whole_image_field_is_said_and_cut_to_the_effective_one(capsys: pytest
     assert (join_tiles(tiles, (401, 330)) - expected).abs().max() < 0.1 * expected.abs().max()
 
 
-def test_gates_of_the_image_see_all_of_it() -> None:
+def test_gates_and_pooling_of_the_image_see_all_of_it() -> None:
     for gates, infinite in (("image", True), ("pixel", False)):
         assert math.isinf(tiling._field(small_cnn(2, gates=gates))) is infinite
+    for rates, infinite in (((2, "pool"), True), ((2, "1x1"), False)):
+        assert math.isinf(tiling._field(small_cnn(2, rates=rates))) is infinite
 
 
 @pytest.mark.parametrize(

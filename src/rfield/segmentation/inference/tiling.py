@@ -13,6 +13,7 @@ from rfield.layers import GatedConv2d, ReceptiveFieldRegulator
 from rfield.receptive_field.effective import contribution_squares, effective_receptive_field, random_images
 from rfield.receptive_field.theoretical import theoretical_receptive_field
 from rfield.segmentation.models import ParsingNetwork
+from rfield.segmentation.models.heads import SinglePathHead
 
 Tile = tuple[int, int, Tensor]
 """The first row and column of a part of an image, and its logits Tensor[K, h, w]."""
@@ -248,7 +249,12 @@ def _resizes(network: ParsingNetwork) -> bool:
 
 def _field(part: nn.Module) -> float:
     """Return the larger side of the receptive field in px; infinite for the whole image."""
-    pooled = any(isinstance(layer, GatedConv2d) and layer.gates == "image" for layer in part.modules())
+    # Both are left out of the theoretical field.
+    pooled = any(
+        (isinstance(layer, GatedConv2d) and layer.gates == "image")
+        or (isinstance(layer, SinglePathHead) and layer.branch == "pool")
+        for layer in part.modules()
+    )
     return math.inf if pooled else max(theoretical_receptive_field(part))
 
 
