@@ -31,6 +31,24 @@ def test_held_out_samples_are_left_out_until_they_are_given_back(workers: int) -
     assert "6 samples of 20 are held out; with fewer than 16" in held_out.note()
 
 
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_half_of_the_samples_is_the_same_for_any_number_of_processes(
+    processes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: processes)
+    for count in (20, 170):
+        half, whole = set(), set()
+        for rank in range(processes):
+            monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+            held_out = HeldOut(DataLoader(TensorDataset(torch.arange(count)), batch_size=4))
+            assert held_out.half(), "each process reads one or more"
+            half |= {int(batch[0]) for batch in held_out.half()}
+            whole |= {int(batch[0]) for batch in held_out}
+        assert sorted(whole) == held_out.indices
+        assert sorted(half) == (held_out.indices if count == 20 else held_out.indices[::2])
+
+
 def test_loaders_that_nothing_can_be_held_out_of() -> None:
     class Stream(IterableDataset[int]):
         def __iter__(self) -> Any:

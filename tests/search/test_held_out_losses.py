@@ -35,13 +35,26 @@ def test_every_batch_s_loss_is_kept_and_their_mean_is_the_curve() -> None:
     search = finished(model, batches)
     assert [step for step, _ in search.losses[0, 0]] == [step for step, _ in search.readings[0, 0]] == [1, 2, 3, 5]
     for (_, losses), (_, curve) in zip(search.losses[0, 0], search.readings[0, 0], strict=True):
-        # Only the last evaluation decides; the ones before are of every second batch.
-        assert {len(each) for each in losses.values()} == {3 if losses is search.losses[0, 0][-1][1] else 2}
+        assert {len(each) for each in losses.values()} == {3}
         assert curve == {dilation: pytest.approx(sum(each) / len(each)) for dilation, each in losses.items()}
     # The weights have not changed, so that the final network has the losses of the last evaluation.
     _, losses = search.losses[0, 0][-1]
     delivered = float(round(model[0].effective_dilation[0]))
     assert losses[delivered] == pytest.approx([loss_fn(model, batch).item() for batch in batches[:3]])
+
+
+def test_only_the_last_evaluation_needs_all_batches() -> None:
+    class Halved(list[Tensor]):
+        def half(self) -> list[Tensor]:
+            return self[:2]
+
+    model, batches = model_and_batches()
+    search = SampledSearch(model, loss_fn, steps=5, held_out=Halved(batches[:3]))
+    for batch in batches[3:]:
+        search.loss(batch).backward()
+        search.step()
+    counts = [{len(each) for each in losses.values()} for _, losses in search.losses[0, 0]]
+    assert counts == [{2}, {2}, {2}, {3}]
 
 
 def test_losses_and_starts_are_saved_and_loaded() -> None:

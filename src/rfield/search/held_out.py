@@ -1,6 +1,7 @@
 """Hold samples of a training loader out, for a search to read its curve on, and give them back."""
 
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,6 +26,17 @@ def held_out_count(count: int) -> int:
         [1, 15, 16, 16, 30, 64]
     """
     return min(max(round(_SHARE * count), LEAST_IMAGES), _MOST, count // 3)
+
+
+def half_of(indices: Sequence[int], processes: int = 1) -> Sequence[int]:
+    """Return every second of the held-out samples, the same for any number of processes; all if they are few.
+
+    Example:
+        >>> half_of(range(16)), half_of([3, 5, 8])
+        (range(0, 16, 2), [3, 5, 8])
+    """
+    half = indices[::2]
+    return half if len(indices) >= LEAST_IMAGES and len(half) >= processes else indices
 
 
 class HeldOut:
@@ -71,7 +83,9 @@ class HeldOut:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             rank, processes = torch.distributed.get_rank(), torch.distributed.get_world_size()
         collate = loader.collate_fn
-        self._batches = [collate([dataset[index]]) for index in self.indices[rank::processes]]
+        own, half = self.indices[rank::processes], half_of(self.indices, processes)[rank::processes]
+        batches = {index: collate([dataset[index]]) for index in sorted({*own, *half})}
+        self._batches, self._half = [batches[index] for index in own], [batches[index] for index in half]
         self._loader, self._dataset = loader, dataset
         self._rest = _Rest(dataset, self.indices)
         # A DataLoader refuses to set its data set; the sampler and the workers of the next epoch see this one.
@@ -82,6 +96,10 @@ class HeldOut:
 
     def __iter__(self) -> Any:
         return iter(self._batches)
+
+    def half(self) -> list[Any]:
+        """Return the batches of every second sample, or of all if they are few."""
+        return self._half
 
     def give_back(self) -> None:
         """Let the loader return all samples again, also from workers that are running."""

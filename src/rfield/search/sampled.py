@@ -3,7 +3,7 @@
 import itertools
 import math
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -53,9 +53,10 @@ class SampledSearch(Search):
 
     Args:
         model, loss_fn, steps, seed: see `Search`.
-        held_out: batches of training images that the search does not train on. The last evaluation iterates over all;
-            the ones before, which only choose the next windows, take every second one. The standard errors are taken
-            over the batches, so batches of one image give the most reliable ones.
+        held_out: batches of training images that the search does not train on; every evaluation iterates over them.
+            The standard errors are taken over the batches, so batches of one image give the most reliable ones. If it
+            has a method `half`, as `rfield.search.held_out.HeldOut` has, the evaluations before the last one, which
+            only choose the next windows, iterate over what that returns.
         narrowings: {share of the steps: ratio}: when to evaluate the curve before the end, and how far the window then
             extends from the minimum, as a ratio to each side. Do not evaluate too early: weights that have learned
             little prefer dilations at which the kernel's outer taps leave the map.
@@ -318,9 +319,10 @@ class SampledSearch(Search):
             override_dilation(group, current_dilation(group))
         return self._evaluate_dilations(index, axis, self._grid(index, axis))
 
-    def _batches(self) -> Iterator[Any]:
+    def _batches(self) -> Iterable[Any]:
         """Return the held-out batches of an evaluation."""
-        return itertools.islice(self.held_out, 0, None, 1 if self.step_index >= self.steps else 2)
+        half: Callable[[], Iterable[Any]] | None = getattr(self.held_out, "half", None)
+        return self.held_out if half is None or self.step_index >= self.steps else half()
 
     def _grid(self, index: int, axis: int) -> list[float]:
         """Return the dilations at which a window is evaluated."""

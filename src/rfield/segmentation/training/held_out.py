@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from rfield.search.certainty import LEAST_IMAGES
-from rfield.search.held_out import held_out_count
+from rfield.search.held_out import half_of, held_out_count
 from rfield.segmentation.data import IGNORE_INDEX, ParsingDataset, evaluation_transform
 from rfield.segmentation.inference.feature_cache import CachedFeatures
 from rfield.segmentation.training.distributed import rank_and_world_size
@@ -66,8 +66,16 @@ class HeldOut:
         return len(self.indices)
 
     def batches(self, rank: int = 0, processes: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of one of several processes; by default all."""
-        for index in self.indices[rank::processes]:
+        """Return the batches of one of several processes; by default all."""
+        return self._read(self.indices[rank::processes])
+
+    def half(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Return this process's batches of every second image, or of all if they are few."""
+        rank, processes = rank_and_world_size()
+        return self._read(half_of(self.indices, processes)[rank::processes])
+
+    def _read(self, indices: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
+        for index in indices:
             input, mask = self.samples[index]
             yield input[None], mask[None]
 
