@@ -179,6 +179,33 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def overview(rows: list[dict]) -> str:
+    """Return a row for each head and a column for each data set: mean, standard error, and number of seeds."""
+    names = {
+        "learned": "learned set of four",
+        "learned-auto": "learned number of paths",
+        "one-path": "one learned path",
+    }
+    names |= {"learned-set-fixed": "the learned set, fixed from the start", "four-equal": "four equal paths"}
+    names |= {f"fixed-{rates}": name for rates, name in FIXED.items()} | {"fixed-1x1": "DeepLab's own"}
+    names |= {"random": "five random sets", "tuned": "the set that `rfield tune` recommends"}
+    lines = ["| head | " + " | ".join(SETTINGS) + " |", "|---" * (len(SETTINGS) + 1) + "|"]
+    for start, name in names.items():
+        cells = []
+        for setting in SETTINGS:
+            chosen = {f"fixed-{rates}" for rates in random_sets(setting)} if start == "random" else None
+            scores = [
+                row["score"]
+                for row in rows
+                if row["setting"] == setting
+                and (row["method"] in chosen if chosen else re.fullmatch(f"{start}(,.*)?", row["method"]))
+            ]
+            error = f" ± {statistics.stdev(scores) / len(scores) ** 0.5:.1f}" if len(scores) > 1 else ""
+            cells.append(f"{statistics.mean(scores):.1f}{error} ({len(scores)})" if scores else "-")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
+
+
 def gaps(rows: list[dict]) -> str:
     """Return by how much the learned set is above other heads, paired by the seed, and what it costs."""
     others = {"best fixed set": "", **{name: f"fixed-{rates}" for rates, name in FIXED.items()}}
@@ -237,6 +264,7 @@ def main() -> None:
                 print(f"{number}/{len(jobs)} {line}", flush=True)
     rows = read(options.root)
     print(table(rows))
+    print(overview(rows))
     print(gaps(rows))
     if options.into:
         options.into.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
