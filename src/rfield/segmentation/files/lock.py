@@ -43,9 +43,8 @@ def only_writer(folder: Path) -> Iterator[None]:
     while True:
         with path.open("a+", encoding="utf-8") as file:
             try:
-                fcntl.lockf(
-                    file, fcntl.LOCK_EX | fcntl.LOCK_NB
-                )  # Not flock, which processes forked from this one keep.
+                # Not flock, which processes forked from this one keep.
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 if error.errno not in (errno.EACCES, errno.EAGAIN):
                     raise
